@@ -1,0 +1,76 @@
+"""AdapMoE Lab: see, tune and run Mixture-of-Experts models whose experts do not fit the GPU.
+
+Importing the package loads nothing heavy; each name below loads what it needs on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapmoe_lab.bench import run_bench
+    from adapmoe_lab.engine.hardware import probe_hardware
+    from adapmoe_lab.engine.loading import load
+    from adapmoe_lab.evaluation.harness import evaluate
+    from adapmoe_lab.evaluation.latency import measure_latency
+    from adapmoe_lab.evaluation.loss import evaluate_loss
+    from adapmoe_lab.evaluation.texts import calibration_texts, read_texts
+    from adapmoe_lab.profiling.routing import profile
+    from adapmoe_lab.profiling.sensitivity import sensitivity
+    from adapmoe_lab.records import RoutingTrace, SensitivityProfile, TunedConfig
+    from adapmoe_lab.simulation.simulate import simulate
+    from adapmoe_lab.tuning.tune import tune
+    from adapmoe_lab.workbench.panel import Workbench
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "RoutingTrace": "records",
+    "SensitivityProfile": "records",
+    "TunedConfig": "records",
+    "Workbench": "workbench.panel",
+    "calibration_texts": "evaluation.texts",
+    "evaluate": "evaluation.harness",
+    "evaluate_loss": "evaluation.loss",
+    "load": "engine.loading",
+    "measure_latency": "evaluation.latency",
+    "probe_hardware": "engine.hardware",
+    "profile": "profiling.routing",
+    "read_texts": "evaluation.texts",
+    "run_bench": "bench",
+    "sensitivity": "profiling.sensitivity",
+    "simulate": "simulation.simulate",
+    "tune": "tuning.tune",
+}
+
+__all__ = [
+    "RoutingTrace",
+    "SensitivityProfile",
+    "TunedConfig",
+    "Workbench",
+    "calibration_texts",
+    "evaluate",
+    "evaluate_loss",
+    "load",
+    "measure_latency",
+    "probe_hardware",
+    "profile",
+    "read_texts",
+    "run_bench",
+    "sensitivity",
+    "simulate",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from where it lives."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adapmoe_lab' has no attribute {name!r}")
+    return getattr(import_module(f"adapmoe_lab.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,218 @@
+"""One comparison in one run: decode with and without skipping, on each link, and what it costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adapmoe_lab.engine.hardware import measurement_conditions
+from adapmoe_lab.engine.loading import LabModel, known_targets, link_target
+from adapmoe_lab.evaluation.latency import measure_latency
+from adapmoe_lab.evaluation.loss import evaluate_loss
+from adapmoe_lab.evaluation.texts import calibration_texts
+from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.profiling.routing import profile
+from adapmoe_lab.profiling.sensitivity import sensitivity
+from adapmoe_lab.records import LatencyReport, Measurement, TunedConfig
+from adapmoe_lab.records.files import written_atomically
+from adapmoe_lab.tuning.tune import tune
+
+Say = Callable[[str], None]
+
+VARIED = ("gating",)
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One skipped fraction on one link, against the same cache without skipping.
+
+    Attributes:
+        link: the link, `emulated:<target>` on a CPU.
+        load_ratio: time to load one expert over the resident time of one layer; None if real.
+        skipped_fraction: share of expert activations skipped while decoding.
+        experts_per_token: experts run per token and layer.
+        decode_speedup: median decode time without skipping over that with it.
+        loads_ratio: experts loaded per token, with skipping over without.
+        loss_increase_nats: measured loss increase per token.
+        loss_increase_se: its standard error over texts.
+    """
+
+    link: str
+    load_ratio: float | None
+    skipped_fraction: float
+    experts_per_token: float
+    decode_speedup: float
+    loads_ratio: float
+    loss_increase_nats: float
+    loss_increase_se: float
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All rows of a run, its conditions and the raw samples they come from."""
+
+    rows: tuple[BenchRow, ...]
+    conditions: dict[str, Any]
+    samples: tuple[dict[str, Any], ...]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as JSON, whole or not at all, and return its path."""
+        path = Path(path)
+        with written_atomically(path) as file:
+            file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
+        return path
+
+    def table(self) -> str:
+        """Return the rows as a Markdown table of ratios."""
+        lines = [
+            "| link | load / layer | skipped | experts/token | decode speed-up | loads | loss, nats |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in self.rows:
+            ratio = "real" if row.load_ratio is None else f"{row.load_ratio:.2f}"
+            lines.append(
+                f"| {row.link} | {ratio} | {row.skipped_fraction:.3f} | "
+                f"{row.experts_per_token:.2f} | {row.decode_speedup:.2f}x | "
+                f"{row.loads_ratio:.2f}x | "
+                f"{row.loss_increase_nats:+.4f} ± {row.loss_increase_se:.4f} |"
+            )
+        return "\n".join(lines)
+
+
+def run_bench(
+    model: LabModel,
+    *,
+    targets: Sequence[str] | None = None,
+    skipped_fractions: Sequence[float] = (0.125, 0.25),
+    slots_per_layer: int | None = None,
+    method: str = "uniform",
+    texts: Sequence[str] | None = None,
+    new_tokens: int = 48,
+    rounds: int = 3,
+    say: Say = print,
+) -> BenchReport:
+    """Measure decode and loss at each skipped fraction, against none, on each link.
+
+    Cuts are chosen on the first half of the calibration texts; latency runs on prompts from the
+    second half, loss on `texts`. Configurations take turns, round by round, so that a machine
+    whose speed drifts treats them alike.
+
+    Args:
+        model: the model to run.
+        targets: link targets to emulate on a CPU; all known ones if None. A GPU has its own link.
+        skipped_fractions: shares of expert activations to skip.
+        slots_per_layer: experts a layer holds; half of them if None.
+        method: how cuts are chosen, see `tune`.
+        texts: texts to measure loss on; the second half of the calibration texts if None.
+        new_tokens: output tokens per prompt.
+        rounds: turns every configuration gets.
+        say: told what is being done.
+    """
+    calibration = calibration_texts()
+    fit, held = calibration[: len(calibration) // 2], calibration[len(calibration) // 2 :]
+    texts = held if texts is None else texts
+    n_slots = model.spec.n_experts // 2 if slots_per_layer is None else slots_per_layer
+    plain = replace(TunedConfig.untuned(model.spec), plan=slots_plan(model.spec, n_slots))
+    say(f"Calibrating on {len(fit)} texts, measuring loss on {len(texts)} others.")
+    trace = profile(model, fit)
+    measured = sensitivity(model, fit)
+    configs = [
+        replace(plain, gating=tune(trace, measured, skipped_fraction=f, method=method).gating)
+        for f in skipped_fractions
+    ]
+    baseline = evaluate_loss(model, plain, texts)
+    losses = [evaluate_loss(model, c, texts).increase_over(baseline) for c in configs]
+    rows: list[BenchRow] = []
+    samples: list[dict[str, Any]] = []
+    for name in _links(model, targets):
+        load_ratio = None
+        if name is not None:
+            target = link_target(name, model.engine.device)
+            if target is not None:
+                model.emulate_link(target)
+                load_ratio = target.load_ratio
+        say(f"Measuring decode over {model.engine.link.name}, {rounds} rounds.")
+        reports = _in_turns(model, [plain, *configs], held, new_tokens, rounds)
+        samples += [
+            {"link": model.engine.link.name, "decode_s": report.decode.samples.tolist()}
+            for report in reports
+        ]
+        for report, (loss, error) in zip(reports[1:], losses, strict=True):
+            rows.append(_row(model, load_ratio, reports[0], report, loss, error))
+    conditions = {
+        **measurement_conditions(model),
+        "slots_per_layer": n_slots,
+        "method": method,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "loss_tokens": int(baseline.n_predicted.sum()),
+        "baseline": "same engine, slots and LRU, nothing skipped",
+    }
+    return BenchReport(tuple(rows), conditions, tuple(samples))
+
+
+def _links(model: LabModel, targets: Sequence[str] | None) -> Sequence[str | None]:
+    if model.engine.device.type == "cuda":
+        return [None]
+    return known_targets() if targets is None else targets
+
+
+def _in_turns(
+    model: LabModel,
+    configs: Sequence[TunedConfig],
+    prompts: Sequence[str],
+    new_tokens: int,
+    rounds: int,
+) -> list[LatencyReport]:
+    """Measure every config once per round and return one report each, all rounds together."""
+    turns: list[list[LatencyReport]] = [[] for _ in configs]
+    for turn in range(rounds):
+        chosen = [prompts[(turn * 2 + i) % len(prompts)] for i in range(2)]
+        for reports, config in zip(turns, configs, strict=True):
+            reports.append(
+                measure_latency(model, config, chosen, new_tokens=new_tokens, repeats=1)
+            )
+    return [_merged(reports) for reports in turns]
+
+
+def _merged(reports: Sequence[LatencyReport]) -> LatencyReport:
+    """Return one report with the samples and traffic of several of the same config."""
+
+    def together(parts: Sequence[Measurement]) -> Measurement:
+        samples = np.concatenate([part.samples for part in parts])
+        return Measurement(samples, parts[0].unit, parts[0].warmup, parts[0].conditions)
+
+    return LatencyReport(
+        prefill=together([r.prefill for r in reports]),
+        decode=together([r.decode for r in reports]),
+        prefill_traffic=sum((r.prefill_traffic for r in reports[1:]), reports[0].prefill_traffic),
+        decode_traffic=sum((r.decode_traffic for r in reports[1:]), reports[0].decode_traffic),
+    )
+
+
+def _row(
+    model: LabModel,
+    load_ratio: float | None,
+    plain: LatencyReport,
+    gated: LatencyReport,
+    loss: float,
+    error: float,
+) -> BenchRow:
+    skipped = gated.decode_traffic.skipped_fraction
+    return BenchRow(
+        link=model.engine.link.name,
+        load_ratio=load_ratio,
+        skipped_fraction=skipped,
+        experts_per_token=(1 - skipped) * model.spec.top_k,
+        decode_speedup=plain.decode.ratio_to(gated.decode, varied=VARIED),
+        loads_ratio=float(
+            gated.decode_traffic.misses.sum() / max(1, plain.decode_traffic.misses.sum())
+        ),
+        loss_increase_nats=loss,
+        loss_increase_se=error,
+    )

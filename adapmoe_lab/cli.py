@@ -1,0 +1,247 @@
+"""The `adapmoe-lab` command. It parses, calls, and prints; what it calls is imported on use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PROGRAM = "adapmoe-lab"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 if it failed, 2 for wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {options.command}: stopped.", file=sys.stderr)
+        return 130
+
+
+def _lab(options: argparse.Namespace) -> int:
+    from adapmoe_lab.workbench.jupyter import TOUR, copy_notebooks, open_lab
+
+    copied = copy_notebooks(options.folder)
+    if copied:
+        print(f"Copied {len(copied)} notebooks to {options.folder}.")
+    print(f"Opening JupyterLab at {options.folder / TOUR}. Stop it with Ctrl-C.", flush=True)
+    return open_lab(options.folder, options.port, not options.no_browser)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    model = _load(options)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    print(model.generate(prompt, options.max_new_tokens, options.temperature, options.seed))
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from adapmoe_lab.profiling.routing import profile
+
+    trace = profile(_load(options), _texts(options), reuse=not options.again, progress=_progress)
+    if options.out is not None:
+        print(f"Wrote {trace.save(options.out)}.")
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from adapmoe_lab.engine.hardware import probe_hardware
+    from adapmoe_lab.profiling.routing import profile
+    from adapmoe_lab.profiling.sensitivity import sensitivity
+    from adapmoe_lab.tuning.tune import tune
+
+    model, texts = _load(options), _texts(options)
+    half = len(texts) // 2 or 1
+    config = tune(
+        profile(model, texts[:half], progress=_progress),
+        sensitivity(model, texts[:half], progress=_progress),
+        probe_hardware(model),
+        expert_memory=options.budget,
+        skipped_fraction=options.skipped_fraction,
+        max_loss_increase_nats=options.max_loss_increase_nats,
+        method=options.method,
+        model=model if options.verify else None,
+        texts=(texts[half:] or texts) if options.verify else None,
+    )
+    print(json.dumps(dict(config.evidence), indent=2))
+    print(f"Wrote {config.save(options.out)}.")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from adapmoe_lab.evaluation.harness import evaluate
+    from adapmoe_lab.evaluation.loss import evaluate_loss
+
+    model = _load(options)
+    if options.texts is not None or not options.tasks:
+        report = evaluate_loss(model, None, _texts(options), progress=_progress)
+        skipped = report.skipped_fraction
+        print(
+            f"loss {report.nats_per_token:.4f} nats/token over {report.n_predicted.sum():,} tokens; "
+            f"{(1 - skipped) * model.spec.top_k:.3f} experts/token, {skipped:.1%} skipped"
+        )
+    if options.tasks:
+        results = evaluate(model, None, options.tasks, limit=options.limit)
+        print(json.dumps(results, indent=2))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from adapmoe_lab.bench import run_bench
+
+    report = run_bench(
+        _load(options),
+        targets=options.targets,
+        skipped_fractions=options.skipped_fraction,
+        slots_per_layer=options.slots_per_layer,
+        method=options.method,
+        texts=None if options.texts is None else _texts(options),
+        new_tokens=options.new_tokens,
+        rounds=options.rounds,
+    )
+    print(report.table())
+    if options.out is not None:
+        print(f"Wrote {report.save(options.out)}.")
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from adapmoe_lab.doctor import examine, report
+
+    print(report(examine()))
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from adapmoe_lab.engine.loading import load
+
+    return load(
+        options.model,
+        config=getattr(options, "config", None),
+        device=options.device,
+        dtype=options.dtype,
+        expert_memory=getattr(options, "expert_memory", None),
+        link=options.link,
+    )
+
+
+def _texts(options: argparse.Namespace) -> list[str]:
+    from adapmoe_lab.evaluation.texts import calibration_texts, read_texts
+
+    return calibration_texts() if options.texts is None else read_texts(options.texts)
+
+
+def _progress(done: int, total: int, text: str) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done >= total else ""
+        print(f"\r{text}: {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="See, tune and run Mixture-of-Experts models whose experts do not fit the GPU.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_lab(commands)
+    _add_generate(commands)
+    _add_profile(commands)
+    _add_tune(commands)
+    _add_evaluate(commands)
+    _add_bench(commands)
+    doctor = commands.add_parser("doctor", help="versions, GPU, memory, link speed, what would fit")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_lab(commands: Any) -> None:
+    lab = commands.add_parser("lab", help="open JupyterLab at the tour")
+    lab.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=Path("adapmoe-lab-notebooks"),
+        help="where the notebooks are; missing ones are copied there (default: %(default)s)",
+    )
+    lab.add_argument("--port", type=int, help="port on 127.0.0.1 (default: the first free one)")
+    lab.add_argument("--no-browser", action="store_true", help="print the address, open nothing")
+    lab.set_defaults(run=_lab)
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="continue a prompt")
+    _add_model(generate, config=True)
+    generate.add_argument("prompt", help="text to continue; - reads it from standard input")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T")
+    generate.add_argument("--seed", type=int, default=0, metavar="N")
+    generate.set_defaults(run=_generate)
+
+
+def _add_profile(commands: Any) -> None:
+    profile = commands.add_parser("profile", help="record which experts texts use")
+    _add_model(profile, config=True)
+    _add_texts(profile)
+    profile.add_argument("--out", type=Path, metavar="FILE", help="also write the trace here")
+    profile.add_argument("--again", action="store_true", help="record even if a trace was kept")
+    profile.set_defaults(run=_profile)
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser("tune", help="choose cuts and slots, and write a config")
+    _add_model(tune, config=False)
+    _add_texts(tune)
+    tune.add_argument("--out", type=Path, default=Path("tuned.json"), metavar="FILE")
+    tune.add_argument("--budget", default="50%", metavar="SIZE", help="memory for experts: 40%%, 8GiB")
+    tune.add_argument("--skipped-fraction", type=float, metavar="F", help="experts to skip, 0 to 1")
+    tune.add_argument("--max-loss-increase-nats", type=float, default=0.01, metavar="NATS")
+    tune.add_argument("--method", default="uniform", help="uniform, adapmoe or curve")
+    tune.add_argument("--verify", action="store_true", help="measure the loss and keep the promise")
+    tune.set_defaults(run=_tune)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="loss on texts, and lm-eval tasks")
+    _add_model(evaluate, config=True)
+    _add_texts(evaluate)
+    evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="minimal_pairs, blimp, ...")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="examples per task")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="decode ratios and loss, with and without skipping")
+    _add_model(bench, config=False)
+    _add_texts(bench)
+    bench.add_argument("--targets", nargs="+", metavar="LINK", help="links to emulate (default: all)")
+    bench.add_argument("--skipped-fraction", type=float, nargs="+", default=[0.125, 0.25])
+    bench.add_argument("--slots-per-layer", type=int, metavar="N", help="default: half the experts")
+    bench.add_argument("--method", default="uniform", help="uniform, adapmoe or curve")
+    bench.add_argument("--new-tokens", type=int, default=48, metavar="N")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write all samples as JSON")
+    bench.set_defaults(run=_bench)
+
+
+def _add_model(parser: argparse.ArgumentParser, *, config: bool) -> None:
+    parser.add_argument("model", help="demo, a folder that save_pretrained wrote, or a hub id")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is one)")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    parser.add_argument("--link", help="link to emulate on a CPU, none for no emulation")
+    if config:
+        parser.add_argument("--config", type=Path, metavar="FILE", help="tuned config to run under")
+        parser.add_argument("--expert-memory", metavar="SIZE", help="40%%, 8GiB (default: all)")
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help=".jsonl or text file, gzip allowed (default: the shipped calibration texts)",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""What this machine has, what runs on it, and which models would fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import psutil
+import torch
+
+from adapmoe_lab.assets import data_folder
+
+PACKAGES = ("adapmoe-lab", "torch", "transformers", "jupyterlab", "ipywidgets", "plotly", "lm-eval")
+BFLOAT16_BYTES = 2
+COPY_BYTES = 64 * 2**20
+N_COPIES = 9
+HEADROOM = 0.9
+"""Share of free memory that weights may take; the rest is for activations and other programs."""
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """Dimensions of a published model: L MoE layers of E experts, K chosen, each of three matrices."""
+
+    name: str
+    n_layers: int
+    n_experts: int
+    top_k: int
+    hidden_size: int
+    expert_width: int
+    total_parameters: float
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in bfloat16."""
+        return 3 * self.hidden_size * self.expert_width * BFLOAT16_BYTES
+
+    @property
+    def all_experts_bytes(self) -> int:
+        """Bytes of every expert in bfloat16."""
+        return self.n_layers * self.n_experts * self.expert_bytes
+
+    @property
+    def other_bytes(self) -> float:
+        """Bytes of everything but the experts, in bfloat16."""
+        return self.total_parameters * BFLOAT16_BYTES - self.all_experts_bytes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found: device memory is None without CUDA, the copy speed is from pinned memory."""
+
+    device: str
+    device_free_bytes: int | None
+    host_free_bytes: int
+    copy_bytes_per_s: float
+
+
+def examine() -> Machine:
+    """Look at this machine and time a few copies; takes about a second."""
+    free = psutil.virtual_memory().available
+    if not torch.cuda.is_available():
+        device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+        return Machine(device, None, free, _copy_speed(torch.device("cpu")))
+    device_free, _ = torch.cuda.mem_get_info()
+    speed = _copy_speed(torch.device("cuda"))
+    return Machine(torch.cuda.get_device_name(), device_free, free, speed)
+
+
+def known_models() -> list[KnownModel]:
+    """Return the published models that fit is judged for."""
+    text = (data_folder() / "known_models.json").read_text(encoding="utf-8")
+    return [KnownModel(**model) for model in json.loads(text)["models"]]
+
+
+def report(machine: Machine) -> str:
+    """Return the findings in words."""
+    gib = 2**30
+    lines = [f"{name:14} {version(name)}" for name in PACKAGES]
+    lines += [f"{'python':14} {platform.python_version()}", "", f"compute        {machine.device}"]
+    lines.append(f"host memory    {machine.host_free_bytes / gib:.1f} GiB free")
+    speed = f"{machine.copy_bytes_per_s / 1e9:.1f} GB/s"
+    if machine.device_free_bytes is None:
+        lines += [
+            "GPU            none: torch sees no CUDA device",
+            f"link           none; a copy in host memory runs at {speed}",
+            "",
+            "Without a GPU the engine computes on the CPU. Experts are really copied, and each copy",
+            "is held as long as a named target link would take; results say 'emulated'.",
+        ]
+    else:
+        lines += [
+            f"GPU memory     {machine.device_free_bytes / gib:.1f} GiB free",
+            f"link           {speed} from pinned host memory",
+        ]
+    if importlib.util.find_spec("triton") is None:
+        lines.append("Triton is not installed; nothing needs it, experts run as torch matrix products.")
+    lines += ["", "What would fit, weights in bfloat16:"]
+    lines += [_fit(model, machine) for model in known_models()]
+    return "\n".join(lines)
+
+
+def _fit(model: KnownModel, machine: Machine) -> str:
+    host = machine.host_free_bytes * HEADROOM
+    line = f"  {model.name:17} {model.all_experts_bytes / 2**30:6.1f} GiB of experts: "
+    if machine.device_free_bytes is None:
+        needed = model.all_experts_bytes + model.other_bytes
+        return line + ("fits host memory" if needed <= host else "does not fit host memory")
+    if model.all_experts_bytes > host:
+        return line + "does not fit host memory"
+    room = machine.device_free_bytes * HEADROOM - model.other_bytes
+    share = min(1.0, room / model.all_experts_bytes)
+    if share <= 0:
+        return line + "what is not experts does not fit the GPU"
+    load_ms = 1e3 * model.expert_bytes / machine.copy_bytes_per_s
+    return line + f"{share:.0%} of them on the GPU at once; loading one takes {load_ms:.2f} ms"
+
+
+def _copy_speed(device: torch.device) -> float:
+    """Return bytes per second of a copy from (pinned) host memory, the median of a few."""
+    on_gpu = device.type == "cuda"
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
+    target = torch.empty_like(source, device=device)
+    seconds = []
+    for _ in range(N_COPIES):
+        start = time.perf_counter()
+        target.copy_(source)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return COPY_BYTES / float(np.median(seconds))

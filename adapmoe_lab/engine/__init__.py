@@ -1,0 +1,1 @@
+"""Makes it happen: expert store, device cache, transfers, decoding, hardware probe."""

@@ -1,0 +1,243 @@
+"""Loading a model ready to run offloaded, and the handle a user holds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from adapmoe_lab.assets import data_folder
+from adapmoe_lab.engine.clock import Clock, RealClock
+from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.link import CudaLink, EmulatedLink, Link
+from adapmoe_lab.engine.offload import OffloadEngine
+from adapmoe_lab.engine.pace import resident_layer_s
+from adapmoe_lab.engine.store import ExpertStore
+from adapmoe_lab.models.checkpoint import HFModel, describe, load_pretrained, routed_weights
+from adapmoe_lab.models.families import MoELayer, find_moe_layers
+from adapmoe_lab.models.hook import ExpertsHook
+from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
+from adapmoe_lab.records import LinkTarget, MoESpec, TunedConfig, load_targets
+
+NO_LINK = "none"
+
+
+class LabModel:
+    """A Mixture-of-Experts model whose experts live in host memory and are served on demand.
+
+    Attributes:
+        hf: the transformers model, usable as it is; its experts run through the engine.
+        tokenizer: the model's tokenizer.
+        spec: shape and identity of the model.
+        engine: what serves the experts.
+        config: the configuration in force.
+    """
+
+    def __init__(
+        self, hf: HFModel, tokenizer: Any, spec: MoESpec, hook: ExpertsHook, engine: Any
+    ) -> None:
+        """Take over a model whose experts the engine already serves; use `load` to make one."""
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.engine: OffloadEngine = engine
+        self.config = TunedConfig.untuned(spec)
+        self._hook = hook
+        self._in_use = threading.RLock()
+
+    @property
+    def layers(self) -> list[MoELayer]:
+        """The model's layers with routed experts, in order."""
+        return self._hook.layers
+
+    def apply(self, config: TunedConfig) -> None:
+        """Run under another configuration from now on, starting with empty caches.
+
+        Raises:
+            RecordError: the config was tuned for another model.
+        """
+        config.check_model(self.spec)
+        if config.precision not in (None, self.spec.dtype):
+            raise ValueError(
+                f"The config stores experts as {config.precision}, the model is loaded as "
+                f"{self.spec.dtype}; load it with dtype={config.precision!r}."
+            )
+        n_experts = self.spec.n_experts
+        slots = config.plan.slots.tolist() if config.plan else [n_experts] * self.spec.n_layers
+        with self._in_use:
+            self.engine.configure(config.gating, slots, config.eviction)
+            self.config = config
+
+    @contextmanager
+    def running(self, config: TunedConfig | None = None) -> Iterator[Self]:
+        """Run under a config, the present one if None, with fresh caches; restore afterwards.
+
+        Other threads that want to run the model wait until the block ends.
+        """
+        with self._in_use:
+            previous = self.config
+            self.apply(config if config is not None else previous)
+            try:
+                yield self
+            finally:
+                self.apply(previous)
+
+    def emulate_link(self, target: LinkTarget) -> None:
+        """Make loads on a CPU take as long, against computing here, as on the target machine.
+
+        Decode is timed with every expert at hand; loading one expert then takes the target's
+        ratio times one such layer.
+        """
+        link = self.engine.link
+        if not isinstance(link, EmulatedLink):
+            raise ValueError(f"{target.name!r} cannot be emulated on a machine with a real link.")
+        with self._in_use:
+            layer_s = resident_layer_s(self.hf, self.engine)
+            link.name = f"emulated:{target.name}"
+            link.bytes_per_s = self.spec.stored_expert_bytes / (layer_s * target.load_ratio)
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Return the token ids of a text, int64 [T]."""
+        return torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.long)
+
+    def generate(
+        self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """Return the prompt continued by the model.
+
+        Args:
+            prompt: text to continue; must not be empty.
+            max_new_tokens: at most this many tokens are added.
+            temperature: 0 takes the likeliest token, higher samples more freely.
+            seed: makes sampling repeatable.
+        """
+        ids = self.encode(prompt)
+        if not len(ids):
+            raise ValueError("The prompt is empty; give at least one word to continue.")
+        stop = self.hf.generation_config.eos_token_id
+        stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
+        with self._in_use:
+            produced = decode(
+                self.hf,
+                ids,
+                max_new_tokens,
+                temperature=temperature,
+                generator=torch.Generator().manual_seed(seed),
+                stop_ids=stop_ids,
+            )
+        return self.tokenizer.decode([*ids.tolist(), *produced], skip_special_tokens=True)
+
+    def detach(self) -> HFModel:
+        """Give the experts back and return the plain transformers model; the handle is spent."""
+        with self._in_use:
+            self._hook.detach()
+            for number in range(self.spec.n_layers):
+                weights = self.engine.store.fused(number)
+                on_device = {name: t.to(self.engine.device) for name, t in weights.items()}
+                self._hook.give_weights(number, on_device)
+        return self.hf
+
+
+def load(
+    name: str | Path,
+    *,
+    config: TunedConfig | str | Path | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    expert_memory: str | int | None = None,
+    link: str | None = None,
+    clock: Clock | None = None,
+) -> LabModel:
+    """Load a Mixture-of-Experts model whose experts stay in host memory.
+
+    Args:
+        name: `"demo"`, a folder that `save_pretrained` wrote, or a hub id.
+        config: a tuned config, or the file of one, to run under.
+        device: where to compute; CUDA where there is one, else the CPU.
+        dtype: `"auto"`, `"bfloat16"`, `"float16"` or `"float32"`.
+        expert_memory: room for experts on the device: bytes, `"8GiB"` or `"40%"`; None for all.
+        link: on the CPU, the named target whose link is emulated (`data/targets.json`), `"none"`
+            for no emulation, None for the default target. A GPU always uses its real link.
+        clock: what time is read from; a `VirtualClock` makes runs exactly repeatable.
+
+    Raises:
+        FileNotFoundError: no such model or config.
+        UnsupportedModelError: the model has no experts that can be served.
+        ValueError: an argument is out of range; the text says what was expected.
+    """
+    if isinstance(config, str | Path):
+        config = TunedConfig.load(config)
+    if config is not None and expert_memory is not None:
+        raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
+    where = _device(device)
+    target = link_target(link, where)
+    clock = clock if clock is not None else RealClock()
+    if config is not None and config.precision is not None and dtype == "auto":
+        dtype = config.precision
+    hf, tokenizer, _ = load_pretrained(name, dtype)
+    layers = find_moe_layers(hf)
+    spec = describe(hf, layers, str(name), routed_weights(hf, layers))
+    if config is not None:
+        config.check_model(spec)
+    plan = uniform_plan(spec, budget_bytes(expert_memory, spec))
+
+    hook = ExpertsHook(hf, layers)
+    taken = (hook.take_weights(number) for number in range(len(layers)))
+    store = ExpertStore(taken, pinned=where.type == "cuda")
+    hf.to(where)  # pyright: ignore[reportArgumentType]
+    engine = OffloadEngine(store, _unpaced_link(where, clock), clock, where)
+    hook.attach(engine)
+    model = LabModel(hf, tokenizer, spec, hook, engine)
+    if target is not None:
+        model.emulate_link(target)
+    model.apply(config if config is not None else replace(model.config, plan=plan))
+    return model
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} is not supported; expected 'cpu', 'cuda' or 'cuda:N'.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={name!r} was asked for, but torch {torch.__version__} sees no CUDA device; "
+            "use device='cpu', or install a CUDA build of torch."
+        )
+    return device
+
+
+def link_target(link: str | None, device: torch.device) -> LinkTarget | None:
+    """Return the target that a `link` argument names, or None for a real link or none at all.
+
+    Raises:
+        ValueError: no such target, or the device has a link of its own.
+    """
+    if device.type == "cuda":
+        if link is not None:
+            raise ValueError(f"link={link!r} emulates a link; on {device} the real one is used.")
+        return None
+    if link == NO_LINK:
+        return None
+    targets = load_targets(data_folder() / "targets.json")
+    if link is None:
+        return next(iter(targets.values()))
+    if link not in targets:
+        known = ", ".join(repr(name) for name in [*targets, NO_LINK])
+        raise ValueError(f"link={link!r} is unknown; expected one of {known}.")
+    return targets[link]
+
+
+def known_targets() -> list[str]:
+    """Return the names of the link targets that can be emulated, the default first."""
+    return list(load_targets(data_folder() / "targets.json"))
+
+
+def _unpaced_link(device: torch.device, clock: Clock) -> Link:
+    return CudaLink(device) if device.type == "cuda" else EmulatedLink(NO_LINK, clock)

@@ -1,0 +1,204 @@
+"""The engine: runs routed experts that live in host memory, under a gating table and a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from adapmoe_lab.engine.clock import Clock
+from adapmoe_lab.engine.link import Link
+from adapmoe_lab.engine.sources import CachedExperts, ExpertSource, StoredExperts
+from adapmoe_lab.engine.store import ExpertStore
+from adapmoe_lab.models.experts import run_expert
+from adapmoe_lab.policies.gating import gated_weights, keep_by_cuts
+from adapmoe_lab.records import GatingTable
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPass:
+    """What one layer did in one forward pass; what observers are shown.
+
+    Attributes:
+        layer: number of the MoE layer.
+        hidden: the experts' input [T, D].
+        indices: the router's choice, int64 [T, K]; E means no expert.
+        weights: the router's own weights, float32 [T, K], before gating.
+        keep: bool [T, K], which of them were run.
+        contributions: weighted expert outputs [T, K, D], zero where nothing was run.
+        output: their sum [T, D], as the model goes on with it.
+    """
+
+    layer: int
+    hidden: torch.Tensor
+    indices: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    keep: NDArray[np.bool_]
+    contributions: torch.Tensor
+    output: torch.Tensor
+
+
+class Observer(Protocol):
+    """Is shown every layer's pass; must not change it."""
+
+    def __call__(self, layer_pass: LayerPass) -> None:
+        """Take note of one layer's pass."""
+        ...
+
+
+@dataclass(frozen=True)
+class VirtualCosts:
+    """What computing costs on a virtual clock, in seconds; a real clock ignores it."""
+
+    dense_layer_s: float = 0.0
+    expert_s: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """Counters since the engine's cache was made.
+
+    Attributes:
+        hits: int64 [L], distinct experts found resident.
+        misses: int64 [L], distinct experts that crossed the link.
+        bytes_moved: bytes that crossed the link.
+        kept: expert activations computed.
+        skipped: expert activations the gating skipped.
+    """
+
+    hits: NDArray[np.int64]
+    misses: NDArray[np.int64]
+    bytes_moved: int
+    kept: int
+    skipped: int
+
+    def since(self, earlier: Traffic) -> Traffic:
+        """Return what was added after an earlier reading."""
+        return Traffic(
+            self.hits - earlier.hits,
+            self.misses - earlier.misses,
+            self.bytes_moved - earlier.bytes_moved,
+            self.kept - earlier.kept,
+            self.skipped - earlier.skipped,
+        )
+
+
+class OffloadEngine:
+    """Executes a model's experts from a store through per-layer caches.
+
+    Implements `models.hook.ExpertsExecutor`. One forward at a time; an exception or interrupt at
+    any point leaves the caches consistent.
+    """
+
+    def __init__(self, store: ExpertStore, link: Link, clock: Clock, device: torch.device) -> None:
+        """Serve the experts of `store` on `device` over `link`, nothing resident, no gating."""
+        self.store = store
+        self.link = link
+        self.clock = clock
+        self.device = device
+        self.costs = VirtualCosts()
+        self.gating: GatingTable | None = None
+        self.observers: list[Observer] = []
+        self._direct = StoredExperts(store, device)
+        self.configure(None, [store.slab(layer).shape[0] for layer in range(store.n_layers)])
+
+    def configure(
+        self, gating: GatingTable | None, slots: list[int], eviction: str = "lru"
+    ) -> None:
+        """Set the gating and start afresh with empty caches of the given slots [L]."""
+        self.gating = gating
+        self.cached = CachedExperts(self.store, self.link, self.device, slots, eviction)
+        self._source: ExpertSource = self.cached
+        self._kept = self._skipped = 0
+
+    @property
+    def traffic(self) -> Traffic:
+        """Counters since the caches were made."""
+        cached = self.cached
+        return Traffic(
+            cached.hits.copy(),
+            cached.misses.copy(),
+            cached.bytes_moved,
+            self._kept,
+            self._skipped,
+        )
+
+    @contextmanager
+    def reading_store(self) -> Iterator[None]:
+        """Take experts straight from the store, leaving caches and counters as they are."""
+        previous, self._source = self._source, self._direct
+        try:
+            yield
+        finally:
+            self._source = previous
+
+    @contextmanager
+    def observed_by(self, observer: Observer) -> Iterator[None]:
+        """Show every layer's pass to an observer."""
+        self.observers.append(observer)
+        try:
+            yield
+        finally:
+            self.observers.remove(observer)
+
+    def unpaced(self) -> AbstractContextManager[None]:
+        """Return a context in which an emulated link holds nothing."""
+        return self.link.unpaced()
+
+    def run_layer(
+        self,
+        layer: int,
+        experts: nn.Module,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the summed outputs [T, D] of the experts each token keeps."""
+        self.clock.spend(self.costs.dense_layer_s)
+        indices, weights = _on_host(top_k_index, top_k_weights)
+        keep = indices < self.store.slab(layer).shape[0]
+        if self.gating is not None:
+            keep &= keep_by_cuts(weights, self.gating.cuts[layer])
+            if self.gating.renormalise:
+                scaled = gated_weights(weights, keep, renormalise=True)
+                top_k_weights = torch.from_numpy(scaled).to(top_k_weights)
+        contributions = torch.zeros(
+            (*indices.shape, hidden.shape[-1]),
+            dtype=torch.promote_types(hidden.dtype, top_k_weights.dtype),
+            device=hidden.device,
+        )
+        needed = set(indices[keep].tolist())
+        for expert, expert_weights in self._source.arrivals(layer, needed):
+            tokens, columns = np.nonzero((indices == expert) & keep)
+            at = (_as_index(tokens, hidden), _as_index(columns, hidden))
+            produced = run_expert(experts, expert_weights, hidden[at[0]])
+            contributions[at] = produced * top_k_weights[at].unsqueeze(-1)
+            self.clock.spend(self.costs.expert_s)
+        self._kept += int(keep.sum())
+        self._skipped += int(keep.size - keep.sum())
+        output = contributions.sum(dim=1).to(hidden.dtype)
+        if self.observers:
+            passed = LayerPass(layer, hidden, indices, weights, keep, contributions, output)
+            for observer in self.observers:
+                observer(passed)
+        return output
+
+
+def _on_host(
+    index: torch.Tensor, weights: torch.Tensor
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return routing on the host; on a GPU this is the layer's one synchronisation."""
+    if index.is_cuda:
+        both = torch.stack([index.double(), weights.detach().double()]).cpu().numpy()
+        return both[0].astype(np.int64), both[1].astype(np.float32)
+    return index.numpy(), weights.detach().float().numpy()
+
+
+def _as_index(positions: NDArray[np.int64], like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(positions).to(like.device)

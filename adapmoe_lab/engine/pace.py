@@ -1,0 +1,29 @@
+"""How fast this machine decodes when nothing has to be loaded."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.offload import OffloadEngine
+
+PROMPT_TOKENS = 8
+
+
+def decode_step_times(hf: nn.Module, engine: OffloadEngine, n_steps: int) -> NDArray[np.float64]:
+    """Return the seconds of `n_steps` decode steps after a short fixed prompt."""
+    stamps: list[float] = []
+    prompt = torch.arange(PROMPT_TOKENS)
+    decode(hf, prompt, n_steps + 1, after_step=lambda _: stamps.append(engine.clock.now()))
+    return np.diff(stamps)
+
+
+def resident_layer_s(hf: nn.Module, engine: OffloadEngine, n_steps: int = 24) -> float:
+    """Return the median seconds of one decode layer that finds every expert at hand."""
+    with engine.reading_store():
+        decode_step_times(hf, engine, 4)
+        steps = decode_step_times(hf, engine, n_steps)
+    return float(np.median(steps)) / engine.store.n_layers

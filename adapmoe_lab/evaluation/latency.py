@@ -1,0 +1,121 @@
+"""Measured latency and traffic of a configuration, prefill apart from decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.hardware import measurement_conditions
+from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.offload import OffloadEngine, Traffic
+from adapmoe_lab.evaluation.texts import calibration_texts
+from adapmoe_lab.records import LatencyReport, Measurement, PhaseTraffic, TunedConfig
+
+Progress = Callable[[int, int, str], None]
+
+N_DEFAULT_PROMPTS = 4
+PROMPT_TOKENS = 32
+
+
+class _Phase:
+    """Samples and traffic of one phase, added up run by run."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.passed: list[Traffic] = []
+
+    def traffic(self) -> PhaseTraffic:
+        return PhaseTraffic(
+            hits=np.sum([t.hits for t in self.passed], axis=0),
+            misses=np.sum([t.misses for t in self.passed], axis=0),
+            n_steps=len(self.passed),
+            bytes_moved=sum(t.bytes_moved for t in self.passed),
+            kept=sum(t.kept for t in self.passed),
+            skipped=sum(t.skipped for t in self.passed),
+        )
+
+
+class _Stopwatch:
+    """Splits a run into its prefill and decode steps; telling others about it is not timed."""
+
+    def __init__(self, engine: OffloadEngine, tell: Callable[[int], None]) -> None:
+        self.phases = (_Phase(), _Phase())
+        self.is_counting = False
+        self._engine = engine
+        self._tell = tell
+        self.start()
+
+    def start(self) -> None:
+        self._before = self._engine.traffic
+        self._started = self._engine.clock.now()
+
+    def lap(self, step: int) -> None:
+        seconds = self._engine.clock.now() - self._started
+        if self.is_counting:
+            phase = self.phases[min(step, 1)]
+            phase.seconds.append(seconds)
+            phase.passed.append(self._engine.traffic.since(self._before))
+        self._tell(step)
+        self.start()
+
+
+def measure_latency(
+    model: LabModel,
+    config: TunedConfig | None = None,
+    prompts: Sequence[str] | None = None,
+    *,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    max_prompt_tokens: int = PROMPT_TOKENS,
+    progress: Progress | None = None,
+) -> LatencyReport:
+    """Measure seconds per prompt and per output token, greedy, batch 1.
+
+    The caches start empty and stay as they are from prompt to prompt; one run of the first
+    prompt is thrown away as warm-up. A decode sample ends when its token is known on the host.
+
+    Args:
+        model: the model to run.
+        config: the configuration to run under; the present one if None.
+        prompts: texts to continue; the starts of the shipped calibration texts if None.
+        new_tokens: output tokens per prompt; the first belongs to prefill.
+        repeats: times every prompt is run.
+        max_prompt_tokens: longer prompts are cut to this many tokens.
+        progress: called with (done, total, text); what it raises stops the run.
+    """
+    if new_tokens < 2 or repeats < 1:
+        raise ValueError("Latency needs new_tokens of at least 2 and at least one repeat.")
+    texts = calibration_texts()[:N_DEFAULT_PROMPTS] if prompts is None else prompts
+    encoded = [model.encode(text)[:max_prompt_tokens] for text in texts]
+    if not encoded or any(not len(ids) for ids in encoded):
+        raise ValueError("Latency needs at least one prompt, none of them empty.")
+    engine = model.engine
+    runs = [encoded[0], *encoded * repeats]
+    n_steps = len(runs) * new_tokens
+
+    def tell(step: int) -> None:
+        if progress is not None:
+            progress(number * new_tokens + step + 1, n_steps, "measuring latency")
+
+    with model.running(config):
+        watch = _Stopwatch(engine, tell)
+        for number, prompt in enumerate(runs):
+            watch.is_counting = number > 0
+            watch.start()
+            decode(model.hf, prompt, new_tokens, after_step=watch.lap)
+        conditions = {
+            **measurement_conditions(model),
+            "slots": tuple(cache.n_slots for cache in engine.cached.caches),
+            "gating": engine.gating.fingerprint() if engine.gating else None,
+            "prompt_tokens": tuple(len(ids) for ids in encoded),
+            "new_tokens": new_tokens,
+        }
+    prefill, decoding = watch.phases
+    return LatencyReport(
+        prefill=Measurement(prefill.seconds, "s", 1, conditions),
+        decode=Measurement(decoding.seconds, "s", new_tokens - 1, conditions),
+        prefill_traffic=prefill.traffic(),
+        decode_traffic=decoding.traffic(),
+    )

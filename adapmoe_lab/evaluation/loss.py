@@ -1,0 +1,78 @@
+"""Next-token loss of a model under a configuration, on any text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.evaluation.texts import calibration_texts
+from adapmoe_lab.records import LossReport, TunedConfig
+from adapmoe_lab.records.files import digest
+
+Progress = Callable[[int, int, str], None]
+
+
+def evaluate_loss(
+    model: LabModel,
+    config: TunedConfig | None = None,
+    texts: Sequence[str] | None = None,
+    *,
+    max_tokens: int = 512,
+    progress: Progress | None = None,
+) -> LossReport:
+    """Measure the summed next-token loss of each text, in nats.
+
+    Gating applies as it does in any other run. Experts are read from the store, since where they
+    lie changes the time and not the loss.
+
+    Args:
+        model: the model to run.
+        config: the configuration to run under; the present one if None.
+        texts: one sequence each; the shipped calibration texts if None.
+        max_tokens: longer texts are cut to this many tokens.
+        progress: called with (done, total, text); what it raises stops the run.
+    """
+    sequences = token_sequences(model, texts, max_tokens)
+    nats = []
+    with torch.no_grad(), model.running(config), model.engine.reading_store():
+        for done, ids in enumerate(sequences):
+            if progress is not None:
+                progress(done, len(sequences), "measuring loss")
+            logits = model.hf(input_ids=ids[None].to(model.engine.device), use_cache=False).logits[
+                0
+            ]
+            targets = ids[1:].to(logits.device)
+            summed = torch.nn.functional.cross_entropy(
+                logits[:-1].float(), targets, reduction="sum"
+            )
+            nats.append(float(summed))
+        traffic = model.engine.traffic
+    if progress is not None:
+        progress(len(sequences), len(sequences), "measuring loss")
+    return LossReport(
+        nats=nats,
+        n_predicted=[len(ids) - 1 for ids in sequences],
+        skipped_fraction=traffic.skipped / max(1, traffic.kept + traffic.skipped),
+        texts=digest(*(ids.numpy().tobytes() for ids in sequences)),
+    )
+
+
+def token_sequences(
+    model: LabModel, texts: Sequence[str] | None, max_tokens: int
+) -> list[torch.Tensor]:
+    """Return texts as token ids int64 [T], cut to `max_tokens`; calibration texts if None.
+
+    Raises:
+        ValueError: there is no text, or one too short to predict anything.
+    """
+    texts = calibration_texts() if texts is None else texts
+    sequences = [model.encode(text)[:max_tokens] for text in texts]
+    short = [i for i, ids in enumerate(sequences) if len(ids) < 2]
+    if short or not sequences:
+        raise ValueError(
+            "Loss needs texts of at least two tokens each; "
+            + (f"text {short[0]} is shorter." if short else "there is none.")
+        )
+    return sequences

@@ -1,0 +1,174 @@
+"""The demo model as transformers sees it: a small Mixtral, its tokenizer, and the places to listen in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+END_OF_TEXT = "<|endoftext|>"
+TRANSFORMERS_VERSION = transformers.__version__
+DemoModel = MixtralForCausalLM
+DemoTokenizer = PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class DemoArchitecture:
+    """The dimensions of a demo model; the defaults are those of the model that ships (16.3M parameters)."""
+
+    n_layers: int = 8
+    n_experts: int = 8
+    top_k: int = 2
+    hidden_size: int = 256
+    intermediate_size: int = 256
+    n_heads: int = 8
+    n_key_value_heads: int = 4
+    vocabulary_size: int = 8192
+    max_positions: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.n_heads or (self.hidden_size // self.n_heads) % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not split into {self.n_heads} heads of an even "
+                f"width; use a multiple of {2 * self.n_heads}."
+            )
+        if not 1 <= self.top_k <= self.n_experts:
+            raise ValueError(f"top_k must lie in 1..{self.n_experts}, got {self.top_k}.")
+
+    def config(self, end_of_text_id: int) -> MixtralConfig:
+        """Return the transformers configuration.
+
+        It names no padding token: `nn.Embedding` would never train the row of one, and the
+        end-of-text token, which stands in for padding in the tokenizer, must be trained.
+        """
+        return MixtralConfig(
+            vocab_size=self.vocabulary_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads,
+            num_key_value_heads=self.n_key_value_heads,
+            num_local_experts=self.n_experts,
+            num_experts_per_tok=self.top_k,
+            max_position_embeddings=self.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            tie_word_embeddings=True,
+            bos_token_id=end_of_text_id,
+            eos_token_id=end_of_text_id,
+            pad_token_id=None,
+        )
+
+
+def build_model(architecture: DemoArchitecture, end_of_text_id: int) -> DemoModel:
+    """Return an untrained model in float32, its weights drawn from torch's global generator."""
+    model = MixtralForCausalLM(architecture.config(end_of_text_id)).float()
+    model.set_experts_implementation("grouped_mm")
+    model.generation_config = GenerationConfig(
+        bos_token_id=end_of_text_id, eos_token_id=end_of_text_id, pad_token_id=end_of_text_id
+    )
+    return model
+
+
+def wrap_tokenizer(tokenizer: Tokenizer, max_positions: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of the `tokenizers` library in the form that `AutoTokenizer` loads."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=max_positions,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_checkpoint(model: DemoModel, folder: Path, *, max_shard_size: str) -> None:
+    """Write the weights in bfloat16 as safetensors shards; the model itself is left as it is."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def load_checkpoint(
+    folder: Path | str, *, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto"
+) -> tuple[DemoModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint with plain transformers, as any user of it would; the model is in eval mode."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def n_parameters(model: DemoModel) -> int:
+    """Count the parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@dataclass
+class RoutingTaps:
+    """What the routers of one forward pass saw and said, layer by layer.
+
+    `inputs[l]` is [B, S, D], the input of layer l's MoE block; `logits[l]` is [B * S, E], its
+    router's answer. Each forward pass overwrites the one before.
+    """
+
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    logits: dict[int, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def routing_taps(model: DemoModel) -> Iterator[RoutingTaps]:
+    """Listen to every router for as long as the context lasts."""
+    taps = RoutingTaps()
+    with ExitStack() as hooks:
+        for index, layer in enumerate(model.model.layers):
+
+            def keep_input(_: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
+                taps.inputs[index] = args[0]
+
+            def keep_logits(
+                _: nn.Module, __: tuple[Tensor, ...], output: tuple[Tensor, ...], index: int = index
+            ) -> None:
+                taps.logits[index] = output[0]
+
+            hooks.callback(layer.mlp.register_forward_pre_hook(keep_input).remove)
+            hooks.callback(layer.mlp.gate.register_forward_hook(keep_logits).remove)
+        yield taps
+
+
+@contextmanager
+def residual_dropout(model: DemoModel, probability: float) -> Iterator[None]:
+    """Drop elements of the embeddings and of every block's output while training, inside the context.
+
+    Mixtral itself has no such dropout. Hooks add it from outside, so that the checkpoint stays a
+    plain Mixtral; nothing is dropped in eval mode, and nothing stays behind on leaving.
+    """
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"the dropout probability must lie in [0, 1), got {probability}.")
+
+    def drop(module: nn.Module, _: object, output: Tensor | tuple) -> Tensor | tuple:
+        if isinstance(output, tuple):  # attention returns (hidden states, attention weights)
+            return (drop(module, None, output[0]), *output[1:])
+        return functional.dropout(output, probability, training=module.training)
+
+    with ExitStack() as hooks:
+        if probability > 0:
+            blocks = [
+                block for layer in model.model.layers for block in (layer.self_attn, layer.mlp)
+            ]
+            for module in (model.model.embed_tokens, *blocks):
+                hooks.callback(module.register_forward_hook(drop).remove)
+        yield

@@ -1,0 +1,108 @@
+"""The seam: experts served from outside, through transformers' own registry of experts functions."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from adapmoe_lab.models.families import MoELayer, UnsupportedModelError
+
+IMPLEMENTATION = "adapmoe_lab"
+BINDING = "_adapmoe_lab_binding"
+
+
+class ExpertsExecutor(Protocol):
+    """Runs the routed experts of a layer."""
+
+    def run_layer(
+        self,
+        layer: int,
+        experts: nn.Module,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the summed expert outputs [T, D] of hidden states [T, D].
+
+        `top_k_index` [T, K] may hold E, transformers' mark for "no expert".
+        """
+        ...
+
+
+@torch.compiler.disable
+def _dispatch(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    executor, layer = getattr(self, BINDING)
+    return executor.run_layer(layer, self, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
+
+
+class ExpertsHook:
+    """Routes a model's experts calls to an executor, and back.
+
+    While attached the experts modules keep no weights of their own: `take_weights` hands them
+    over layer by layer, and `detach` puts back what the caller returns. Nothing else of the model
+    is touched.
+    """
+
+    def __init__(self, hf: PreTrainedModel, layers: list[MoELayer]) -> None:
+        """Bind to a model whose layers were found; nothing changes yet."""
+        self.hf = hf
+        self.layers = layers
+        self._previous: str | None = None
+        self.is_attached = False
+
+    def attach(self, executor: ExpertsExecutor) -> None:
+        """Send every experts call of the model to the executor.
+
+        Raises:
+            UnsupportedModelError: the model did not accept the setting for all its layers.
+        """
+        self._previous = self.hf.config._experts_implementation
+        for number, layer in enumerate(self.layers):
+            setattr(layer.experts, BINDING, (executor, number))
+        self.hf.set_experts_implementation(IMPLEMENTATION)
+        reached = sum(
+            layer.experts.config._experts_implementation == IMPLEMENTATION  # pyright: ignore
+            for layer in self.layers
+        )
+        self.is_attached = True
+        if reached != len(self.layers):
+            self.detach()
+            raise UnsupportedModelError(
+                f"{self.hf.config.model_type} accepted the experts function in {reached} of "
+                f"{len(self.layers)} layers; its experts cannot be served from outside."
+            )
+
+    def detach(self) -> None:
+        """Restore the experts function the model had before."""
+        if not self.is_attached:
+            return
+        self.hf.set_experts_implementation(self._previous or "eager")
+        for layer in self.layers:
+            delattr(layer.experts, BINDING)
+        self.is_attached = False
+
+    def take_weights(self, number: int) -> dict[str, torch.Tensor]:
+        """Return one layer's fused expert tensors [E, ...] and leave empty ones in the module."""
+        experts = self.layers[number].experts
+        taken = {name: getattr(experts, name).data for name in self.layers[number].parameter_names}
+        for name, tensor in taken.items():
+            setattr(experts, name, nn.Parameter(tensor.new_empty(0), requires_grad=False))
+        return taken
+
+    def give_weights(self, number: int, weights: dict[str, torch.Tensor]) -> None:
+        """Put one layer's fused expert tensors [E, ...] back into the module."""
+        for name, tensor in weights.items():
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            setattr(self.layers[number].experts, name, parameter)

@@ -1,0 +1,1 @@
+"""Who decides: gating, eviction and allocation, as values. No model, no device."""

@@ -1,0 +1,78 @@
+"""Profiling: run texts through a model and keep the routing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.profiling.project import project_folder, say
+from adapmoe_lab.profiling.recorder import RoutingRecorder
+from adapmoe_lab.records import RecordError, RoutingTrace
+from adapmoe_lab.records.files import digest
+from adapmoe_lab.records.routing import UNGATED
+
+Progress = Callable[[int, int, str], None]
+
+MAX_TOKENS = 512
+
+
+def profile(
+    model: LabModel,
+    texts: Sequence[str],
+    *,
+    labels: Sequence[str] | None = None,
+    max_tokens: int = MAX_TOKENS,
+    project: str | Path | None = None,
+    reuse: bool = True,
+    progress: Progress | None = None,
+) -> RoutingTrace:
+    """Record the routing of texts, or reuse the recording of an earlier run.
+
+    The model runs each text in one forward pass under its present gating. The trace is kept in
+    the project folder under a name made of the model, the texts and the gating; when it is found
+    there it is read instead, and a note says so.
+
+    Args:
+        model: the model to run.
+        texts: one sequence each.
+        labels: one per text; numbered if None.
+        max_tokens: longer texts are cut to this many tokens.
+        project: the project folder, see `profiling.project.project_folder`.
+        reuse: whether an earlier recording may be returned.
+        progress: called with (done, total, text); what it raises stops the run.
+    """
+    if not texts:
+        raise ValueError("profile needs at least one text.")
+    sequences = [model.encode(text)[:max_tokens] for text in texts]
+    if any(not len(ids) for ids in sequences):
+        raise ValueError("profile was given an empty text; every text needs at least one token.")
+    gating = model.engine.gating
+    name = digest(
+        model.spec.fingerprint(),
+        model.spec.dtype,
+        gating.fingerprint() if gating else UNGATED,
+        *(ids.numpy().tobytes() for ids in sequences),
+        *(labels or ()),
+    )
+    path = project_folder(project) / "traces" / f"{name}.npz"
+    if reuse and path.exists():
+        try:
+            trace = RoutingTrace.load(path)
+        except RecordError as error:
+            say(f"Recording again, since the kept trace cannot be read: {error}")
+        else:
+            say(f"Reused the trace of {trace.n_tokens} tokens kept at {path}; reuse=False records.")
+            return trace
+    recorder = RoutingRecorder(model)
+    with torch.no_grad(), model.running(), model.engine.reading_store(), recorder.recording():
+        for done, ids in enumerate(sequences):
+            if progress is not None:
+                progress(done, len(sequences), "recording routing")
+            model.hf(input_ids=ids[None].to(model.engine.device), use_cache=False)
+    trace = recorder.trace(labels)
+    trace.save(path)
+    say(f"Recorded {trace.n_tokens} tokens; kept at {path}.")
+    return trace

@@ -1,0 +1,33 @@
+"""What was measured and decided: frozen values, numpy only, saved with a schema version."""
+
+from adapmoe_lab.records.cache_plan import CachePlan
+from adapmoe_lab.records.config import TunedConfig
+from adapmoe_lab.records.files import RecordError
+from adapmoe_lab.records.gating_table import OFF, GatingTable
+from adapmoe_lab.records.hardware import HardwareProfile
+from adapmoe_lab.records.latency import LatencyReport, PhaseTraffic
+from adapmoe_lab.records.loss import LossReport
+from adapmoe_lab.records.measurement import IncomparableError, Measurement
+from adapmoe_lab.records.routing import RoutingTrace
+from adapmoe_lab.records.sensitivity import SensitivityProfile
+from adapmoe_lab.records.spec import MoESpec
+from adapmoe_lab.records.targets import LinkTarget, load_targets
+
+__all__ = [
+    "OFF",
+    "CachePlan",
+    "GatingTable",
+    "HardwareProfile",
+    "IncomparableError",
+    "LatencyReport",
+    "LinkTarget",
+    "LossReport",
+    "Measurement",
+    "MoESpec",
+    "PhaseTraffic",
+    "RecordError",
+    "RoutingTrace",
+    "SensitivityProfile",
+    "TunedConfig",
+    "load_targets",
+]

@@ -1,0 +1,184 @@
+"""A tuned configuration: everything needed to run a model the way it was tuned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from adapmoe_lab.records.cache_plan import CachePlan
+from adapmoe_lab.records.files import RecordError, check_version, written_atomically
+from adapmoe_lab.records.gating_table import GatingTable
+from adapmoe_lab.records.hardware import HardwareProfile
+from adapmoe_lab.records.spec import MoESpec
+
+KIND = "tuned-config"
+SCHEMA_VERSION = 1
+SECTIONS = (
+    "gating",
+    "compensation",
+    "plan",
+    "eviction",
+    "prefetch",
+    "precision",
+    "hardware",
+    "evidence",
+)
+NOT_RUNNABLE = ("compensation", "prefetch")
+EVICTION_POLICIES = ("lru",)
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False)
+class TunedConfig:
+    """How to run one model: which experts to skip, which to keep, and the evidence for it.
+
+    Attributes:
+        model: identity of the model, as `model_identity` gives it.
+        gating: cuts per layer, or None to skip nothing.
+        plan: slots per layer, or None to keep every expert on the device.
+        eviction: name of the eviction policy.
+        precision: precision of the stored experts, or None for the one they were saved in.
+        hardware: the machine the numbers were predicted for.
+        evidence: what was predicted and measured, with the conditions.
+    """
+
+    model: Mapping[str, Any]
+    gating: GatingTable | None = None
+    plan: CachePlan | None = None
+    eviction: str = "lru"
+    precision: str | None = None
+    hardware: HardwareProfile | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Freeze the mappings and check that all parts describe the same model."""
+        object.__setattr__(self, "model", MappingProxyType(dict(self.model)))
+        object.__setattr__(self, "evidence", MappingProxyType(dict(self.evidence)))
+        n_layers, top_k = self.model["n_layers"], self.model["top_k"]
+        if self.gating and (self.gating.n_layers, self.gating.top_k) != (n_layers, top_k):
+            raise RecordError(
+                f"The gating table is for {self.gating.n_layers} layers and top-"
+                f"{self.gating.top_k}; the model has {n_layers} layers and top-{top_k}."
+            )
+        if self.plan and len(self.plan.slots) != n_layers:
+            raise RecordError(
+                f"The cache plan has {len(self.plan.slots)} layers; the model has {n_layers}."
+            )
+        if self.eviction not in EVICTION_POLICIES:
+            known = ", ".join(EVICTION_POLICIES)
+            raise RecordError(f"Eviction policy {self.eviction!r} is unknown; expected: {known}.")
+
+    @classmethod
+    def untuned(cls, spec: MoESpec) -> TunedConfig:
+        """Return the config that runs a model as it is: nothing skipped, every expert kept."""
+        return cls(model=cls.model_identity(spec))
+
+    @staticmethod
+    def model_identity(spec: MoESpec) -> dict[str, Any]:
+        """Return what a config remembers of the model it was tuned for."""
+        return {
+            "id": spec.model_id,
+            "fingerprint": spec.fingerprint(),
+            "family": spec.family,
+            "n_layers": spec.n_layers,
+            "n_experts": spec.n_experts,
+            "top_k": spec.top_k,
+        }
+
+    def check_model(self, spec: MoESpec) -> None:
+        """Raise RecordError unless the config was tuned for this model's weights."""
+        if self.model["fingerprint"] == spec.fingerprint():
+            return
+        raise RecordError(
+            f"This config was tuned for {self.model['id']!r} ({self.model['family']}, "
+            f"{self.model['n_layers']} layers x {self.model['n_experts']} experts, fingerprint "
+            f"{self.model['fingerprint']}); the loaded model is {spec.model_id!r} "
+            f"({spec.family}, {spec.n_layers} layers x {spec.n_experts} experts, fingerprint "
+            f"{spec.fingerprint()}). Load the model it was tuned for, or tune this one."
+        )
+
+    def with_evidence(self, **entries: Any) -> TunedConfig:
+        """Return the config with entries added to its evidence."""
+        return replace(self, evidence={**self.evidence, **entries})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the whole version-1 document; sections that are off are null."""
+        return {
+            "kind": KIND,
+            "schema_version": SCHEMA_VERSION,
+            "model": dict(self.model),
+            "gating": self.gating.to_json() if self.gating else None,
+            "compensation": None,
+            "plan": self.plan.to_json() if self.plan else None,
+            "eviction": {"policy": self.eviction},
+            "prefetch": None,
+            "precision": {"experts": self.precision} if self.precision else None,
+            "hardware": self.hardware.to_json() if self.hardware else None,
+            "evidence": dict(self.evidence) or None,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the config as JSON, whole or not at all, and return its path."""
+        path = Path(path)
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        with written_atomically(path) as file:
+            file.write(text.encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> TunedConfig:
+        """Read a saved config.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RecordError: cut short, not a config, of an unknown version, or with wrong values.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"No tuned config at {path}.")
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecordError(
+                f"{path} is not a complete JSON file ({error}); it may have been cut short. "
+                "Export the config again."
+            ) from error
+        if not isinstance(document, dict):
+            raise RecordError(f"{path} holds a JSON {type(document).__name__}, not a tuned config.")
+        while document.get("schema_version") in MIGRATIONS:
+            document = MIGRATIONS[document["schema_version"]](document)
+        check_version(document, KIND, SCHEMA_VERSION, path)
+        return cls._from_document(document, path)
+
+    @classmethod
+    def _from_document(cls, document: Mapping[str, Any], path: Path) -> TunedConfig:
+        expected = {"kind", "schema_version", "model", *SECTIONS}
+        missing, extra = sorted(expected - set(document)), sorted(set(document) - expected)
+        if missing or extra:
+            raise RecordError(
+                f"{path} is not a version-{SCHEMA_VERSION} tuned config: "
+                f"missing {missing or 'nothing'}, unknown {extra or 'nothing'}."
+            )
+        for section in NOT_RUNNABLE:
+            if document[section] is not None:
+                raise RecordError(
+                    f"{path} asks for {section}, which this adapmoe-lab cannot run yet. Upgrade "
+                    f"adapmoe-lab, or set {section!r} to null in the file to run without it."
+                )
+        try:
+            gating, plan, hardware = (document[name] for name in ("gating", "plan", "hardware"))
+            return cls(
+                model=document["model"],
+                gating=GatingTable.from_json(gating) if gating else None,
+                plan=CachePlan.from_json(plan) if plan else None,
+                eviction=(document["eviction"] or {"policy": "lru"})["policy"],
+                precision=(document["precision"] or {}).get("experts"),
+                hardware=HardwareProfile.from_json(hardware) if hardware else None,
+                evidence=document["evidence"] or {},
+            )
+        except (TypeError, KeyError, AttributeError) as error:
+            raise RecordError(f"{path} has a section of the wrong form: {error!r}.") from error

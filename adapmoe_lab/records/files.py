@@ -1,0 +1,111 @@
+"""How records reach the disk: whole or not at all, and never read as something they are not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+HEADER = "header"
+
+
+class RecordError(ValueError):
+    """A file or value is not the record it was expected to be."""
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` that replaces it only if the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_arrays(
+    path: Path, kind: str, version: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray]
+) -> None:
+    """Write named arrays and a JSON header as one .npz file."""
+    described = {"kind": kind, "schema_version": version, **header}
+    encoded = np.frombuffer(json.dumps(described, sort_keys=True).encode(), dtype=np.uint8)
+    with written_atomically(path) as file:
+        np.savez_compressed(file, **{HEADER: encoded}, **dict(arrays))
+
+
+def load_arrays(path: Path, kind: str, version: int) -> tuple[dict[str, Any], dict[str, NDArray]]:
+    """Read what `save_arrays` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecordError: the file is truncated, of another kind, or of an unknown schema version.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"No {kind} at {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        header = json.loads(arrays.pop(HEADER).tobytes())
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
+        raise RecordError(
+            f"{path} is not a readable {kind}: it is damaged, cut short, or another kind of "
+            f"file ({error}). Record it again."
+        ) from error
+    check_version(header, kind, version, path)
+    return header, arrays
+
+
+def check_version(header: Mapping[str, Any], kind: str, version: int, path: Path) -> None:
+    """Refuse a header that names another kind of record or a schema this code does not know."""
+    if header.get("kind") != kind:
+        raise RecordError(f"{path} holds a {header.get('kind')!r}; expected a {kind!r}.")
+    if header.get("schema_version") != version:
+        raise RecordError(
+            f"{path} has schema version {header.get('schema_version')!r}; this adapmoe-lab reads "
+            f"version {version}. Upgrade adapmoe-lab, or record the file again with this version."
+        )
+
+
+def frozen_array(
+    name: str, value: ArrayLike, dtype: Any, shape: tuple[int | None, ...]
+) -> NDArray[Any]:
+    """Return `value` as a read-only array after checking its shape (None = any length).
+
+    Raises:
+        RecordError: the shape differs.
+    """
+    array = np.array(value, dtype=dtype)
+    fits = array.ndim == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise RecordError(f"{name} must have shape [{wanted}], got {list(array.shape)}.")
+    array.flags.writeable = False
+    return array
+
+
+def digest(*parts: bytes | str) -> str:
+    """Return the first 16 hex digits of the SHA-256 of the parts, each with its length."""
+    sha = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode() if isinstance(part, str) else part
+        sha.update(len(encoded).to_bytes(8, "little"))
+        sha.update(encoded)
+    return sha.hexdigest()[:16]

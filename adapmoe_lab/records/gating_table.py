@@ -1,0 +1,74 @@
+"""The one form every gating policy takes before it runs: a table of cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapmoe_lab.records.files import RecordError, digest, frozen_array
+
+OFF = 2.0
+"""A cut no cumulative share reaches: nothing is skipped."""
+
+
+@dataclass(frozen=True, eq=False)
+class GatingTable:
+    """Cuts on the cumulative share, per layer and number of experts kept.
+
+    A token keeps its m best experts, m the smallest number whose cumulative share reaches
+    `cuts[layer, m - 1]`; if none does it keeps all K.
+
+    Attributes:
+        cuts: float32 [L, K-1]; `OFF` (anything above one) never skips.
+        renormalise: whether the kept weights are scaled back to the sum of all K.
+    """
+
+    cuts: NDArray[np.float32]
+    renormalise: bool = False
+
+    def __post_init__(self) -> None:
+        """Freeze the cuts and check their range."""
+        cuts = np.array(self.cuts, dtype=np.float32)
+        if not np.isfinite(cuts).all() or (cuts < 0).any():
+            raise RecordError("Gating cuts must be finite and not negative; use OFF to skip none.")
+        cuts = np.where(cuts > 1, np.float32(OFF), cuts)
+        object.__setattr__(self, "cuts", frozen_array("cuts", cuts, np.float32, (None, None)))
+
+    @classmethod
+    def per_layer(cls, cuts: Any, top_k: int, renormalise: bool = False) -> GatingTable:
+        """Build a table from one cut per layer [L], the same for every number kept."""
+        column = np.asarray(cuts, dtype=np.float32)[:, None]
+        return cls(np.repeat(column, top_k - 1, axis=1), renormalise)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers the table covers."""
+        return self.cuts.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        """Number of experts the router chooses."""
+        return self.cuts.shape[1] + 1
+
+    def fingerprint(self) -> str:
+        """Identify the table by its values."""
+        return digest(self.cuts.tobytes(), str(self.cuts.shape), str(self.renormalise))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; a cut that is off becomes null."""
+        rows = [[None if cut > 1 else float(cut) for cut in row] for row in self.cuts]
+        return {"quantity": "cumulative_share", "cuts": rows, "renormalise": self.renormalise}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> GatingTable:
+        """Build a table from what `to_json` returned."""
+        if values.get("quantity") != "cumulative_share":
+            raise RecordError(
+                f"Gating on {values.get('quantity')!r} is unknown; expected 'cumulative_share'."
+            )
+        rows = [[OFF if cut is None else cut for cut in row] for row in values["cuts"]]
+        return cls(np.array(rows, dtype=np.float32), bool(values["renormalise"]))

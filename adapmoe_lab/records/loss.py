@@ -1,0 +1,69 @@
+"""What a loss run measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapmoe_lab.records.files import RecordError, frozen_array
+
+
+@dataclass(frozen=True, eq=False)
+class LossReport:
+    """Next-token loss of a model on texts, kept per sequence so that differences can be paired.
+
+    Attributes:
+        nats: float64 [S], summed loss of each sequence in nats.
+        n_predicted: int64 [S], predicted tokens of each sequence.
+        skipped_fraction: skipped expert activations over all the router chose.
+        texts: digest of the token ids, so that only equal texts are compared.
+    """
+
+    nats: NDArray[np.float64]
+    n_predicted: NDArray[np.int64]
+    skipped_fraction: float
+    texts: str
+
+    def __post_init__(self) -> None:
+        """Freeze the arrays."""
+        nats = frozen_array("nats", self.nats, np.float64, (None,))
+        object.__setattr__(self, "nats", nats)
+        counts = frozen_array("n_predicted", self.n_predicted, np.int64, nats.shape)
+        object.__setattr__(self, "n_predicted", counts)
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean loss over predicted tokens."""
+        return float(self.nats.sum() / self.n_predicted.sum())
+
+    def increase_over(self, baseline: LossReport) -> tuple[float, float]:
+        """Return the loss increase in nats per token and its standard error, paired by sequence.
+
+        Raises:
+            RecordError: the two reports are on different texts.
+        """
+        if self.texts != baseline.texts:
+            raise RecordError(
+                "Loss can only be compared on the same texts: this report and the baseline were "
+                "measured on different tokens. Measure both on one list of texts."
+            )
+        weights = self.n_predicted / self.n_predicted.sum()
+        differences = (self.nats - baseline.nats) / self.n_predicted
+        mean = float((weights * differences).sum())
+        n = len(differences)
+        if n < 2:
+            return mean, float("nan")
+        variance = float((weights**2 * (differences - mean) ** 2).sum() * n / (n - 1))
+        return mean, variance**0.5
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "nats": self.nats.tolist(),
+            "n_predicted": self.n_predicted.tolist(),
+            "skipped_fraction": self.skipped_fraction,
+            "texts": self.texts,
+        }

@@ -1,0 +1,189 @@
+"""Which experts each token was routed to, in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapmoe_lab.records.files import (
+    RecordError,
+    digest,
+    frozen_array,
+    load_arrays,
+    save_arrays,
+)
+from adapmoe_lab.records.spec import MoESpec
+
+KIND = "routing-trace"
+SCHEMA_VERSION = 1
+UNGATED = "ungated"
+ARRAYS = ("token_ids", "expert_indices", "weights", "router_probs", "sequence_starts", "step_ids")
+
+Predictions = Mapping[str, Mapping[int, NDArray[np.int16]]]
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """Recorded routing of T tokens through L layers of E experts, K chosen per token.
+
+    Attributes:
+        spec: the model that was recorded.
+        token_ids: int32 [T].
+        expert_indices: int16 [T, L, K], as the router gave them.
+        weights: float32 [T, L, K], the router's own, before gating.
+        router_probs: float16 [T, L, E].
+        predictions: int16 [T, L, K] by predictor and distance in layers; -1 where there is none.
+        sequence_starts: int64 [S], index of each sequence's first token.
+        step_ids: int64 [T], ascending; tokens of one forward pass share a step.
+        is_decode: bool [T], whether the token was run on its own after a prompt.
+        labels: one label per sequence.
+        recorded_under: fingerprint of the gating in force, `ungated` for none.
+    """
+
+    spec: MoESpec
+    token_ids: NDArray[np.int32]
+    expert_indices: NDArray[np.int16]
+    weights: NDArray[np.float32]
+    router_probs: NDArray[np.float16]
+    predictions: Predictions
+    sequence_starts: NDArray[np.int64]
+    step_ids: NDArray[np.int64]
+    is_decode: NDArray[np.bool_]
+    labels: tuple[str, ...]
+    recorded_under: str = UNGATED
+
+    def __post_init__(self) -> None:
+        """Freeze every array and check that they describe the same tokens and model."""
+        n_tokens = len(self.token_ids)
+        chosen = (n_tokens, self.spec.n_layers, self.spec.top_k)
+        every = (n_tokens, self.spec.n_layers, self.spec.n_experts)
+        for name, dtype, shape in (
+            ("token_ids", np.int32, (n_tokens,)),
+            ("expert_indices", np.int16, chosen),
+            ("weights", np.float32, chosen),
+            ("router_probs", np.float16, every),
+            ("sequence_starts", np.int64, (None,)),
+            ("step_ids", np.int64, (n_tokens,)),
+            ("is_decode", np.bool_, (n_tokens,)),
+        ):
+            array = frozen_array(name, getattr(self, name), dtype, shape)
+            object.__setattr__(self, name, array)
+        frozen = {
+            predictor: MappingProxyType(
+                {
+                    int(distance): frozen_array(f"predictions {predictor}", p, np.int16, chosen)
+                    for distance, p in by_distance.items()
+                }
+            )
+            for predictor, by_distance in self.predictions.items()
+        }
+        object.__setattr__(self, "predictions", MappingProxyType(frozen))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        self._check()
+
+    def _check(self) -> None:
+        starts, indices = self.sequence_starts, self.expert_indices
+        if not self.n_tokens or not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any():
+            raise RecordError("A trace needs tokens, and ascending sequence_starts from 0.")
+        if starts[-1] >= self.n_tokens:
+            raise RecordError("A sequence of the trace starts after its last token.")
+        if len(self.labels) != len(starts):
+            raise RecordError(f"{len(starts)} sequences need as many labels, got {self.labels}.")
+        if (np.diff(self.step_ids) < 0).any():
+            raise RecordError("step_ids must not descend.")
+        if indices.min() < 0 or indices.max() >= self.spec.n_experts:
+            raise RecordError(f"expert_indices must lie in 0..{self.spec.n_experts - 1}.")
+
+    @property
+    def n_tokens(self) -> int:
+        """T, the number of recorded tokens."""
+        return len(self.token_ids)
+
+    @property
+    def shares(self) -> NDArray[np.float32]:
+        """Weight of each chosen expert over the token's sum, float32 [T, L, K]."""
+        return self.weights / self.weights.sum(axis=2, keepdims=True)
+
+    def as_decode(self) -> RoutingTrace:
+        """Return the trace with every token a decode step of its own.
+
+        Routing of a token depends only on the tokens before it, so a causal model routes a
+        token alike whether it comes in a prompt or on its own.
+        """
+        return replace(
+            self,
+            step_ids=np.arange(self.n_tokens),
+            is_decode=np.ones(self.n_tokens, dtype=np.bool_),
+        )
+
+    def first(self, n_tokens: int) -> RoutingTrace:
+        """Return the trace of the first `n_tokens` tokens."""
+        n_tokens = min(n_tokens, self.n_tokens)
+        starts = self.sequence_starts[self.sequence_starts < n_tokens]
+        return replace(
+            self,
+            **{
+                name: getattr(self, name)[:n_tokens] for name in ARRAYS if name != "sequence_starts"
+            },
+            is_decode=self.is_decode[:n_tokens],
+            sequence_starts=starts,
+            labels=self.labels[: len(starts)],
+            predictions={
+                predictor: {distance: p[:n_tokens] for distance, p in by_distance.items()}
+                for predictor, by_distance in self.predictions.items()
+            },
+        )
+
+    def fingerprint(self) -> str:
+        """Identify the trace by its model, tokens, routing and gating."""
+        routed = (self.token_ids, self.expert_indices, self.weights, self.step_ids)
+        return digest(
+            self.spec.fingerprint(), self.recorded_under, *(array.tobytes() for array in routed)
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the trace to one .npz file, whole or not at all, and return its path."""
+        path = Path(path)
+        arrays = {name: getattr(self, name) for name in (*ARRAYS, "is_decode")}
+        for predictor, by_distance in self.predictions.items():
+            for distance, predicted in by_distance.items():
+                arrays[f"predictions/{predictor}/{distance}"] = predicted
+        header: dict[str, Any] = {
+            "spec": self.spec.to_json(),
+            "labels": list(self.labels),
+            "recorded_under": self.recorded_under,
+            "fingerprint": self.fingerprint(),
+        }
+        save_arrays(path, KIND, SCHEMA_VERSION, header, arrays)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> RoutingTrace:
+        """Read a saved trace.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RecordError: damaged, of another kind or version, or not what was saved.
+        """
+        path = Path(path)
+        header, arrays = load_arrays(path, KIND, SCHEMA_VERSION)
+        predictions: dict[str, dict[int, NDArray]] = {}
+        for name in [name for name in arrays if name.startswith("predictions/")]:
+            _, predictor, distance = name.split("/")
+            predictions.setdefault(predictor, {})[int(distance)] = arrays.pop(name)
+        trace = cls(
+            spec=MoESpec.from_json(header["spec"]),
+            predictions=predictions,
+            labels=tuple(header["labels"]),
+            recorded_under=header["recorded_under"],
+            **arrays,
+        )
+        if trace.fingerprint() != header["fingerprint"]:
+            raise RecordError(f"{path} does not hold the trace that was saved; record it again.")
+        return trace

@@ -1,0 +1,1 @@
+"""What would happen: replay of a trace under a config, and the cost of it."""

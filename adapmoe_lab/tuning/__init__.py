@@ -1,0 +1,1 @@
+"""Searches: from what was measured to a configuration."""

@@ -1,0 +1,171 @@
+"""From trace, sensitivity and hardware to a tuned configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.evaluation.loss import evaluate_loss
+from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
+from adapmoe_lab.policies.gating import adapmoe_cuts, curve_cuts, uniform_cuts
+from adapmoe_lab.records import (
+    GatingTable,
+    HardwareProfile,
+    RoutingTrace,
+    SensitivityProfile,
+    TunedConfig,
+)
+from adapmoe_lab.simulation.simulate import Simulation, simulate
+
+MAX_STEPS_BACK = 4
+
+GatingRule = Callable[[RoutingTrace, SensitivityProfile, float], GatingTable]
+
+GATING_RULES: Mapping[str, GatingRule] = MappingProxyType(
+    {
+        "uniform": lambda trace, _, skipped_fraction: uniform_cuts(trace, skipped_fraction),
+        "adapmoe": adapmoe_cuts,
+        "curve": curve_cuts,
+    }
+)
+"""Rules that choose cuts for a skipped fraction, by the name `tune` takes."""
+
+
+def tune(
+    trace: RoutingTrace,
+    sensitivity: SensitivityProfile,
+    hardware: HardwareProfile | None = None,
+    *,
+    expert_memory: str | int | None = "50%",
+    skipped_fraction: float | None = None,
+    max_loss_increase_nats: float = 0.01,
+    method: str = "uniform",
+    model: LabModel | None = None,
+    texts: Sequence[str] | None = None,
+) -> TunedConfig:
+    """Choose cuts and slots for a memory budget.
+
+    With a model the loss increase is measured too, and where the fraction was left open less is
+    skipped until the measurement keeps what was allowed.
+
+    Args:
+        trace: recorded routing of the model, ungated.
+        sensitivity: what skipping costs, of the same model.
+        hardware: measured times; without it no latency is predicted.
+        expert_memory: room for experts on the device, see `policies.allocation.budget_bytes`.
+        skipped_fraction: share of expert activations to skip; if None, the largest whose
+            predicted loss increase stays within `max_loss_increase_nats`.
+        max_loss_increase_nats: allowed predicted loss increase per token.
+        method: `"uniform"` (one cut for all layers), `"adapmoe"` (its sensitivity rule) or
+            `"curve"` (least predicted loss).
+        model: the model to verify the loss on; without it the config is only predicted.
+        texts: what to verify on, best other texts than the trace and the sensitivity are from;
+            the shipped calibration texts if None.
+
+    Returns:
+        The config, with what it is predicted (and measured) to do as evidence.
+
+    Raises:
+        ValueError: the method is unknown, or trace and sensitivity are of different models.
+    """
+    if method not in GATING_RULES:
+        raise ValueError(
+            f"method={method!r} is unknown; expected one of {', '.join(GATING_RULES)}."
+        )
+    if sensitivity.model_fingerprint != trace.spec.fingerprint():
+        raise ValueError(
+            "The trace and the sensitivity were recorded on different models; record both on one."
+        )
+    rule = GATING_RULES[method]
+    is_fixed = skipped_fraction is not None
+    if skipped_fraction is None:
+        skipped_fraction = _largest_within(trace, sensitivity, rule, max_loss_increase_nats)
+    plan = uniform_plan(trace.spec, budget_bytes(expert_memory, trace.spec))
+    ungated = TunedConfig(
+        model=TunedConfig.model_identity(trace.spec),
+        plan=plan,
+        precision=trace.spec.dtype,
+        hardware=hardware,
+    )
+
+    def skipping(fraction: float) -> TunedConfig:
+        table = rule(trace, sensitivity, fraction) if fraction > 0 else None
+        return replace(ungated, gating=table)
+
+    config, measured = skipping(skipped_fraction), None
+    if model is not None:
+        allowed = None if is_fixed else max_loss_increase_nats
+        config, measured = _verified(skipping, skipped_fraction, allowed, model, texts)
+    predicted = simulate(trace, config, hardware, sensitivity=sensitivity)
+    baseline = simulate(trace, ungated, hardware, sensitivity=sensitivity)
+    return config.with_evidence(
+        method=method,
+        trace=trace.fingerprint(),
+        verified=measured is not None,
+        measured=measured,
+        predicted=prediction_summary(predicted),
+        predicted_without_skipping=prediction_summary(baseline),
+    )
+
+
+def _verified(
+    skipping: Callable[[float], TunedConfig],
+    fraction: float,
+    allowed: float | None,
+    model: LabModel,
+    texts: Sequence[str] | None,
+) -> tuple[TunedConfig, dict[str, Any]]:
+    """Return the config whose measured loss increase is allowed, and the measurement.
+
+    The loss grows about with the square of what is skipped, so each step back follows a square
+    root; after `MAX_STEPS_BACK` of them nothing is skipped.
+    """
+    baseline = evaluate_loss(model, TunedConfig.untuned(model.spec), texts)
+    for step in range(MAX_STEPS_BACK + 1):
+        config = skipping(fraction if step < MAX_STEPS_BACK else 0.0)
+        report = evaluate_loss(model, config, texts)
+        increase, error = report.increase_over(baseline)
+        if allowed is None or increase <= allowed:
+            break
+        fraction *= 0.95 * (max(allowed, 0.0) / increase) ** 0.5
+    return config, {
+        "loss_increase_nats": increase,
+        "loss_increase_se": error if np.isfinite(error) else None,
+        "skipped_fraction": report.skipped_fraction,
+        "n_tokens": int(report.n_predicted.sum()),
+        "texts": report.texts,
+    }
+
+
+def prediction_summary(simulation: Simulation) -> dict[str, Any]:
+    """Return a simulation's headline numbers as plain JSON values."""
+    return {
+        "experts_per_token": simulation.mean_experts_per_token,
+        "skipped_fraction": simulation.skipped_fraction,
+        "hit_rate": simulation.mean_hit_rate,
+        "bytes_per_token": simulation.bytes_per_token,
+        "ms_per_token": simulation.ms_per_token,
+        "loss_increase_nats": simulation.loss_increase_nats,
+        "loss_increase_se": simulation.loss_increase_se,
+    }
+
+
+def _largest_within(
+    trace: RoutingTrace,
+    sensitivity: SensitivityProfile,
+    rule: GatingRule,
+    max_loss_increase_nats: float,
+) -> float:
+    """Return the largest skipped fraction whose predicted loss increase is allowed."""
+    low, high = 0.0, (trace.spec.top_k - 1) / trace.spec.top_k
+    for _ in range(20):
+        middle = (low + high) / 2
+        cuts = rule(trace, sensitivity, middle).cuts[:, 0]
+        allowed = float(sensitivity.increase(cuts)[0].sum()) <= max_loss_increase_nats
+        low, high = (middle, high) if allowed else (low, middle)
+    return low

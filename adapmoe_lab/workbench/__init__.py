@@ -1,0 +1,1 @@
+"""What joins everything: the interactive panel, and the JupyterLab it opens in."""

@@ -1,0 +1,92 @@
+"""A generation stopped anywhere leaves the engine able to run the next one exactly."""
+
+import pytest
+import torch
+from runs import PROMPT, half_cached, reference_text
+
+from adapmoe_lab.engine.decode import decode
+
+
+class Stop(BaseException):
+    """Stands for the interrupt that a kernel's stop button raises."""
+
+
+class FailingLink:
+    """A link that breaks at its nth call, before or after the copy was made."""
+
+    def __init__(self, link, at, method):
+        self.link, self.left, self.method = link, at, method
+        self.name = link.name
+
+    def copy(self, source, destination):
+        if self.method == "copy":
+            self._count()
+        return self.link.copy(source, destination)
+
+    def wait(self, arrival):
+        if self.method == "wait":
+            self._count()
+        self.link.wait(arrival)
+
+    def unpaced(self):
+        return self.link.unpaced()
+
+    def _count(self):
+        self.left -= 1
+        if self.left == 0:
+            raise Stop
+
+
+@pytest.mark.parametrize("method", ["copy", "wait"])
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 8, 13])
+def test_a_broken_transfer(load_tiny, at, method):
+    model = half_cached(load_tiny())
+    expected = reference_text(load_tiny)
+    whole = model.engine.cached._link
+    model.engine.cached._link = FailingLink(whole, at, method)
+    with pytest.raises(Stop):
+        decode(model.hf, model.encode(PROMPT), 24)
+    model.engine.cached._link = whole
+    assert decode(model.hf, model.encode(PROMPT), 24) == expected
+
+
+@pytest.mark.parametrize("at_step", [0, 1, 7])
+def test_an_interrupt_between_tokens(load_tiny, at_step):
+    model = half_cached(load_tiny())
+
+    def stop(step):
+        if step == at_step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decode(model.hf, model.encode(PROMPT), 24, after_step=stop)
+    assert decode(model.hf, model.encode(PROMPT), 24) == reference_text(load_tiny)
+
+
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_an_exception_while_an_expert_computes(load_tiny, monkeypatch, at):
+    from adapmoe_lab.engine import offload
+
+    model, calls, run = half_cached(load_tiny()), [], offload.run_expert
+
+    def run_or_fail(*arguments):
+        calls.append(1)
+        if len(calls) == at:
+            raise MemoryError("no room")
+        return run(*arguments)
+
+    monkeypatch.setattr(offload, "run_expert", run_or_fail)
+    with pytest.raises(MemoryError):
+        decode(model.hf, model.encode(PROMPT), 24)
+    assert decode(model.hf, model.encode(PROMPT), 24) == reference_text(load_tiny)
+
+
+def test_a_config_is_restored_when_its_block_fails(load_tiny):
+    model = half_cached(load_tiny())
+    before = model.config
+    with pytest.raises(Stop), model.running():
+        raise Stop
+    assert model.config is before
+    with pytest.raises(Stop), model.engine.reading_store(), torch.no_grad():
+        raise Stop
+    assert model.engine._source is model.engine.cached

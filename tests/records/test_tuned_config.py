@@ -1,0 +1,105 @@
+import json
+
+import numpy as np
+import pytest
+from traces import make_spec
+
+from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.records import (
+    OFF,
+    GatingTable,
+    HardwareProfile,
+    RecordError,
+    TunedConfig,
+)
+
+
+@pytest.fixture
+def config():
+    spec = make_spec()
+    return TunedConfig(
+        model=TunedConfig.model_identity(spec),
+        gating=GatingTable.per_layer([0.7, OFF, 0.9], top_k=2),
+        plan=slots_plan(spec, 4),
+        precision="bfloat16",
+        hardware=HardwareProfile("cpu", "emulated:x", [1000], [0.01], 0.001, 0.0001),
+        evidence={"predicted": {"ms_per_token": 3.0}},
+    )
+
+
+def test_reads_back_equal(config, tmp_path):
+    path = config.save(tmp_path / "tuned.json")
+    assert TunedConfig.load(path).to_json() == config.to_json()
+
+
+def test_all_sections_are_present_and_off_is_null(tmp_path):
+    path = TunedConfig.untuned(make_spec()).save(tmp_path / "plain.json")
+    document = json.loads(path.read_text())
+    sections = "gating compensation plan eviction prefetch precision hardware evidence".split()
+    assert {name: document[name] for name in sections} == {
+        **dict.fromkeys(sections),
+        "eviction": {"policy": "lru"},
+    }
+    assert document["schema_version"] == 1
+
+
+def test_a_cut_that_is_off_is_null_in_the_file(config):
+    assert config.to_json()["gating"]["cuts"][1] == [None]
+
+
+def test_wrong_model_is_told_with_both_names(config):
+    with pytest.raises(RecordError, match=r"tuned for 'synthetic' \(mixtral, 3 layers x 8 exp"):
+        config.check_model(make_spec(n_experts=4))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_truncated_file(config, tmp_path, share):
+    path = config.save(tmp_path / "tuned.json")
+    text = path.read_text()
+    path.write_text(text[: int(len(text) * share)])
+    with pytest.raises(RecordError, match=r"not a complete JSON file.*Export the config again"):
+        TunedConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 99}, r"schema version 99; this adapmoe-lab reads version 1\. Upgrade"),
+        ({"kind": "recipe"}, "holds a 'recipe'; expected a 'tuned-config'"),
+        ({"prefetch": {"policy": "x"}}, "asks for prefetch, which this adapmoe-lab cannot run"),
+        ({"surprise": 1}, r"missing nothing, unknown \['surprise'\]"),
+        ({"gating": {"quantity": "entropy"}}, "Gating on 'entropy' is unknown"),
+        ({"plan": {"slots": [1]}}, "has a section of the wrong form"),
+        ({"eviction": {"policy": "belady"}}, "Eviction policy 'belady' is unknown; expected: lru"),
+    ],
+)
+def test_wrong_content_is_named(config, tmp_path, change, message):
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({**config.to_json(), **change}))
+    with pytest.raises(RecordError, match=message):
+        TunedConfig.load(path)
+
+
+def test_missing_section_is_named(config, tmp_path):
+    document = config.to_json()
+    del document["evidence"]
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(RecordError, match=r"missing \['evidence'\]"):
+        TunedConfig.load(path)
+
+
+def test_gating_table_of_another_shape_is_refused():
+    spec = make_spec()
+    with pytest.raises(RecordError, match="for 2 layers and top-2; the model has 3 layers"):
+        TunedConfig(
+            model=TunedConfig.model_identity(spec), gating=GatingTable(np.ones((2, 1)) * 0.7)
+        )
+
+
+def test_not_a_number_is_never_written(config, tmp_path):
+    path = config.save(tmp_path / "tuned.json")
+    before = path.read_text()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        config.with_evidence(loss=float("nan")).save(path)
+    assert path.read_text() == before

@@ -1,0 +1,24 @@
+"""What several engine tests run: one prompt, half the experts cached, and the text that is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.records import TunedConfig
+
+PROMPT = "Once upon a time there was a king who"
+
+
+def half_cached(model):
+    """Give every layer room for half of its experts, and return the model."""
+    plan = slots_plan(model.spec, model.spec.n_experts // 2)
+    model.apply(replace(TunedConfig.untuned(model.spec), plan=plan))
+    return model
+
+
+def reference_text(load_tiny):
+    """Return the tokens that an undisturbed model with every expert cached continues with."""
+    model = load_tiny()
+    return decode(model.hf, model.encode(PROMPT), 24)

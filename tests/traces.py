@@ -1,0 +1,52 @@
+"""Synthetic routing traces for tests that need no model."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from adapmoe_lab.records import MoESpec, RoutingTrace
+
+
+def make_spec(n_layers: int = 3, n_experts: int = 8, top_k: int = 2) -> MoESpec:
+    """Return a spec of a model that does not exist."""
+    return MoESpec(
+        model_id="synthetic",
+        revision="weights:none",
+        family="mixtral",
+        n_layers=n_layers,
+        n_experts=n_experts,
+        top_k=top_k,
+        hidden_size=16,
+        expert_bytes={"bfloat16": 1000, "float32": 2000},
+        dtype="bfloat16",
+        layer_paths=tuple(f"model.layers.{i}.mlp.experts" for i in range(n_layers)),
+    )
+
+
+def make_trace(
+    spec: MoESpec | None = None, n_tokens: int = 200, seed: int = 0, tokens_per_step: int = 1
+) -> RoutingTrace:
+    """Return a trace with random routing that favours some experts and repeats itself."""
+    spec = spec if spec is not None else make_spec()
+    rng = np.random.default_rng(seed)
+    shape = (n_tokens, spec.n_layers, spec.n_experts)
+    logits = rng.normal(size=shape)
+    for token in range(1, n_tokens):
+        logits[token] = 0.7 * logits[token - 1] + 0.7 * logits[token]
+    probs = np.exp(logits - logits.max(axis=2, keepdims=True))
+    probs /= probs.sum(axis=2, keepdims=True)
+    chosen = np.argsort(-probs, axis=2)[:, :, : spec.top_k]
+    weights = np.take_along_axis(probs, chosen, axis=2).astype(np.float32)
+    step_ids = np.arange(n_tokens) // tokens_per_step
+    return RoutingTrace(
+        spec=spec,
+        token_ids=rng.integers(0, 100, n_tokens),
+        expert_indices=chosen,
+        weights=weights / weights.sum(axis=2, keepdims=True),
+        router_probs=probs,
+        predictions={"next_router": {1: chosen}},
+        sequence_starts=[0, n_tokens // 2],
+        step_ids=step_ids,
+        is_decode=np.full(n_tokens, tokens_per_step == 1),
+        labels=("first", "second"),
+    )
