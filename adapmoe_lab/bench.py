@@ -70,7 +70,7 @@ class BenchReport:
     def table(self) -> str:
         """Return the rows as a Markdown table of ratios."""
         lines = [
-            "| link | load / layer | skipped | experts/token | decode speed-up | loads | loss, nats |",
+            "| link | load / layer | skipped | experts/token | decode | loads | loss, nats |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in self.rows:
@@ -174,9 +174,7 @@ def _in_turns(
     for turn in range(rounds):
         chosen = [prompts[(turn * 2 + i) % len(prompts)] for i in range(2)]
         for reports, config in zip(turns, configs, strict=True):
-            reports.append(
-                measure_latency(model, config, chosen, new_tokens=new_tokens, repeats=1)
-            )
+            reports.append(measure_latency(model, config, chosen, new_tokens=new_tokens, repeats=1))
     return [_merged(reports) for reports in turns]
 
 

@@ -81,7 +81,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         report = evaluate_loss(model, None, _texts(options), progress=_progress)
         skipped = report.skipped_fraction
         print(
-            f"loss {report.nats_per_token:.4f} nats/token over {report.n_predicted.sum():,} tokens; "
+            f"loss {report.nats_per_token:.4f} nats/token "
+            f"over {report.n_predicted.sum():,} tokens; "
             f"{(1 - skipped) * model.spec.top_k:.3f} experts/token, {skipped:.1%} skipped"
         )
     if options.tasks:
@@ -193,7 +194,9 @@ def _add_tune(commands: Any) -> None:
     _add_model(tune, config=False)
     _add_texts(tune)
     tune.add_argument("--out", type=Path, default=Path("tuned.json"), metavar="FILE")
-    tune.add_argument("--budget", default="50%", metavar="SIZE", help="memory for experts: 40%%, 8GiB")
+    tune.add_argument(
+        "--budget", default="50%", metavar="SIZE", help="memory for experts: 40%%, 8GiB"
+    )
     tune.add_argument("--skipped-fraction", type=float, metavar="F", help="experts to skip, 0 to 1")
     tune.add_argument("--max-loss-increase-nats", type=float, default=0.01, metavar="NATS")
     tune.add_argument("--method", default="uniform", help="uniform, adapmoe or curve")
@@ -214,7 +217,9 @@ def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="decode ratios and loss, with and without skipping")
     _add_model(bench, config=False)
     _add_texts(bench)
-    bench.add_argument("--targets", nargs="+", metavar="LINK", help="links to emulate (default: all)")
+    bench.add_argument(
+        "--targets", nargs="+", metavar="LINK", help="links to emulate (default: all)"
+    )
     bench.add_argument("--skipped-fraction", type=float, nargs="+", default=[0.125, 0.25])
     bench.add_argument("--slots-per-layer", type=int, metavar="N", help="default: half the experts")
     bench.add_argument("--method", default="uniform", help="uniform, adapmoe or curve")

@@ -25,7 +25,7 @@ HEADROOM = 0.9
 
 @dataclass(frozen=True)
 class KnownModel:
-    """Dimensions of a published model: L MoE layers of E experts, K chosen, each of three matrices."""
+    """Dimensions of a published model, whose experts are three matrices each."""
 
     name: str
     n_layers: int
@@ -90,8 +90,8 @@ def report(machine: Machine) -> str:
             "GPU            none: torch sees no CUDA device",
             f"link           none; a copy in host memory runs at {speed}",
             "",
-            "Without a GPU the engine computes on the CPU. Experts are really copied, and each copy",
-            "is held as long as a named target link would take; results say 'emulated'.",
+            "Without a GPU the engine computes on the CPU. Experts are really copied, and each",
+            "copy is held as long as a named target link would take; results say 'emulated'.",
         ]
     else:
         lines += [
@@ -99,7 +99,7 @@ def report(machine: Machine) -> str:
             f"link           {speed} from pinned host memory",
         ]
     if importlib.util.find_spec("triton") is None:
-        lines.append("Triton is not installed; nothing needs it, experts run as torch matrix products.")
+        lines.append("Triton         not installed, not needed: experts run as torch products")
     lines += ["", "What would fit, weights in bfloat16:"]
     lines += [_fit(model, machine) for model in known_models()]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What several engine tests run: one prompt, half the experts cached, and the text that is right."""
+"""What several engine tests run: a prompt, half the experts cached, the right text."""
 
 from __future__ import annotations
 

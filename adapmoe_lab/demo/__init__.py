@@ -1,1 +1,1 @@
-"""How the embedded demo model is made: its text, training, measurements, and the evaluation text that ships with it."""
+"""How the embedded demo model is made: its text, its training, its measurements and its texts."""

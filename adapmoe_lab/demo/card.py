@@ -46,8 +46,12 @@ def _introduction(record: Mapping[str, Any]) -> str:
 
 def _quality(measured: Mapping[str, Any]) -> str:
     rows = [
-        (name, f"{loss['nats_per_token']:.3f} ± {loss['standard_error']:.3f}")
-        + (f"{loss['nats_per_byte']:.3f}", f"{loss['n_tokens']:,}")
+        (
+            name,
+            f"{loss['nats_per_token']:.3f} ± {loss['standard_error']:.3f}",
+            f"{loss['nats_per_byte']:.3f}",
+            f"{loss['n_tokens']:,}",
+        )
         for name, loss in measured["held_out"].items()
     ]
     rows.append(("**mean over domains**", f"**{measured['mean_nats_per_token']:.3f}**", "", ""))
@@ -69,8 +73,14 @@ def _quality(measured: Mapping[str, Any]) -> str:
 
 def _routing(routing: Mapping[str, Any]) -> str:
     rows = [
-        (str(layer), "–" if recall is None else f"{recall:.2f}", f"{local:.2f}", f"{chance:.2f}")
-        + (f"{min(use):.1%}", f"{max(use):.1%}")
+        (
+            str(layer),
+            "–" if recall is None else f"{recall:.2f}",
+            f"{local:.2f}",
+            f"{chance:.2f}",
+            f"{min(use):.1%}",
+            f"{max(use):.1%}",
+        )
         for layer, (recall, local, chance, use) in enumerate(
             zip(
                 routing["next_router_recall"],
@@ -98,8 +108,9 @@ def _training(record: Mapping[str, Any]) -> str:
     return (
         "## Training\n\n"
         f"{run['n_tokens'] / 1e6:,.0f}M tokens in {run['n_steps']:,} steps, "
-        f"{run['seconds'] / 60:.1f} minutes on {run['hardware']} ({run['tokens_per_s'] / 1e3:,.0f}k "
-        f"tokens/s), {record['date']}; {versions}. AdamW, peak learning rate "
+        f"{run['seconds'] / 60:.1f} minutes on {run['hardware']} "
+        f"({run['tokens_per_s'] / 1e3:,.0f}k tokens/s), {record['date']}; {versions}. "
+        "AdamW, peak learning rate "
         f"{recipe['learning_rate']}, dropout {recipe['dropout']} on embeddings and block outputs, "
         f"load-balancing weight {recipe['balance_weight']} per layer. Every choice is in "
         f"`{RECORD_NAME}`, the loss curve in `{CURVE_NAME}`, all measurements in "

@@ -50,7 +50,9 @@ def balance_loss(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
 
 def _layer_balance(logits: Tensor, top_k: int) -> Tensor:
     probabilities = logits.float().softmax(-1)  # [T, E]
-    chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(top_k).indices, 1 / top_k)
+    chosen = torch.zeros_like(probabilities).scatter_(
+        1, probabilities.topk(top_k).indices, 1 / top_k
+    )
     n_experts = logits.shape[-1]
     return n_experts * (chosen.mean(0) * probabilities.mean(0)).sum()
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from adapmoe_lab.demo.corpus import Domain
 from adapmoe_lab.demo.losses import EVALUATION_BATCH_TOKENS, compute_weights, next_token_loss
-from adapmoe_lab.demo.pairs import PairsScore, read_pairs, score_pairs
+from adapmoe_lab.demo.pairs import read_pairs, score_pairs
 from adapmoe_lab.demo.publish import write_lines
 from adapmoe_lab.demo.record import describe_machine
 from adapmoe_lab.demo.routing_statistics import RoutingStatistics
@@ -93,13 +93,17 @@ def measure_held_out(
         mean = float(by_window.mean())
         losses[domain.name] = DomainLoss(
             nats_per_token=mean,
-            standard_error=float(by_window.std(ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else 0.0,
+            standard_error=float(by_window.std(ddof=1) / len(rows) ** 0.5)
+            if len(rows) > 1
+            else 0.0,
             nats_per_byte=mean * len(stream) / n_bytes,
             n_tokens=by_window.size * (rows.shape[1] - 1),
         )
         routing.append(statistics)
     if not losses:
-        raise ValueError("no domain has held-out text to measure; add valid.* files or more documents.")
+        raise ValueError(
+            "no domain has held-out text to measure; add valid.* files or more documents."
+        )
     return losses, RoutingStatistics.mean_of(routing)
 
 

@@ -1,4 +1,4 @@
-"""Minimal pairs: does the model find the grammatical sentence likelier than its flawed twin?"""
+"""Minimal pairs: how often the grammatical sentence is the likelier one."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
                 if stale.name not in new:
                     stale.unlink()
         for name in sorted(new):
+            os.chmod(staged / name, 0o644)
             os.replace(staged / name, target / name)
 
 

@@ -54,7 +54,7 @@ class Recipe:
         return self.batch_sequences * self.sequence_length
 
     def progress(self, n_tokens: int, seconds: float, text_tokens: int) -> float:
-        """Return how much of the run is over, from 0 to 1 (and past it, once a limit is crossed)."""
+        """Return how much of the run is over, from 0 to 1, and past 1 once a limit is crossed."""
         done = []
         if self.minutes is not None:
             done.append(seconds / (60 * self.minutes))

@@ -15,7 +15,7 @@ from adapmoe_lab.models.demo_architecture import DemoModel, RoutingTaps
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """Routing of some text, per layer; averages of it are averages of the parts, weighted by tokens.
+    """Routing of some text, per layer; averaging averages the parts, weighted by tokens.
 
     `expert_use` [L, E]: share of the layer's tokens that use the expert; a row sums to top-k.
     `next_router_recall` [L]: share of a layer's experts found by applying its router to the input
@@ -50,7 +50,9 @@ class RoutingStatistics:
         )
 
     @classmethod
-    def mean_of(cls, parts: Sequence[RoutingStatistics], *, by_tokens: bool = True) -> RoutingStatistics:
+    def mean_of(
+        cls, parts: Sequence[RoutingStatistics], *, by_tokens: bool = True
+    ) -> RoutingStatistics:
         """Average over parts, weighted by their tokens, or with equal weight."""
         weights = [part.n_tokens if by_tokens else 1 for part in parts]
         return cls(
@@ -65,7 +67,7 @@ class RoutingStatistics:
 
     @property
     def locality_by_chance(self) -> np.ndarray:
-        """[L]: the locality of tokens that chose alike but independently, K x sum of squared shares."""
+        """[L]: locality of tokens that choose alike but independently: K x sum of squares."""
         shares = self.expert_use / self.top_k
         return self.top_k * (shares**2).sum(1)
 

@@ -1,4 +1,7 @@
-"""Command that trains a demo model: `python -m adapmoe_lab.demo.train --text FOLDER --out FOLDER`."""
+"""Command that trains a demo model.
+
+`python -m adapmoe_lab.demo.train --text FOLDER --out FOLDER`
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,9 @@ def train_into(
     }
     model = build_model(architecture, tokenizer.token_to_id(END_OF_TEXT)).to(device)
     n_tokens = sum(map(len, training.values()))
-    print(f"{n_parameters(model):,} parameters, {n_tokens:,} tokens of text, on {device}", flush=True)
+    print(
+        f"{n_parameters(model):,} parameters, {n_tokens:,} tokens of text, on {device}", flush=True
+    )
     result = train_model(model, training, development, recipe, _print_point)
     save_checkpoint(model, folder, max_shard_size=MAX_SHARD_SIZE)
     wrap_tokenizer(tokenizer, architecture.max_positions).save_pretrained(folder)
@@ -96,8 +101,8 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
 def _print_point(point: CurvePoint) -> None:
     print(
         f"step {point.step:6}  {point.seconds:6.0f} s  {point.n_tokens / 1e6:7.2f}M tokens  "
-        f"{point.n_tokens / point.seconds / 1e3:6.1f}k tokens/s  training {point.training_loss:.4f}  "
-        f"development {point.development_loss:.4f}",
+        f"{point.n_tokens / point.seconds / 1e3:6.1f}k tokens/s  "
+        f"training {point.training_loss:.4f}  development {point.development_loss:.4f}",
         flush=True,
     )
 
@@ -111,7 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--domains", nargs="+", metavar="NAME", help=f"default: {' '.join(DEMO_DOMAINS)}, or all")
     add("--device", default=default_device, help="torch device (default here: %(default)s)")
     add("--pairs", type=Path, help="minimal pairs to score, as written by adapmoe_lab.demo.grammar")
-    add("--skip-measurements", action="store_true", help="look at no held-out text; for recipe trials")
+    add(
+        "--skip-measurements",
+        action="store_true",
+        help="look at no held-out text; for recipe trials",
+    )
     for name, kind, meaning in _NUMBERS:
         add(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=meaning)
     return parser

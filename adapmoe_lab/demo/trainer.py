@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapmoe_lab.demo.losses import balance_loss, compute_weights, next_token_loss
-from adapmoe_lab.demo.losses import losses_by_domain
+from adapmoe_lab.demo.losses import balance_loss, compute_weights, losses_by_domain, next_token_loss
 from adapmoe_lab.demo.recipe import Recipe
 from adapmoe_lab.demo.tokens import Mixture, WindowSampler
 from adapmoe_lab.models.demo_architecture import (
@@ -55,9 +54,9 @@ def train_model(
 ) -> TrainingResult:
     """Train the model in place, on the device where it lies.
 
-    `training` holds one token stream per domain, int32[T]; `development` the windows, int64[N, S + 1],
-    whose loss is reported `n_evaluations` times. On CUDA every forward pass runs in bfloat16, as the
-    saved model will, on copies of float32 master weights.
+    `training` holds one token stream per domain, int32[T]; `development` the windows,
+    int64[N, S + 1], whose loss is reported `n_evaluations` times. On CUDA every forward pass runs
+    in bfloat16, as the saved model will, on copies of float32 master weights.
     """
     device = model.device
     streams = torch.from_numpy(np.concatenate(list(training.values()))).to(device)

@@ -77,8 +77,9 @@ class CachedExperts:
         """Yield the resident experts first, then the missing ones as they arrive.
 
         Every copy that has room is asked for at once; experts without a slot stream through the
-        staging rows, one loading while the other is read. A slot counts as holding an expert only after its copy was waited for: whatever stops the
-        iteration in between leaves slots free, never wrong.
+        staging rows, one loading while the other is read. A slot counts as holding an expert
+        only after its copy was waited for: whatever stops the iteration in between leaves slots
+        free, never wrong.
         """
         cache = self.caches[layer]
         plan = cache.plan(experts)

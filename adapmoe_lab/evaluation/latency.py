@@ -17,6 +17,7 @@ Progress = Callable[[int, int, str], None]
 
 N_DEFAULT_PROMPTS = 4
 PROMPT_TOKENS = 32
+MAX_TRIES = 20
 
 
 class _Phase:
@@ -42,23 +43,30 @@ class _Stopwatch:
 
     def __init__(self, engine: OffloadEngine, tell: Callable[[int], None]) -> None:
         self.phases = (_Phase(), _Phase())
-        self.is_counting = False
         self._engine = engine
         self._tell = tell
         self.start()
 
     def start(self) -> None:
-        self._before = self._engine.traffic
-        self._started = self._engine.clock.now()
+        self._laps: list[tuple[float, Traffic]] = []
+        self._mark()
 
     def lap(self, step: int) -> None:
         seconds = self._engine.clock.now() - self._started
-        if self.is_counting:
+        self._laps.append((seconds, self._engine.traffic.since(self._before)))
+        self._tell(step)
+        self._mark()
+
+    def keep(self) -> None:
+        """Count the laps since `start`; those never kept are forgotten."""
+        for step, (seconds, traffic) in enumerate(self._laps):
             phase = self.phases[min(step, 1)]
             phase.seconds.append(seconds)
-            phase.passed.append(self._engine.traffic.since(self._before))
-        self._tell(step)
-        self.start()
+            phase.passed.append(traffic)
+
+    def _mark(self) -> None:
+        self._before = self._engine.traffic
+        self._started = self._engine.clock.now()
 
 
 def measure_latency(
@@ -70,6 +78,7 @@ def measure_latency(
     repeats: int = 3,
     max_prompt_tokens: int = PROMPT_TOKENS,
     progress: Progress | None = None,
+    was_disturbed: Callable[[], bool] | None = None,
 ) -> LatencyReport:
     """Measure seconds per prompt and per output token, greedy, batch 1.
 
@@ -84,6 +93,8 @@ def measure_latency(
         repeats: times every prompt is run.
         max_prompt_tokens: longer prompts are cut to this many tokens.
         progress: called with (done, total, text); what it raises stops the run.
+        was_disturbed: asked after every run whether something else used the machine meanwhile;
+            such a run is thrown away and taken again.
     """
     if new_tokens < 2 or repeats < 1:
         raise ValueError("Latency needs new_tokens of at least 2 and at least one repeat.")
@@ -102,9 +113,18 @@ def measure_latency(
     with model.running(config):
         watch = _Stopwatch(engine, tell)
         for number, prompt in enumerate(runs):
-            watch.is_counting = number > 0
-            watch.start()
-            decode(model.hf, prompt, new_tokens, after_step=watch.lap)
+            for _ in range(MAX_TRIES):
+                watch.start()
+                decode(model.hf, prompt, new_tokens, after_step=watch.lap)
+                if was_disturbed is None or not was_disturbed():
+                    break
+            else:
+                raise RuntimeError(
+                    f"The measurement was disturbed {MAX_TRIES} times in a row; leave the controls "
+                    "alone while it runs."
+                )
+            if number > 0:
+                watch.keep()
         conditions = {
             **measurement_conditions(model),
             "slots": tuple(cache.n_slots for cache in engine.cached.caches),

@@ -1,1 +1,4 @@
-"""How a transformers Mixture-of-Experts model is seen, loaded and hooked. Only importer of transformers."""
+"""How a transformers Mixture-of-Experts model is seen, loaded and hooked.
+
+The only importer of transformers.
+"""

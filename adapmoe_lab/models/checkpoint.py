@@ -107,7 +107,7 @@ def _weights_digest(hf: PreTrainedModel) -> str:
     """
     sha = hashlib.sha256()
     for name, parameter in sorted(hf.named_parameters()):
-        if parameter.dim() < 2 or min(parameter.shape) <= 256 and parameter.dim() == 2:
+        if parameter.dim() < 2 or (min(parameter.shape) <= 256 and parameter.dim() == 2):
             values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
             sha.update(name.encode())
             sha.update(values.view(torch.uint8).numpy().tobytes())

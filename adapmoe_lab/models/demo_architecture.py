@@ -1,4 +1,4 @@
-"""The demo model as transformers sees it: a small Mixtral, its tokenizer, and the places to listen in it."""
+"""The demo model as transformers sees it: a small Mixtral and its tokenizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DemoTokenizer = PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class DemoArchitecture:
-    """The dimensions of a demo model; the defaults are those of the model that ships (16.3M parameters)."""
+    """The dimensions of a demo model; the defaults are those of the model that ships."""
 
     n_layers: int = 8
     n_experts: int = 8
@@ -46,8 +46,8 @@ class DemoArchitecture:
     def __post_init__(self) -> None:
         if self.hidden_size % self.n_heads or (self.hidden_size // self.n_heads) % 2:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not split into {self.n_heads} heads of an even "
-                f"width; use a multiple of {2 * self.n_heads}."
+                f"hidden_size {self.hidden_size} does not split into {self.n_heads} heads of an "
+                f"even width; use a multiple of {2 * self.n_heads}."
             )
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k must lie in 1..{self.n_experts}, got {self.top_k}.")
@@ -106,7 +106,7 @@ def save_checkpoint(model: DemoModel, folder: Path, *, max_shard_size: str) -> N
 def load_checkpoint(
     folder: Path | str, *, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto"
 ) -> tuple[DemoModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint with plain transformers, as any user of it would; the model is in eval mode."""
+    """Load a checkpoint with plain transformers, as any user would, in eval mode."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.to(device).eval(), tokenizer
@@ -151,7 +151,7 @@ def routing_taps(model: DemoModel) -> Iterator[RoutingTaps]:
 
 @contextmanager
 def residual_dropout(model: DemoModel, probability: float) -> Iterator[None]:
-    """Drop elements of the embeddings and of every block's output while training, inside the context.
+    """Drop elements of the embeddings and of every block's output while training.
 
     Mixtral itself has no such dropout. Hooks add it from outside, so that the checkpoint stays a
     plain Mixtral; nothing is dropped in eval mode, and nothing stays behind on leaving.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -32,4 +32,4 @@ def _project(experts: nn.Module, weights: Weights, name: str, x: torch.Tensor) -
     if experts.is_transposed:
         product = x @ weights[name]
         return product if bias is None else product + bias
-    return F.linear(x, weights[name], bias)
+    return functional.linear(x, weights[name], bias)

@@ -18,6 +18,7 @@ class EvictionPolicy(Protocol):
 
     def leaving_order(self, candidates: Collection[int]) -> list[int]:
         """Return the candidates, the first to leave first."""
+        ...
 
 
 class LRU:

@@ -45,8 +45,9 @@ def save_arrays(
     """Write named arrays and a JSON header as one .npz file."""
     described = {"kind": kind, "schema_version": version, **header}
     encoded = np.frombuffer(json.dumps(described, sort_keys=True).encode(), dtype=np.uint8)
+    members: dict[str, Any] = {HEADER: encoded, **arrays}
     with written_atomically(path) as file:
-        np.savez_compressed(file, **{HEADER: encoded}, **dict(arrays))
+        np.savez_compressed(file, **members)
 
 
 def load_arrays(path: Path, kind: str, version: int) -> tuple[dict[str, Any], dict[str, NDArray]]:
@@ -59,7 +60,7 @@ def load_arrays(path: Path, kind: str, version: int) -> tuple[dict[str, Any], di
     if not path.exists():
         raise FileNotFoundError(f"No {kind} at {path}.")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         header = json.loads(arrays.pop(HEADER).tobytes())
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:

@@ -52,7 +52,10 @@ class PhaseTraffic:
     def __add__(self, other: PhaseTraffic) -> PhaseTraffic:
         """Return the traffic of both."""
         return PhaseTraffic(
-            **{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__}
+            **{
+                name: getattr(self, name) + getattr(other, name)
+                for name in self.__dataclass_fields__
+            }
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -97,4 +98,5 @@ class SensitivityProfile:
             RecordError: damaged, or of another kind or version.
         """
         header, arrays = load_arrays(Path(path), KIND, SCHEMA_VERSION)
-        return cls(**{name: header[name] for name in SCALARS}, **arrays)
+        values: dict[str, Any] = {name: header[name] for name in SCALARS} | arrays
+        return cls(**values)

@@ -22,13 +22,13 @@ def layer_step_s(
     slot of the one two before to be read. The resident experts run meanwhile; each loaded one
     runs as soon as it is there and the one before it is done.
     """
-    elapsed = hits * expert_s
+    elapsed = np.asarray(hits * expert_s, dtype=np.float64)
     link_free = np.zeros(elapsed.shape)
     finished = [link_free, link_free]  # when the expert two before, and the one before, were done
     for arrived in range(1, int((loads + streamed).max(initial=0)) + 1):
         waits_for_slot = arrived > loads + N_STAGING
         link_free = np.maximum(link_free, np.where(waits_for_slot, finished[0], 0.0)) + load_s
         done = np.maximum(elapsed, link_free) + expert_s
-        elapsed = np.where(arrived <= loads + streamed, done, elapsed)
+        np.copyto(elapsed, done, where=arrived <= loads + streamed)
         finished = [finished[1], done]
     return elapsed

@@ -3,10 +3,10 @@ from collections import OrderedDict
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from traces import make_spec
 
 from adapmoe_lab.policies.allocation import budget_bytes, slots_plan, uniform_plan
 from adapmoe_lab.policies.residency import LayerCache
-from traces import make_spec
 
 steps_of_experts = st.lists(st.sets(st.integers(0, 7), min_size=1, max_size=5), max_size=60)
 

@@ -82,7 +82,10 @@ def test_first_cuts_everything_alike():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": np.ones((4, 3, 1))}, r"weights must have shape \[200, 3, 2\], got \[4, 3, 1\]"),
+        (
+            {"weights": np.ones((4, 3, 1))},
+            r"weights must have shape \[200, 3, 2\], got \[4, 3, 1\]",
+        ),
         ({"expert_indices": np.full((200, 3, 2), 8)}, r"must lie in 0\.\.7"),
         ({"labels": ("one",)}, "2 sequences need as many labels"),
         ({"sequence_starts": [5]}, "ascending sequence_starts from 0"),

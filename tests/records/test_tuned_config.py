@@ -35,7 +35,16 @@ def test_reads_back_equal(config, tmp_path):
 def test_all_sections_are_present_and_off_is_null(tmp_path):
     path = TunedConfig.untuned(make_spec()).save(tmp_path / "plain.json")
     document = json.loads(path.read_text())
-    sections = "gating compensation plan eviction prefetch precision hardware evidence".split()
+    sections = [
+        "gating",
+        "compensation",
+        "plan",
+        "eviction",
+        "prefetch",
+        "precision",
+        "hardware",
+        "evidence",
+    ]
     assert {name: document[name] for name in sections} == {
         **dict.fromkeys(sections),
         "eviction": {"policy": "lru"},

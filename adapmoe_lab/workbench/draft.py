@@ -1,0 +1,107 @@
+"""What the controls of the workbench say, and what follows from it. No widgets, no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.records import (
+    OFF,
+    GatingTable,
+    HardwareProfile,
+    RoutingTrace,
+    SensitivityProfile,
+    TunedConfig,
+)
+from adapmoe_lab.simulation.simulate import Simulation, simulate
+from adapmoe_lab.tuning.tune import GATING_RULES, prediction_summary
+
+N_QUICK_TOKENS = 192
+N_FULL_TOKENS = 3000
+N_TRADEOFF = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """One setting of the controls.
+
+    Attributes:
+        cuts: float64 [L], cut on the share per layer; above one skips nothing there.
+        slots_per_layer: experts each layer keeps on the device.
+        chosen_by: the rule that gave the cuts, or `by hand`.
+    """
+
+    cuts: NDArray[np.float64]
+    slots_per_layer: int
+    chosen_by: str
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        """What tells one setting from another, however it was reached."""
+        return np.minimum(self.cuts, OFF).astype(np.float32).tobytes(), self.slots_per_layer
+
+
+class Bench:
+    """Everything a draft is judged by: one trace, one sensitivity, one machine."""
+
+    def __init__(
+        self, trace: RoutingTrace, sensitivity: SensitivityProfile, hardware: HardwareProfile
+    ) -> None:
+        """Bind what was measured; the first `N_FULL_TOKENS` tokens of the trace are replayed."""
+        self.trace = trace.first(N_FULL_TOKENS)
+        self.sensitivity = sensitivity
+        self.hardware = hardware
+        self._quick = trace.first(N_QUICK_TOKENS)
+
+    def draft(self, method: str, skipped_fraction: float, slots_per_layer: int) -> Draft:
+        """Return the draft whose cuts a rule chooses for a skipped fraction."""
+        if skipped_fraction <= 0:
+            cuts = np.full(self.trace.spec.n_layers, OFF)
+        else:
+            table = GATING_RULES[method](self.trace, self.sensitivity, skipped_fraction)
+            cuts = table.cuts[:, 0].astype(np.float64)
+        return Draft(cuts, slots_per_layer, method)
+
+    def config(self, draft: Draft) -> TunedConfig:
+        """Return the config that runs a draft."""
+        spec = self.trace.spec
+        skips = bool((draft.cuts <= 1).any())
+        return TunedConfig(
+            model=TunedConfig.model_identity(spec),
+            gating=GatingTable.per_layer(draft.cuts, spec.top_k) if skips else None,
+            plan=slots_plan(spec, draft.slots_per_layer),
+            precision=spec.dtype,
+            hardware=self.hardware,
+        )
+
+    def predict(self, draft: Draft, *, quick: bool = False) -> Simulation:
+        """Return what a draft is predicted to do; `quick` replays the first few tokens only."""
+        trace = self._quick if quick else self.trace
+        return simulate(trace, self.config(draft), self.hardware, sensitivity=self.sensitivity)
+
+    def without_skipping(self, draft: Draft) -> Simulation:
+        """Return what the same cache does when nothing is skipped."""
+        return self.predict(replace(draft, cuts=np.full(self.trace.spec.n_layers, OFF)))
+
+    def tradeoff(self, method: str, slots_per_layer: int) -> list[Simulation]:
+        """Return predictions of one rule over evenly spaced skipped fractions, none to most."""
+        top_k = self.trace.spec.top_k
+        fractions = np.linspace(0, (top_k - 1) / top_k, N_TRADEOFF)
+        drafts = [self.draft(method, float(f), slots_per_layer) for f in fractions]
+        return [self.predict(draft) for draft in drafts]
+
+    def export(self, draft: Draft, measured: Mapping[str, Any]) -> TunedConfig:
+        """Return the config of a draft with its predicted and measured evidence."""
+        return self.config(draft).with_evidence(
+            method=draft.chosen_by,
+            trace=self.trace.fingerprint(),
+            verified="loss" in measured,
+            predicted=prediction_summary(self.predict(draft)),
+            predicted_without_skipping=prediction_summary(self.without_skipping(draft)),
+            measured=dict(measured) or None,
+        )

@@ -1,0 +1,79 @@
+"""From trace and sensitivity to a config that keeps its promises."""
+
+import numpy as np
+import pytest
+from traces import make_spec, make_trace
+
+from adapmoe_lab.evaluation.loss import evaluate_loss
+from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.profiling.routing import profile
+from adapmoe_lab.profiling.sensitivity import sensitivity
+from adapmoe_lab.records import SensitivityProfile, TunedConfig
+from adapmoe_lab.tuning.tune import GATING_RULES, tune
+
+
+def sensitivity_of(trace, scale=0.01):
+    grid = np.linspace(0.5, 1.0, 33)
+    increase = np.outer([3.0, 2.0, 1.0], (1 - grid) ** 2) * scale
+    cost = np.array([3.0, 2.0, 1.0])
+    return SensitivityProfile(
+        trace.spec.fingerprint(), "fisher", cost, cost / 10, 100, 2, grid, increase, increase / 10
+    )
+
+
+@pytest.mark.parametrize("method", GATING_RULES)
+def test_the_predicted_loss_stays_within_what_is_allowed(method):
+    trace = make_trace(n_tokens=800)
+    config = tune(trace, sensitivity_of(trace), max_loss_increase_nats=0.01, method=method)
+    predicted = config.evidence["predicted"]
+    assert 0 < predicted["loss_increase_nats"] <= 0.01
+    assert predicted["skipped_fraction"] > 0.05
+    assert config.evidence["verified"] is False
+    without = config.evidence["predicted_without_skipping"]
+    assert without["skipped_fraction"] == 0
+    assert predicted["bytes_per_token"] < without["bytes_per_token"]
+
+
+def test_a_larger_allowance_never_skips_less():
+    trace = make_trace(n_tokens=800)
+    fractions = [
+        tune(trace, sensitivity_of(trace), max_loss_increase_nats=nats).evidence["predicted"][
+            "skipped_fraction"
+        ]
+        for nats in (0.0, 0.001, 0.01, 1.0)
+    ]
+    assert fractions == sorted(fractions)
+    assert fractions[0] == 0
+    assert fractions[-1] == pytest.approx(0.5, abs=0.01)
+
+
+def test_slots_come_from_the_memory_budget():
+    trace = make_trace()
+    config = tune(trace, sensitivity_of(trace), expert_memory="50%", skipped_fraction=0.1)
+    assert config.plan.n_slots == 12 - 2  # half of 24 experts, two slots for staging
+    kept = kept_experts(trace, config.gating)
+    assert 1 - kept.mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_verifying_measures_and_keeps_the_promise(load_tiny, texts, tmp_path):
+    model = load_tiny()
+    trace = profile(model, texts, project=tmp_path)
+    measured = sensitivity(model, texts)
+    config = tune(
+        trace, measured, max_loss_increase_nats=0.002, model=model, texts=texts, expert_memory="60%"
+    )
+    baseline = evaluate_loss(model, TunedConfig.untuned(model.spec), texts)
+    increase, _ = evaluate_loss(model, config, texts).increase_over(baseline)
+    assert increase <= 0.002
+    assert config.evidence["verified"] is True
+    assert config.evidence["measured"]["loss_increase_nats"] == pytest.approx(increase)
+    assert TunedConfig.load(config.save(tmp_path / "tuned.json")).to_json() == config.to_json()
+
+
+def test_what_it_refuses():
+    trace = make_trace()
+    with pytest.raises(ValueError, match="method='magic' is unknown; expected one of uniform"):
+        tune(trace, sensitivity_of(trace), method="magic")
+    other = make_trace(make_spec(n_experts=4))
+    with pytest.raises(ValueError, match="recorded on different models"):
+        tune(other, sensitivity_of(trace))
