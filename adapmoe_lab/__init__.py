@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adapmoe_lab.evaluation.harness import evaluate
     from adapmoe_lab.evaluation.latency import measure_latency
     from adapmoe_lab.evaluation.loss import evaluate_loss
-    from adapmoe_lab.evaluation.texts import calibration_texts, read_texts
+    from adapmoe_lab.evaluation.texts import calibration_labels, calibration_texts, read_texts
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivity
     from adapmoe_lab.records import RoutingTrace, SensitivityProfile, TunedConfig
@@ -30,6 +30,7 @@ _HOMES = {
     "SensitivityProfile": "records",
     "TunedConfig": "records",
     "Workbench": "workbench.panel",
+    "calibration_labels": "evaluation.texts",
     "calibration_texts": "evaluation.texts",
     "evaluate": "evaluation.harness",
     "evaluate_loss": "evaluation.loss",
@@ -49,6 +50,7 @@ __all__ = [
     "SensitivityProfile",
     "TunedConfig",
     "Workbench",
+    "calibration_labels",
     "calibration_texts",
     "evaluate",
     "evaluate_loss",

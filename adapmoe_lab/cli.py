@@ -51,11 +51,13 @@ def _profile(options: argparse.Namespace) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from adapmoe_lab.engine.hardware import probe_hardware
+    from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivity
     from adapmoe_lab.tuning.tune import tune
 
     model, texts = _load(options), _texts(options)
+    uniform_plan(model.spec, budget_bytes(options.budget, model.spec))  # refuse before long work
     half = len(texts) // 2 or 1
     config = tune(
         profile(model, texts[:half], progress=_progress),

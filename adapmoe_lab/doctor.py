@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from adapmoe_lab.assets import data_folder
+from adapmoe_lab.engine.device import device_name
 
 PACKAGES = ("adapmoe-lab", "torch", "transformers", "jupyterlab", "ipywidgets", "plotly", "lm-eval")
 BFLOAT16_BYTES = 2
@@ -65,11 +66,11 @@ def examine() -> Machine:
     """Look at this machine and time a few copies; takes about a second."""
     free = psutil.virtual_memory().available
     if not torch.cuda.is_available():
-        device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-        return Machine(device, None, free, _copy_speed(torch.device("cpu")))
-    device_free, _ = torch.cuda.mem_get_info()
-    speed = _copy_speed(torch.device("cuda"))
-    return Machine(torch.cuda.get_device_name(), device_free, free, speed)
+        cpu = torch.device("cpu")
+        return Machine(device_name(cpu), None, free, _copy_speed(cpu))
+    gpu = torch.device("cuda")
+    device_free, _ = torch.cuda.mem_get_info(gpu)
+    return Machine(device_name(gpu), device_free, free, _copy_speed(gpu))
 
 
 def known_models() -> list[KnownModel]:

@@ -16,6 +16,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
     Files of the same name are replaced, one rename each; weights of an earlier checkpoint that the
     new one does not have are removed, everything else in `target` stays.
     """
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; name a folder to write to.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as name:
         staged = Path(name)

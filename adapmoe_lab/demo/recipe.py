@@ -45,8 +45,10 @@ class Recipe:
                 f"sequence_length {self.sequence_length} exceeds the architecture's "
                 f"{self.architecture.max_positions} positions."
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        for share in ("warmup", "dropout"):
+            value = getattr(self, share)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{share} must lie in [0, 1), got {value}.")
 
     @property
     def batch_tokens(self) -> int:

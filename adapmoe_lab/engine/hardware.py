@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-
 import numpy as np
 import torch
 
+from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.engine.pace import decode_step_times
 from adapmoe_lab.records import GatingTable, HardwareProfile
@@ -53,13 +52,6 @@ def probe_hardware(
         expert_s=expert_s,
         conditions=measurement_conditions(model),
     )
-
-
-def device_name(device: torch.device) -> str:
-    """Return the compute device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def measurement_conditions(model: LabModel) -> dict[str, str | int]:

@@ -14,6 +14,7 @@ import torch
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.clock import Clock, RealClock
 from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.device import choose_device, device_name
 from adapmoe_lab.engine.link import CudaLink, EmulatedLink, Link
 from adapmoe_lab.engine.offload import OffloadEngine
 from adapmoe_lab.engine.pace import resident_layer_s
@@ -49,6 +50,17 @@ class LabModel:
         self.config = TunedConfig.untuned(spec)
         self._hook = hook
         self._in_use = threading.RLock()
+
+    def __repr__(self) -> str:
+        """Describe the model, where it runs, and what crosses which link."""
+        spec = self.spec
+        slots = self.config.plan.n_slots if self.config.plan else spec.n_layers * spec.n_experts
+        return (
+            f"{spec.model_id}: {spec.family}, {spec.n_layers} layers x {spec.n_experts} experts, "
+            f"top-{spec.top_k}, {spec.all_experts_bytes / 2**20:.1f} MiB of experts in {spec.dtype}\n"
+            f"on {device_name(self.engine.device)}, link {self.engine.link.name}, "
+            f"room for {slots} of {spec.n_layers * spec.n_experts} experts"
+        )
 
     @property
     def layers(self) -> list[MoELayer]:
@@ -174,7 +186,7 @@ def load(
         config = TunedConfig.load(config)
     if config is not None and expert_memory is not None:
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
-    where = _device(device)
+    where = choose_device(device)
     target = link_target(link, where)
     clock = clock if clock is not None else RealClock()
     if config is not None and config.precision is not None and dtype == "auto":
@@ -197,20 +209,6 @@ def load(
         model.emulate_link(target)
     model.apply(config if config is not None else replace(model.config, plan=plan))
     return model
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r} is not supported; expected 'cpu', 'cuda' or 'cuda:N'.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device={name!r} was asked for, but torch {torch.__version__} sees no CUDA device; "
-            "use device='cpu', or install a CUDA build of torch."
-        )
-    return device
 
 
 def link_target(link: str | None, device: torch.device) -> LinkTarget | None:

@@ -11,9 +11,21 @@ from adapmoe_lab.assets import data_folder
 TEXT_FIELDS = ("text", "prompt", "instruction")
 
 
+CALIBRATION = Path("evaluation") / "calibration.jsonl"
+
+
 def calibration_texts() -> list[str]:
-    """Return the shipped calibration texts, sampled from the demo model itself."""
-    return read_texts(data_folder() / "evaluation" / "calibration.jsonl")
+    """Return the shipped calibration texts, sampled from the demo model itself.
+
+    Stories, fiction, Python, German, encyclopedia and arithmetic take turns, so that any part of
+    the list holds every kind.
+    """
+    return read_texts(data_folder() / CALIBRATION)
+
+
+def calibration_labels() -> list[str]:
+    """Return the kind of each calibration text, in the order of `calibration_texts`."""
+    return [json.loads(line)["label"] for line in read_lines(data_folder() / CALIBRATION)]
 
 
 def read_texts(path: str | Path) -> list[str]:

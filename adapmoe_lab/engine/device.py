@@ -1,0 +1,34 @@
+"""The devices that computing can be asked to run on."""
+
+from __future__ import annotations
+
+import platform
+import re
+
+import torch
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device that a name asks for: CUDA where there is one, if None.
+
+    Raises:
+        ValueError: the name is of no supported device, or torch sees no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ValueError(f"device={name!r} is not supported; expected 'cpu', 'cuda' or 'cuda:N'.")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={name!r} was asked for, but torch {torch.__version__} sees no CUDA device; "
+            "use device='cpu', or install a CUDA build of torch."
+        )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the compute device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,67 @@
+"""What the workbench's controls say and what follows from it."""
+
+import numpy as np
+import pytest
+from traces import make_trace
+
+from adapmoe_lab.records import HardwareProfile, SensitivityProfile, TunedConfig
+from adapmoe_lab.workbench.draft import Bench
+
+
+@pytest.fixture
+def bench():
+    trace = make_trace(n_tokens=600)
+    grid = np.linspace(0.5, 1.0, 33)
+    cost = np.array([3.0, 2.0, 1.0])
+    increase = np.outer(cost, (1 - grid) ** 2) * 0.01
+    sensitivity = SensitivityProfile(
+        trace.spec.fingerprint(), "fisher", cost, cost / 10, 100, 2, grid, increase, increase / 10
+    )
+    hardware = HardwareProfile("cpu", "emulated:x", [1000], [0.01], 0.001, 0.0005)
+    return Bench(trace, sensitivity, hardware)
+
+
+def test_no_skipping_and_every_slot_costs_nothing(bench):
+    prediction = bench.predict(bench.draft("uniform", 0.0, 8))
+    assert prediction.skipped_fraction == 0
+    assert prediction.loss_increase_nats == 0
+    assert bench.config(bench.draft("uniform", 0.0, 8)).gating is None
+
+
+@pytest.mark.parametrize("method", ["uniform", "adapmoe", "curve"])
+def test_a_rule_meets_the_asked_fraction(bench, method):
+    prediction = bench.predict(bench.draft(method, 0.2, 4))
+    assert prediction.skipped_fraction == pytest.approx(0.2, abs=0.01)
+    assert prediction.ms_per_token < bench.without_skipping(bench.draft(method, 0.2, 4)).ms_per_token
+
+
+def test_quick_predictions_resemble_full_ones(bench):
+    draft = bench.draft("uniform", 0.2, 4)
+    quick, full = bench.predict(draft, quick=True), bench.predict(draft)
+    assert quick.mean_hit_rate == pytest.approx(full.mean_hit_rate, abs=0.1)
+
+
+def test_the_tradeoff_runs_from_nothing_to_one_expert(bench):
+    points = bench.tradeoff("uniform", 4)
+    skipped = [point.skipped_fraction for point in points]
+    assert skipped[0] == 0
+    assert skipped[-1] == pytest.approx(0.5, abs=0.01)
+    times = [point.ms_per_token for point in points]
+    assert times == sorted(times, reverse=True)
+
+
+def test_equal_settings_have_equal_keys_however_reached(bench):
+    draft = bench.draft("uniform", 0.2, 4)
+    by_hand = type(draft)(draft.cuts.copy(), 4, "by hand")
+    assert draft.key == by_hand.key
+    assert draft.key != bench.draft("uniform", 0.2, 5).key
+
+
+def test_an_export_says_what_was_measured(bench, tmp_path):
+    draft = bench.draft("uniform", 0.2, 4)
+    predicted = bench.export(draft, {})
+    assert predicted.evidence["verified"] is False
+    measured = bench.export(draft, {"loss": {"increase_nats": 0.01}})
+    assert measured.evidence["verified"] is True
+    path = measured.save(tmp_path / "tuned.json")
+    assert TunedConfig.load(path).evidence["measured"] == {"loss": {"increase_nats": 0.01}}
