@@ -55,7 +55,9 @@ def test_bench_prints_ratios_for_each_link(tiny_checkpoint, text_file, tmp_path,
     assert run("bench", *common, "--targets", *targets, "--out", out) == 0
     printed = capsys.readouterr().out
     report = json.loads(out.read_text())
-    assert [row["link"] for row in report["rows"]] == [f"emulated:{t}" for t in targets for _ in "12"]
+    assert [row["link"] for row in report["rows"]] == [
+        f"emulated:{t}" for t in targets for _ in "12"
+    ]
     assert all(row["load_ratio"] > 0 for row in report["rows"])
     assert all(name in printed for name in targets)
     assert len(report["samples"]) == 2 * 3

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.records import (
     OFF,
     GatingTable,
@@ -57,6 +58,8 @@ class Bench:
         self.sensitivity = sensitivity
         self.hardware = hardware
         self._quick = trace.first(N_QUICK_TOKENS)
+        self._baselines: dict[int, Simulation] = {}
+        self._tradeoffs: dict[tuple[str, int], list[Simulation]] = {}
 
     def draft(self, method: str, skipped_fraction: float, slots_per_layer: int) -> Draft:
         """Return the draft whose cuts a rule chooses for a skipped fraction."""
@@ -79,29 +82,47 @@ class Bench:
             hardware=self.hardware,
         )
 
+    def skipped_fraction(self, draft: Draft) -> float:
+        """Return the share of expert activations a draft skips on the trace."""
+        return float(1 - kept_experts(self.trace, self.config(draft).gating).mean())
+
     def predict(self, draft: Draft, *, quick: bool = False) -> Simulation:
         """Return what a draft is predicted to do; `quick` replays the first few tokens only."""
         trace = self._quick if quick else self.trace
         return simulate(trace, self.config(draft), self.hardware, sensitivity=self.sensitivity)
 
-    def without_skipping(self, draft: Draft) -> Simulation:
-        """Return what the same cache does when nothing is skipped."""
-        return self.predict(replace(draft, cuts=np.full(self.trace.spec.n_layers, OFF)))
+    def without_skipping(self, slots_per_layer: int) -> Simulation:
+        """Return what a cache does when nothing is skipped; computed once per cache size."""
+        if slots_per_layer not in self._baselines:
+            draft = self.draft("uniform", 0.0, slots_per_layer)
+            self._baselines[slots_per_layer] = self.predict(draft)
+        return self._baselines[slots_per_layer]
 
     def tradeoff(self, method: str, slots_per_layer: int) -> list[Simulation]:
-        """Return predictions of one rule over evenly spaced skipped fractions, none to most."""
-        top_k = self.trace.spec.top_k
-        fractions = np.linspace(0, (top_k - 1) / top_k, N_TRADEOFF)
-        drafts = [self.draft(method, float(f), slots_per_layer) for f in fractions]
-        return [self.predict(draft) for draft in drafts]
+        """Return predictions of one rule over evenly spaced skipped fractions, none to most.
+
+        Computed once per rule and cache size.
+        """
+        key = method, slots_per_layer
+        if key not in self._tradeoffs:
+            top_k = self.trace.spec.top_k
+            fractions = np.linspace(0, (top_k - 1) / top_k, N_TRADEOFF)
+            drafts = [self.draft(method, float(f), slots_per_layer) for f in fractions]
+            self._tradeoffs[key] = [self.predict(draft) for draft in drafts]
+        return self._tradeoffs[key]
 
     def export(self, draft: Draft, measured: Mapping[str, Any]) -> TunedConfig:
-        """Return the config of a draft with its predicted and measured evidence."""
+        """Return the config of a draft with its predicted and measured evidence.
+
+        It counts as verified once its loss was measured.
+        """
         return self.config(draft).with_evidence(
             method=draft.chosen_by,
             trace=self.trace.fingerprint(),
             verified="loss" in measured,
             predicted=prediction_summary(self.predict(draft)),
-            predicted_without_skipping=prediction_summary(self.without_skipping(draft)),
+            predicted_without_skipping=prediction_summary(
+                self.without_skipping(draft.slots_per_layer)
+            ),
             measured=dict(measured) or None,
         )

@@ -1,0 +1,115 @@
+"""The controls of the workbench: they turn what a person does into a draft, and say so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ipywidgets
+import numpy as np
+
+from adapmoe_lab.records import OFF
+from adapmoe_lab.views.widgets import ThresholdCurve
+from adapmoe_lab.workbench.draft import Bench, Draft
+
+BY_HAND = "by hand"
+RULE_NAMES = {
+    "one cut for all layers": "uniform",
+    "AdapMoE's sensitivity rule": "adapmoe",
+    "least predicted loss": "curve",
+}
+
+
+class Controls(ipywidgets.VBox):
+    """One budget slider, one cut per layer, one cache size.
+
+    Attributes:
+        draft: what the controls say now.
+    """
+
+    def __init__(self, bench: Bench, on_change: Callable[[Draft], None]) -> None:
+        """Build the controls for a bench; `on_change` receives every new draft."""
+        self._bench = bench
+        self._on_change = on_change
+        self._lock = threading.RLock()  # callbacks may come on two threads
+        self._is_following = False
+        spec = bench.trace.spec
+        most = (spec.top_k - 1) / spec.top_k
+        wide = {"layout": {"width": "98%"}, "style": {"description_width": "130px"}}
+        self.budget = ipywidgets.FloatSlider(
+            0.0, min=0.0, max=most, step=0.005, description="Experts skipped",
+            readout_format=".1%", **wide,
+        )  # fmt: skip
+        self.rule = ipywidgets.Dropdown(options=RULE_NAMES, description="Chosen by", **wide)
+        self.slots = ipywidgets.IntSlider(
+            max(1, spec.n_experts // 2), min=1, max=spec.n_experts,
+            description="Experts kept", **wide,
+        )  # fmt: skip
+        self.memory = ipywidgets.HTML()
+        self.draft = bench.draft("uniform", 0.0, self.slots.value)
+        self.curve = ThresholdCurve(
+            values=self._shown(self.draft.cuts),
+            vmin=1 / spec.top_k,
+            vmax=1.0,
+            step=0.005,
+            label="Cut on the share of the best expert",
+        )
+        self.budget.observe(self._budget_moved, "value")
+        self.rule.observe(self._budget_moved, "value")
+        self.slots.observe(self._slots_moved, "value")
+        self.curve.observe(self._curve_moved, "values")
+        self.curve.observe(self._curve_moved, "committed")
+        self._tell_memory()
+        super().__init__([self.budget, self.rule, self.slots, self.memory, self.curve])
+
+    @contextmanager
+    def _following(self) -> Iterator[None]:
+        """Let one control follow another without taking it for a person's move."""
+        self._is_following = True
+        try:
+            yield
+        finally:
+            self._is_following = False
+
+    def _budget_moved(self, _: object) -> None:
+        with self._lock:
+            if self._is_following:
+                return
+            draft = self._bench.draft(self.rule.value, self.budget.value, self.slots.value)
+            with self._following():
+                self.curve.values = self._shown(draft.cuts)
+            self._set(draft)
+
+    def _curve_moved(self, change: dict[str, object]) -> None:
+        with self._lock:
+            if self._is_following:
+                return
+            shown = np.array(change["new"], dtype=np.float64)
+            cuts = np.where(shown >= self.curve.vmax, OFF, shown)
+            draft = Draft(cuts, self.slots.value, BY_HAND)
+            if draft.key == self.draft.key:
+                return
+            with self._following():
+                self.budget.value = self._bench.skipped_fraction(draft)
+            self._set(draft)
+
+    def _slots_moved(self, _: object) -> None:
+        with self._lock:
+            self._tell_memory()
+            self._set(Draft(self.draft.cuts, self.slots.value, self.draft.chosen_by))
+
+    def _set(self, draft: Draft) -> None:
+        self.draft = draft
+        self._on_change(draft)
+
+    def _shown(self, cuts: np.ndarray) -> list[float]:
+        return np.minimum(cuts, 1.0).round(6).tolist()
+
+    def _tell_memory(self) -> None:
+        spec = self._bench.trace.spec
+        kept = self.slots.value * spec.n_layers * spec.stored_expert_bytes
+        self.memory.value = (
+            f"<small style='margin-left:136px'>of {spec.n_experts} per layer: "
+            f"{kept / 2**20:.1f} MiB, {kept / spec.all_experts_bytes:.0%} of all experts</small>"
+        )

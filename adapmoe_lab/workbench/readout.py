@@ -1,0 +1,90 @@
+"""The five numbers of a setting, predicted beside measured, as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapmoe_lab.simulation.simulate import Simulation
+
+NOT_MEASURED = "not measured"
+
+STYLE = """<style>
+.adapmoe-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));gap:8px;
+ font:13px var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,#222)}
+.adapmoe-tiles>div{border:1px solid var(--jp-border-color2,#ddd);border-radius:8px;padding:8px 10px;
+ background:var(--jp-layout-color1,#fff)}
+.adapmoe-tiles .name{color:var(--jp-ui-font-color2,#666);font-size:12px}
+.adapmoe-tiles .predicted{font-size:21px;font-weight:600;font-variant-numeric:tabular-nums}
+.adapmoe-tiles .predicted small{font-size:12px;font-weight:400}
+.adapmoe-tiles .measured{font-size:12px;color:var(--jp-success-color1,#187a3b);
+ font-variant-numeric:tabular-nums}
+.adapmoe-tiles .measured.none{color:var(--jp-ui-font-color3,#999)}
+</style>"""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number: its name, unit and the two values in words; None if it was not measured."""
+
+    name: str
+    predicted: str
+    unit: str
+    measured: str | None
+
+
+def tiles(prediction: Simulation, measured: Mapping[str, Any]) -> list[Tile]:
+    """Return the five tiles of a setting.
+
+    Args:
+        prediction: what the setting is predicted to do.
+        measured: what was measured under exactly this setting: `latency` and `loss`, or neither.
+    """
+    latency, loss = measured.get("latency"), measured.get("loss")
+    top = _of(latency, "experts_per_token", "{:.2f}")
+    nats, error = prediction.loss_increase_nats, prediction.loss_increase_se
+    time = prediction.ms_per_token
+    return [
+        Tile("Experts per token", f"{prediction.mean_experts_per_token:.2f}", "", top),
+        Tile(
+            "Activations skipped",
+            f"{prediction.skipped_fraction:.1%}",
+            "",
+            _of(latency, "skipped_fraction", "{:.1%}"),
+        ),
+        Tile("Hit rate", f"{prediction.mean_hit_rate:.0%}", "", _of(latency, "hit_rate", "{:.0%}")),
+        Tile(
+            "Time per token",
+            "–" if time is None else f"{time:.1f}",
+            "ms",
+            _of(latency, "ms_per_token", "{:.1f} ms"),
+        ),
+        Tile(
+            "Loss increase",
+            "–" if nats is None else f"{1e3 * nats:+.1f}",
+            "millinats" if not error else f"± {1e3 * error:.1f} millinats",
+            loss and f"{1e3 * loss['increase_nats']:+.1f} ± {1e3 * loss['increase_se']:.1f}",
+        ),
+    ]
+
+
+def _of(measured: Mapping[str, Any] | None, name: str, form: str) -> str | None:
+    return None if measured is None else form.format(measured[name])
+
+
+def as_html(shown: Sequence[Tile]) -> str:
+    """Return tiles as one HTML fragment; the text in them is ours, none is a user's."""
+    return STYLE + '<div class="adapmoe-tiles">' + "".join(_tile(tile) for tile in shown) + "</div>"
+
+
+def _tile(tile: Tile) -> str:
+    below = (
+        f'<div class="measured none">{NOT_MEASURED}</div>'
+        if tile.measured is None
+        else f'<div class="measured">measured {tile.measured}</div>'
+    )
+    return (
+        f'<div data-tile="{tile.name}"><div class="name">{tile.name}</div>'
+        f'<div class="predicted">{tile.predicted} <small>{tile.unit}</small></div>{below}</div>'
+    )
