@@ -57,7 +57,8 @@ class LabModel:
         slots = self.config.plan.n_slots if self.config.plan else spec.n_layers * spec.n_experts
         return (
             f"{spec.model_id}: {spec.family}, {spec.n_layers} layers x {spec.n_experts} experts, "
-            f"top-{spec.top_k}, {spec.all_experts_bytes / 2**20:.1f} MiB of experts in {spec.dtype}\n"
+            f"top-{spec.top_k}, {spec.all_experts_bytes / 2**20:.1f} MiB of experts "
+            f"in {spec.dtype}\n"
             f"on {device_name(self.engine.device)}, link {self.engine.link.name}, "
             f"room for {slots} of {spec.n_layers * spec.n_experts} experts"
         )

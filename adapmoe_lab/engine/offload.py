@@ -139,6 +139,15 @@ class OffloadEngine:
             self._source = previous
 
     @contextmanager
+    def gated_by(self, table: GatingTable | None) -> Iterator[None]:
+        """Skip by another table for a while; caches and counters go on."""
+        previous, self.gating = self.gating, table
+        try:
+            yield
+        finally:
+            self.gating = previous
+
+    @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
         """Show every layer's pass to an observer."""
         self.observers.append(observer)

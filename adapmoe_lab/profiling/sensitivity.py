@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.engine.offload import LayerPass
-from adapmoe_lab.evaluation.loss import evaluate_loss, token_sequences
+from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.policies.gating import keep_by_cuts
 from adapmoe_lab.records import GatingTable, SensitivityProfile, TunedConfig
 
@@ -34,21 +34,23 @@ def sensitivity(
     `cost` is AdapMoE's S_l, the trace of the Fisher information of the summed next-token loss
     with respect to layer l's expert output y: the mean over tokens of ||dL/dy||^2
     (arXiv 2408.10284, section 4.1). Beside it, with g = dL/dy and dy what a cut would drop,
-    mean (g . dy)^2 / 2 estimates the loss increase of every cut on a grid. With `calibrate` the
-    model's loss is measured once ungated and once under one reference gating, and the ratio of
-    measured to estimated increase is kept as `scale`.
+    mean (g . dy)^2 / 2 estimates the loss increase of every cut on a grid, one layer at a time.
+    With `calibrate` all layers skip at once at one reference cut, and the ratio of the measured
+    increase to the estimated one is kept as `scale`. What is measured there is the Kullback-Leibler
+    divergence from the ungated model: the loss increase averaged over what the model itself holds
+    possible, which one text's own next tokens would only sample.
 
     Args:
         model: the model; experts are read from host memory, its configuration plays no part.
         texts: calibration texts the model has not memorised, one sequence each.
         max_tokens: longer texts are cut to this many tokens.
-        calibrate: whether to anchor the estimate to a measured loss.
+        calibrate: whether to anchor the estimate to a measured divergence.
         progress: called with (done, total, text); what it raises stops the run.
     """
     sequences = token_sequences(model, texts, max_tokens)
     cuts = np.linspace(1 / model.spec.top_k, 1.0, N_CUTS)
     squares, increases, top_shares = [], [], []
-    with model.running(TunedConfig.untuned(model.spec)), model.engine.reading_store():
+    with model.running(_ungated(model)), model.engine.reading_store():
         for done, ids in enumerate(sequences):
             if progress is not None:
                 progress(done, len(sequences), "measuring sensitivity")
@@ -73,7 +75,11 @@ def sensitivity(
     if not calibrate or model.spec.top_k == 1:
         return profile
     cut = float(np.quantile(np.concatenate(top_shares), 1 - _reference_quantile(model)))
-    return _calibrated(profile, model, texts, max_tokens, cut, progress)
+    return _calibrated(profile, model, sequences, cut, progress)
+
+
+def _ungated(model: LabModel) -> TunedConfig:
+    return TunedConfig.untuned(model.spec)
 
 
 def _reference_quantile(model: LabModel) -> float:
@@ -85,23 +91,34 @@ def _reference_quantile(model: LabModel) -> float:
 def _calibrated(
     profile: SensitivityProfile,
     model: LabModel,
-    texts: Sequence[str],
-    max_tokens: int,
+    sequences: Sequence[torch.Tensor],
     cut: float,
     progress: Progress | None,
 ) -> SensitivityProfile:
-    """Return the profile with its scale set by one measured loss increase."""
-    ungated = TunedConfig.untuned(model.spec)
+    """Return the profile with its scale set by one measured divergence."""
     uniform = np.full(profile.n_layers, cut)
     table = GatingTable.per_layer(uniform, model.spec.top_k)
-    gated = replace(ungated, gating=table)
-    measure = {"max_tokens": max_tokens, "progress": progress}
-    baseline = evaluate_loss(model, ungated, texts, **measure)
-    increase, error = evaluate_loss(model, gated, texts, **measure).increase_over(baseline)
+    divergences = []
+    with torch.no_grad(), model.running(_ungated(model)), model.engine.reading_store():
+        for done, ids in enumerate(sequences):
+            if progress is not None:
+                progress(done, len(sequences), "anchoring the estimate")
+            divergences.append(_divergence(model, ids, table))
+    n_tokens = np.array([len(ids) for ids in sequences])
+    measured, error = _mean_over_sequences(np.array(divergences), n_tokens)
     estimated = float(profile.increase(uniform)[0].sum())
-    if estimated <= 0 or increase <= 0:
+    if estimated <= 0:
         return profile
-    return replace(profile, scale=increase / estimated, scale_se=error / estimated)
+    return replace(profile, scale=float(measured) / estimated, scale_se=float(error) / estimated)
+
+
+def _divergence(model: LabModel, ids: torch.Tensor, table: GatingTable) -> float:
+    """Return the mean divergence in nats of the next-token distribution under a gating table."""
+    inputs = {"input_ids": ids[None].to(model.engine.device), "use_cache": False}
+    whole = model.hf(**inputs).logits[0].float().log_softmax(-1)
+    with model.engine.gated_by(table):
+        gated = model.hf(**inputs).logits[0].float().log_softmax(-1)
+    return float((whole.exp() * (whole - gated)).sum(-1).mean())
 
 
 class _GradientTap:

@@ -32,7 +32,7 @@ class SensitivityProfile:
         increase_nats: float64 [L, B], second-order estimate of the loss increase in nats per
             token when that layer alone skips at `cuts[b]`, without renormalisation.
         increase_se: float64 [L, B], its standard error.
-        scale: measured over estimated loss increase at one reference gating; 1 if not measured.
+        scale: measured over estimated increase at one reference gating; 1 if not measured.
         scale_se: standard error of `scale`; 0 if not measured.
     """
 

@@ -49,7 +49,8 @@ class Controls(ipywidgets.VBox):
         self.memory = ipywidgets.HTML()
         self.draft = bench.draft("uniform", 0.0, self.slots.value)
         self.curve = ThresholdCurve(
-            values=self._shown(self.draft.cuts),
+            values=self.draft.cuts.tolist(),
+            baseline_text="chosen by the rule",
             vmin=1 / spec.top_k,
             vmax=1.0,
             step=0.005,
@@ -78,7 +79,7 @@ class Controls(ipywidgets.VBox):
                 return
             draft = self._bench.draft(self.rule.value, self.budget.value, self.slots.value)
             with self._following():
-                self.curve.values = self._shown(draft.cuts)
+                self.curve.values = self.curve.baseline = draft.cuts.tolist()
             self._set(draft)
 
     def _curve_moved(self, change: dict[str, object]) -> None:
@@ -102,9 +103,6 @@ class Controls(ipywidgets.VBox):
     def _set(self, draft: Draft) -> None:
         self.draft = draft
         self._on_change(draft)
-
-    def _shown(self, cuts: np.ndarray) -> list[float]:
-        return np.minimum(cuts, 1.0).round(6).tolist()
 
     def _tell_memory(self) -> None:
         spec = self._bench.trace.spec

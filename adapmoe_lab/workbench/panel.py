@@ -71,7 +71,7 @@ class Workbench(ipywidgets.VBox):
         )
         self.save_button = ipywidgets.Button(description="Save", icon="save")
         self.save_button.on_click(lambda _: self._save())
-        self.download_button = DownloadButton(filename=DEFAULT_FILE, content="")
+        self.download_button = DownloadButton(DEFAULT_FILE)
         self.file_name.observe(self._file_named, "value")
         self.saved = ipywidgets.HTML()
         super().__init__(self._rows(model))
@@ -139,7 +139,7 @@ class Workbench(ipywidgets.VBox):
         prediction = self._bench.predict(draft)
         self._show(draft, prediction)
         self._draw_tradeoff(draft, prediction)
-        self.download_button.content = json.dumps(self.config.to_json(), indent=1) + "\n"
+        self.download_button.content = (json.dumps(self.config.to_json(), indent=1) + "\n").encode()
         self.error.value = ""
         self._measuring.touch()
 

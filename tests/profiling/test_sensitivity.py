@@ -86,9 +86,10 @@ def test_calibration_anchors_the_estimate_to_a_measured_increase(load_tiny, text
     profile = sensitivity(model, texts)
     raw = sensitivity(model, texts, calibrate=False)
     assert raw.scale == 1.0
-    if profile.scale != 1.0:
-        np.testing.assert_allclose(profile.increase_nats, raw.increase_nats)
-        assert profile.scale > 0
+    assert profile.scale > 0
+    assert profile.scale != 1.0
+    assert 0 < profile.scale_se < profile.scale
+    np.testing.assert_allclose(profile.increase_nats, raw.increase_nats)
     off = np.full(3, 2.0)
     assert profile.increase(off)[0].sum() == 0
     assert (raw.increase(np.full(3, 0.6))[0] >= raw.increase(np.full(3, 0.9))[0]).all()

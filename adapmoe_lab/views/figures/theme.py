@@ -1,0 +1,135 @@
+"""The look all figures share, readable on light and dark pages alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+FONT_FAMILY = (
+    "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
+)
+INK = "#6e7781"
+"""Text: at least 4:1 against white and against JupyterLab's dark page."""
+FAINT = "rgba(128, 138, 150, 0.55)"
+"""What is there to compare with: baselines, chance."""
+GRID = "rgba(128, 138, 150, 0.22)"
+BLUE, ORANGE, GREEN = "#2a7fba", "#d9662b", "#1b9e77"
+"""Told apart under every common colour blindness: the prediction, the choice, the measurement."""
+BAND = "rgba(42, 127, 186, 0.14)"
+"""A standard error around a blue line."""
+DASHED = {"color": INK, "width": 1, "dash": "dash"}
+"""A line that marks a limit."""
+
+SEQUENTIAL = ((0.0, "#e3edf5"), (0.5, "#6fa8d3"), (1.0, "#0f4c81"))
+BELOW, MIDDLE, ABOVE = ("#1f5f99", "#8fbbdc"), "#eceff1", ("#f0b48a", "#c4501b")
+
+_HOVER = {"bgcolor": "#1f2933", "bordercolor": "#1f2933", "font": {"color": "#ffffff"}}
+_AXIS = {
+    "automargin": True,
+    "fixedrange": True,
+    "gridcolor": GRID,
+    "linecolor": FAINT,
+    "showline": False,
+    "ticks": "",
+    "title": {"standoff": 8, "font": {"size": 12}},
+    "zeroline": False,
+}
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": FONT_FAMILY, "size": 12, "color": INK},
+        "title": {
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 26},
+            "font": {"size": 15, "weight": 600},
+        },
+        "paper_bgcolor": "rgba(0, 0, 0, 0)",
+        "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "margin": {"l": 8, "r": 12, "t": 64, "b": 8},
+        "colorway": [BLUE, ORANGE, GREEN],
+        "dragmode": False,
+        "hoverlabel": {**_HOVER, "align": "left"},
+        "legend": {
+            "orientation": "h",
+            "x": 0.95,
+            "xanchor": "right",
+            "y": 0.97,
+            "yref": "container",
+            "yanchor": "top",
+        },
+        "modebar": {
+            "bgcolor": "rgba(0, 0, 0, 0)",
+            "color": FAINT,
+            "activecolor": BLUE,
+            "remove": ["sendChartToCloud", "select2d", "lasso2d"],
+        },
+        "xaxis": {**_AXIS, "showgrid": False},
+        "yaxis": _AXIS,
+        "bargap": 0.35,
+    },
+    data={"heatmap": [{"xgap": 1, "ygap": 1}]},
+)
+
+
+def draw(
+    traces: Sequence[Any], *, title: str, subtitle: str, height: int = 320, **layout: Any
+) -> go.Figure:
+    """Return a figure of the traces in the shared look; `height` in pixels."""
+    small = f'<span style="font-size: 12px; font-weight: 400">{subtitle}</span>'
+    heading = {"text": f"{title}<br>{small}"}
+    return go.Figure(
+        data=list(traces),
+        layout={"template": TEMPLATE, "title": heading, "height": height, **layout},
+    )
+
+
+def layer_axis(n_layers: int, **settings: Any) -> dict[str, Any]:
+    """Return an axis with one place per layer, labelled often enough and no more."""
+    every = next(n for n in (1, 2, 4, 8, 16, 32) if n_layers <= 16 * n or n == 32)
+    return {
+        "title": {"text": "layer"},
+        "range": [-0.5, n_layers - 0.5],
+        "tick0": 0,
+        "dtick": every,
+        **settings,
+    }
+
+
+def heatmap_height(n_rows: int) -> int:
+    """Return the height in pixels that gives every row a readable place."""
+    return 130 + int(min(620, max(160, n_rows * 22)))
+
+
+def colour_bar(title: str, **settings: Any) -> dict[str, Any]:
+    """Return the key of a heatmap, titled along its side like an axis."""
+    return {
+        "title": {"text": title, "side": "right", "font": {"size": 12}},
+        "outlinewidth": 0,
+        "thickness": 10,
+        "len": 1.0,
+        "ticks": "",
+        **settings,
+    }
+
+
+def diverging(middle: float) -> list[tuple[float, str]]:
+    """Return a colour scale over 0..1 whose neutral colour lies at `middle`."""
+    return [
+        (0.0, BELOW[0]),
+        (middle / 2, BELOW[1]),
+        (middle, MIDDLE),
+        ((1 + middle) / 2, ABOVE[0]),
+        (1.0, ABOVE[1]),
+    ]
+
+
+def side_by_side(gap: float = 0.16) -> tuple[list[float], list[float]]:
+    """Return the horizontal domains of two equal panels."""
+    return [0.0, (1 - gap) / 2], [(1 + gap) / 2, 1.0]
