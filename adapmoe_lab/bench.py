@@ -36,7 +36,7 @@ class BenchRow:
         load_ratio: time to load one expert over the resident time of one layer; None if real.
         skipped_fraction: share of expert activations skipped while decoding.
         experts_per_token: experts run per token and layer.
-        decode_speedup: median decode time without skipping over that with it.
+        decode_speedup: time per output token without skipping over that with it, medians of runs.
         loads_ratio: experts loaded per token, with skipping over without.
         loss_increase_nats: measured loss increase per token.
         loss_increase_se: its standard error over texts.
@@ -188,6 +188,7 @@ def _merged(reports: Sequence[LatencyReport]) -> LatencyReport:
     return LatencyReport(
         prefill=together([r.prefill for r in reports]),
         decode=together([r.decode for r in reports]),
+        decode_steps=together([r.decode_steps for r in reports]),
         prefill_traffic=sum((r.prefill_traffic for r in reports[1:]), reports[0].prefill_traffic),
         decode_traffic=sum((r.decode_traffic for r in reports[1:]), reports[0].decode_traffic),
     )

@@ -15,16 +15,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Page, TimeoutError, sync_playwright
+from playwright.sync_api import Error, Page, sync_playwright
 
 TOKEN = "a-token-for-tests"  # noqa: S105
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync"
-).split()
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 LOCAL = re.compile(r"^(https?|wss?)://127\.0\.0\.1[:/]|^(data|blob|about):")
 PANEL = ".jp-NotebookPanel:not(.lm-mod-hidden)"
 STARTED = f"""() => [...document.querySelectorAll('{PANEL} .jp-CodeCell .jp-InputPrompt')]
@@ -112,13 +118,18 @@ def open_notebook(page: Page, address: str, name: str) -> None:
 def run_all(page: Page, timeout_s: float) -> None:
     """Run every cell and fail on any error; a Run All that a fresh kernel drops is repeated."""
     for _ in range(5):
+        dialogs = page.locator(".jp-Dialog").all_inner_texts()
+        assert dialogs == [], f"JupyterLab asks something: {dialogs}"
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         try:
             page.wait_for_function(STARTED, timeout=4000)
             break
-        except TimeoutError:
+        except Error:
             continue
-    page.wait_for_function(FINISHED, timeout=1000 * timeout_s)
     errors = page.locator(ERRORS)
+    end = time.monotonic() + timeout_s
+    while not page.evaluate(FINISHED) and errors.count() == 0:
+        assert time.monotonic() < end, f"the cells did not finish in {timeout_s:.0f} s"
+        time.sleep(0.25)
     assert errors.count() == 0, errors.first.inner_text()[:3000]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from adapmoe_lab.assets import demo_folder
 from adapmoe_lab.models.families import MoELayer
@@ -57,8 +60,10 @@ def load_pretrained(name: str | Path, dtype: str = "auto") -> tuple[PreTrainedMo
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; expected 'auto', {', '.join(DTYPES)}.")
     source = resolve_checkpoint(name)
+    bars = nullcontext() if name != "demo" else _no_progress_bars()
     try:
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES.get(dtype, "auto"))
+        with bars:
+            hf = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES.get(dtype, "auto"))
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
         raise FileNotFoundError(
@@ -66,6 +71,18 @@ def load_pretrained(name: str | Path, dtype: str = "auto") -> tuple[PreTrainedMo
             "or is cached, or 'demo'."
         ) from error
     return hf.eval().requires_grad_(False), tokenizer, source
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars for what takes an instant."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def describe(

@@ -76,13 +76,15 @@ class LatencyReport:
 
     Attributes:
         prefill: seconds per prompt.
-        decode: seconds per output token.
+        decode: seconds per output token of each run, averaged over the run's tokens.
+        decode_steps: seconds of every single output token.
         prefill_traffic: expert traffic of the prompts.
         decode_traffic: expert traffic of the output tokens.
     """
 
     prefill: Measurement
     decode: Measurement
+    decode_steps: Measurement
     prefill_traffic: PhaseTraffic
     decode_traffic: PhaseTraffic
 

@@ -29,7 +29,7 @@ class Simulation:
         hit_rate: float64 [L], share of needed experts that are resident.
         loads_per_token: float64 [L], experts loaded per token.
         bytes_per_token: bytes that cross the link per token.
-        ms_per_token: predicted milliseconds per output token; None without hardware.
+        ms_per_token: predicted mean milliseconds per output token; None without hardware.
         loss_increase_nats: predicted loss increase per token; None without a sensitivity.
         loss_increase_se: its standard error.
     """
@@ -88,7 +88,7 @@ def simulate(
         load_s = np.array([hardware.load_s(n) for n in slot_bytes])
         loads, streamed = replayed.loads[counted], replayed.streamed[counted]
         busy_s = layer_step_s(hits, loads, streamed, load_s, hardware.expert_s).sum(axis=1)
-        ms_per_token = 1e3 * float(np.median(hardware.dense_step_s + busy_s))
+        ms_per_token = 1e3 * float(hardware.dense_step_s + busy_s.mean())
     return Simulation(
         experts_per_token=keep[counted].sum(axis=2).mean(axis=0),
         skipped_fraction=float(1 - keep.mean()),

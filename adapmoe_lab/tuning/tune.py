@@ -84,7 +84,9 @@ def tune(
     rule = GATING_RULES[method]
     is_fixed = skipped_fraction is not None
     if skipped_fraction is None:
-        skipped_fraction = _largest_within(trace, sensitivity, rule, max_loss_increase_nats)
+        skipped_fraction = largest_skipped_fraction(
+            trace, sensitivity, rule, max_loss_increase_nats
+        )
     plan = uniform_plan(trace.spec, budget_bytes(expert_memory, trace.spec))
     ungated = TunedConfig(
         model=TunedConfig.model_identity(trace.spec),
@@ -155,7 +157,7 @@ def prediction_summary(simulation: Simulation) -> dict[str, Any]:
     }
 
 
-def _largest_within(
+def largest_skipped_fraction(
     trace: RoutingTrace,
     sensitivity: SensitivityProfile,
     rule: GatingRule,

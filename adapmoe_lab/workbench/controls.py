@@ -14,6 +14,7 @@ from adapmoe_lab.views.widgets import ThresholdCurve
 from adapmoe_lab.workbench.draft import Bench, Draft
 
 BY_HAND = "by hand"
+BUDGET_STEP = 0.005
 RULE_NAMES = {
     "one cut for all layers": "uniform",
     "AdapMoE's sensitivity rule": "adapmoe",
@@ -34,11 +35,12 @@ class Controls(ipywidgets.VBox):
         self._on_change = on_change
         self._lock = threading.RLock()  # callbacks may come on two threads
         self._is_following = False
+        self._followed_budget: float | None = None
         spec = bench.trace.spec
         most = (spec.top_k - 1) / spec.top_k
         wide = {"layout": {"width": "98%"}, "style": {"description_width": "130px"}}
         self.budget = ipywidgets.FloatSlider(
-            0.0, min=0.0, max=most, step=0.005, description="Experts skipped",
+            0.0, min=0.0, max=most, step=BUDGET_STEP, description="Experts skipped",
             readout_format=".1%", **wide,
         )  # fmt: skip
         self.rule = ipywidgets.Dropdown(options=RULE_NAMES, description="Chosen by", **wide)
@@ -47,9 +49,11 @@ class Controls(ipywidgets.VBox):
             description="Experts kept", **wide,
         )  # fmt: skip
         self.memory = ipywidgets.HTML()
-        self.draft = bench.draft("uniform", 0.0, self.slots.value)
+        self.draft = bench.suggestion(self.rule.value, self.slots.value)
+        self._follow_budget()
         self.curve = ThresholdCurve(
             values=self.draft.cuts.tolist(),
+            baseline=self.draft.cuts.tolist(),
             baseline_text="chosen by the rule",
             vmin=1 / spec.top_k,
             vmax=1.0,
@@ -73,10 +77,21 @@ class Controls(ipywidgets.VBox):
         finally:
             self._is_following = False
 
-    def _budget_moved(self, _: object) -> None:
+    def _follow_budget(self) -> None:
+        """Show what the draft skips; a slider sends back what it was given, on its own steps."""
+        fraction = self._bench.skipped_fraction(self.draft)
+        steps = round(fraction / BUDGET_STEP)
+        self._followed_budget = self.budget.value = steps * BUDGET_STEP
+
+    def _is_echo(self) -> bool:
+        followed = self._followed_budget
+        return followed is not None and abs(self.budget.value - followed) < BUDGET_STEP / 2
+
+    def _budget_moved(self, change: dict[str, object]) -> None:
         with self._lock:
-            if self._is_following:
+            if self._is_following or (change["owner"] is self.budget and self._is_echo()):
                 return
+            self._followed_budget = None
             draft = self._bench.draft(self.rule.value, self.budget.value, self.slots.value)
             with self._following():
                 self.curve.values = self.curve.baseline = draft.cuts.tolist()
@@ -91,9 +106,9 @@ class Controls(ipywidgets.VBox):
             draft = Draft(cuts, self.slots.value, BY_HAND)
             if draft.key == self.draft.key:
                 return
-            with self._following():
-                self.budget.value = self._bench.skipped_fraction(draft)
             self._set(draft)
+            with self._following():
+                self._follow_budget()
 
     def _slots_moved(self, _: object) -> None:
         with self._lock:

@@ -20,11 +20,17 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.simulation.simulate import Simulation, simulate
-from adapmoe_lab.tuning.tune import GATING_RULES, prediction_summary
+from adapmoe_lab.tuning.tune import (
+    GATING_RULES,
+    largest_skipped_fraction,
+    prediction_summary,
+)
 
 N_QUICK_TOKENS = 192
 N_FULL_TOKENS = 3000
 N_TRADEOFF = 6
+SUGGESTED_LOSS_NATS = 0.01
+"""One percent of perplexity."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +66,12 @@ class Bench:
         self._quick = trace.first(N_QUICK_TOKENS)
         self._baselines: dict[int, Simulation] = {}
         self._tradeoffs: dict[tuple[str, int], list[Simulation]] = {}
+
+    def suggestion(self, method: str, slots_per_layer: int) -> Draft:
+        """Return the draft that skips the most within `SUGGESTED_LOSS_NATS` of predicted loss."""
+        rule = GATING_RULES[method]
+        fraction = largest_skipped_fraction(self.trace, self.sensitivity, rule, SUGGESTED_LOSS_NATS)
+        return self.draft(method, fraction, slots_per_layer)
 
     def draft(self, method: str, skipped_fraction: float, slots_per_layer: int) -> Draft:
         """Return the draft whose cuts a rule chooses for a skipped fraction."""

@@ -54,7 +54,7 @@ class Measuring:
         return {
             "ms_per_token": 1e3 * report.decode.median,
             "ms_spread": [1e3 * seconds for seconds in report.decode.spread],
-            "n_samples": len(report.decode.samples),
+            "n_runs": len(report.decode.samples),
             "hit_rate": traffic.hit_rate,
             "skipped_fraction": traffic.skipped_fraction,
             "experts_per_token": (1 - traffic.skipped_fraction) * self._model.spec.top_k,

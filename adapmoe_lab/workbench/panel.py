@@ -29,7 +29,11 @@ DEFAULT_FILE = "tuned.json"
 
 
 class Workbench(ipywidgets.VBox):
-    """The interactive panel: tune thresholds and cache, predict, measure, export."""
+    """The interactive panel: tune thresholds and cache, predict, measure, export.
+
+    It opens with half of the experts kept and the most skipped that is predicted to cost at most
+    one percent of perplexity.
+    """
 
     def __init__(
         self,

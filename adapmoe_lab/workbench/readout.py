@@ -16,6 +16,8 @@ STYLE = """<style>
 .adapmoe-tiles>div{border:1px solid var(--jp-border-color2,#ddd);border-radius:8px;padding:8px 10px;
  background:var(--jp-layout-color1,#fff)}
 .adapmoe-tiles .name{color:var(--jp-ui-font-color2,#666);font-size:12px}
+.adapmoe-tiles .name,.adapmoe-tiles .predicted,.adapmoe-tiles .measured{white-space:nowrap;
+ overflow:hidden;text-overflow:ellipsis}
 .adapmoe-tiles .predicted{font-size:21px;font-weight:600;font-variant-numeric:tabular-nums}
 .adapmoe-tiles .predicted small{font-size:12px;font-weight:400}
 .adapmoe-tiles .measured{font-size:12px;color:var(--jp-success-color1,#187a3b);
@@ -26,11 +28,11 @@ STYLE = """<style>
 
 @dataclass(frozen=True)
 class Tile:
-    """One number: its name, unit and the two values in words; None if it was not measured."""
+    """One number: its name with the unit, and the values in words; None if not measured."""
 
     name: str
     predicted: str
-    unit: str
+    error: str
     measured: str | None
 
 
@@ -46,24 +48,24 @@ def tiles(prediction: Simulation, measured: Mapping[str, Any]) -> list[Tile]:
     nats, error = prediction.loss_increase_nats, prediction.loss_increase_se
     time = prediction.ms_per_token
     return [
-        Tile("Experts per token", f"{prediction.mean_experts_per_token:.2f}", "", top),
+        Tile("Experts / token", f"{prediction.mean_experts_per_token:.2f}", "", top),
         Tile(
-            "Activations skipped",
+            "Skipped",
             f"{prediction.skipped_fraction:.1%}",
             "",
             _of(latency, "skipped_fraction", "{:.1%}"),
         ),
         Tile("Hit rate", f"{prediction.mean_hit_rate:.0%}", "", _of(latency, "hit_rate", "{:.0%}")),
         Tile(
-            "Time per token",
+            "ms / token",
             "–" if time is None else f"{time:.1f}",
-            "ms",
-            _of(latency, "ms_per_token", "{:.1f} ms"),
+            "",
+            _of(latency, "ms_per_token", "{:.1f}"),
         ),
         Tile(
-            "Loss increase",
+            "Loss, millinats",
             "–" if nats is None else f"{1e3 * nats:+.1f}",
-            "millinats" if not error else f"± {1e3 * error:.1f} millinats",
+            "" if error is None else f"± {1e3 * error:.1f}",
             loss and f"{1e3 * loss['increase_nats']:+.1f} ± {1e3 * loss['increase_se']:.1f}",
         ),
     ]
@@ -86,5 +88,5 @@ def _tile(tile: Tile) -> str:
     )
     return (
         f'<div data-tile="{tile.name}"><div class="name">{tile.name}</div>'
-        f'<div class="predicted">{tile.predicted} <small>{tile.unit}</small></div>{below}</div>'
+        f'<div class="predicted">{tile.predicted} <small>{tile.error}</small></div>{below}</div>'
     )

@@ -35,6 +35,11 @@ def test_a_rule_meets_the_asked_fraction(bench, method):
     assert prediction.ms_per_token < bench.without_skipping(4).ms_per_token
 
 
+def test_the_suggestion_stays_within_one_percent_of_perplexity(bench):
+    prediction = bench.predict(bench.suggestion("uniform", 4))
+    assert 0.002 < prediction.loss_increase_nats <= 0.01
+
+
 def test_quick_predictions_resemble_full_ones(bench):
     draft = bench.draft("uniform", 0.2, 4)
     quick, full = bench.predict(draft, quick=True), bench.predict(draft)

@@ -23,6 +23,8 @@ def workbench(load_tiny, texts, tmp_path, monkeypatch):
     model = load_tiny()
     trace, measured = profile(model, texts), sensitivity(model, texts)
     panel = Workbench(model, trace, measured, probe_hardware(model, n_steps=6), texts=texts)
+    panel.controls.budget.value = 0.0
+    assert panel.wait(WAIT_S)
     yield panel
     panel.close()
 
@@ -38,11 +40,11 @@ def shown(panel):
 
 def test_a_slider_moves_the_curve_the_tiles_and_the_plots(workbench):
     before = shown(workbench)
-    assert before["Activations skipped"] == ("0.0%", "not measured")
+    assert before["Skipped"] == ("0.0%", "not measured")
     bars = np.array(workbench.layers_figure.figure.data[0].y)
     workbench.controls.budget.value = 0.25
     assert workbench.wait(WAIT_S)
-    assert shown(workbench)["Activations skipped"][0] == "25.0%"
+    assert shown(workbench)["Skipped"][0] == "25.0%"
     assert (np.array(workbench.layers_figure.figure.data[0].y) < bars).all()
     assert all(cut < OFF for cut in workbench.controls.curve.values)
     assert workbench.error.value == ""
@@ -54,7 +56,16 @@ def test_the_curve_moves_the_slider(workbench):
     assert workbench.wait(WAIT_S)
     assert workbench.controls.budget.value == pytest.approx(1 / 6, abs=0.01)
     assert workbench.controls.draft.chosen_by == "by hand"
-    assert shown(workbench)["Activations skipped"][0] == "16.7%"
+    assert shown(workbench)["Skipped"][0] == "16.7%"
+
+
+def test_a_slider_that_sends_its_rounded_value_back_does_not_undo_the_curve(workbench):
+    workbench.controls.curve.values = [0.55, OFF, OFF]
+    echoed = workbench.controls.budget.value
+    workbench.controls.budget.value = echoed + 1e-4
+    assert workbench.controls.draft.chosen_by == "by hand"
+    workbench.controls.budget.value = echoed + 0.01
+    assert workbench.controls.draft.chosen_by == "uniform"
 
 
 def test_more_slots_raise_the_hit_rate(workbench):
@@ -80,7 +91,7 @@ def test_measured_values_stand_beside_their_own_setting_only(workbench):
     assert all(measured == "not measured" for _, measured in shown(workbench).values())
     workbench.controls.budget.value = 0.2
     assert workbench.wait(WAIT_S)
-    assert shown(workbench)["Loss increase"][1].startswith("measured ")
+    assert shown(workbench)["Loss, millinats"][1].startswith("measured ")
 
 
 def test_a_cancelled_measurement_leaves_the_model_as_it_was(workbench):

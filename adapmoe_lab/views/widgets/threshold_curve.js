@@ -2,7 +2,7 @@
 // Follows threshold_axis.js in the same module.
 
 const GRAB_RADIUS = 14;
-const HINT = "drag a dot, paint across layers, or use the arrow keys";
+const HINT = "drag a dot, paint across layers, or use arrow keys";
 const AXIS_TRAITS = ["vmin", "vmax", "step", "label", "unit_text", "baseline_text"];
 
 function svgElement(tag, attributes, parent) {
