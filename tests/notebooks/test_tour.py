@@ -118,9 +118,9 @@ def export(page, notebooks):
 
 
 def take_screenshot(page, path):
-    page.get_by_role("menuitem", name="View", exact=True).click()
-    page.get_by_role("menuitem", name="Show Left Sidebar").first.click()
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+b")  # the file browser makes room
     page.locator(f"{PANEL} .noUi-handle").first.scroll_into_view_if_needed()
     page.mouse.move(5, 5)
-    time.sleep(1)
+    time.sleep(2)
     page.screenshot(path=path)
