@@ -34,7 +34,8 @@ class BenchRow:
     Attributes:
         link: the link, `emulated:<target>` on a CPU.
         load_ratio: time to load one expert over the resident time of one layer; None if real.
-        skipped_fraction: share of expert activations skipped while decoding.
+        asked_fraction: share of expert activations that the cuts were chosen to skip.
+        skipped_fraction: share that was skipped while decoding; other text, other share.
         experts_per_token: experts run per token and layer.
         decode_speedup: time per output token without skipping over that with it, medians of runs.
         loads_ratio: experts loaded per token, with skipping over without.
@@ -44,6 +45,7 @@ class BenchRow:
 
     link: str
     load_ratio: float | None
+    asked_fraction: float
     skipped_fraction: float
     experts_per_token: float
     decode_speedup: float
@@ -70,13 +72,14 @@ class BenchReport:
     def table(self) -> str:
         """Return the rows as a Markdown table of ratios."""
         lines = [
-            "| link | load / layer | skipped | experts/token | decode | loads | loss, nats |",
-            "|---|---|---|---|---|---|---|",
+            "| link | load / layer | to skip | skipped | experts/token | decode | loads "
+            "| loss, nats |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in self.rows:
             ratio = "real" if row.load_ratio is None else f"{row.load_ratio:.2f}"
             lines.append(
-                f"| {row.link} | {ratio} | {row.skipped_fraction:.3f} | "
+                f"| {row.link} | {ratio} | {row.asked_fraction:.1%} | {row.skipped_fraction:.1%} | "
                 f"{row.experts_per_token:.2f} | {row.decode_speedup:.2f}x | "
                 f"{row.loads_ratio:.2f}x | "
                 f"{row.loss_increase_nats:+.4f} ± {row.loss_increase_se:.4f} |"
@@ -142,8 +145,8 @@ def run_bench(
             {"link": model.engine.link.name, "decode_s": report.decode.samples.tolist()}
             for report in reports
         ]
-        for report, (loss, error) in zip(reports[1:], losses, strict=True):
-            rows.append(_row(model, load_ratio, reports[0], report, loss, error))
+        for asked, report, loss in zip(skipped_fractions, reports[1:], losses, strict=True):
+            rows.append(_row(model, load_ratio, asked, reports[0], report, loss))
     conditions = {
         **measurement_conditions(model),
         "slots_per_layer": n_slots,
@@ -197,21 +200,22 @@ def _merged(reports: Sequence[LatencyReport]) -> LatencyReport:
 def _row(
     model: LabModel,
     load_ratio: float | None,
+    asked_fraction: float,
     plain: LatencyReport,
     gated: LatencyReport,
-    loss: float,
-    error: float,
+    loss_increase: tuple[float, float],
 ) -> BenchRow:
     skipped = gated.decode_traffic.skipped_fraction
     return BenchRow(
         link=model.engine.link.name,
         load_ratio=load_ratio,
+        asked_fraction=asked_fraction,
         skipped_fraction=skipped,
         experts_per_token=(1 - skipped) * model.spec.top_k,
         decode_speedup=plain.decode.ratio_to(gated.decode, varied=VARIED),
         loads_ratio=float(
             gated.decode_traffic.misses.sum() / max(1, plain.decode_traffic.misses.sum())
         ),
-        loss_increase_nats=loss,
-        loss_increase_se=error,
+        loss_increase_nats=loss_increase[0],
+        loss_increase_se=loss_increase[1],
     )

@@ -53,8 +53,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def lab_server(folder: Path, home: Path) -> Iterator[str]:
-    """Run `adapmoe-lab lab FOLDER` with a home of its own; yield its address."""
+def lab_server(folder: Path | None, home: Path) -> Iterator[str]:
+    """Run `adapmoe-lab lab`, with a FOLDER if one is given; yield its address.
+
+    JupyterLab's own files go to `home`.
+    """
     port = free_port()
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     environment = {
@@ -64,7 +67,13 @@ def lab_server(folder: Path, home: Path) -> Iterator[str]:
         "JUPYTER_TOKEN": TOKEN,
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", "adapmoe_lab.cli", "lab", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "adapmoe_lab.cli",
+        "lab",
+        *([] if folder is None else [folder]),
+    ]
     command += ["--no-browser", "--port", str(port)]
     with (home / "lab.log").open("w") as log:
         process = subprocess.Popen(

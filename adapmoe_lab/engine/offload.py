@@ -18,7 +18,7 @@ from adapmoe_lab.engine.sources import CachedExperts, ExpertSource, StoredExpert
 from adapmoe_lab.engine.store import ExpertStore
 from adapmoe_lab.models.experts import run_expert
 from adapmoe_lab.policies.gating import gated_weights, keep_by_cuts
-from adapmoe_lab.records import GatingTable
+from adapmoe_lab.records import GatingTable, Traffic
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,35 +60,6 @@ class VirtualCosts:
     expert_s: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
-class Traffic:
-    """Counters since the engine's cache was made.
-
-    Attributes:
-        hits: int64 [L], distinct experts found resident.
-        misses: int64 [L], distinct experts that crossed the link.
-        bytes_moved: bytes that crossed the link.
-        kept: expert activations computed.
-        skipped: expert activations the gating skipped.
-    """
-
-    hits: NDArray[np.int64]
-    misses: NDArray[np.int64]
-    bytes_moved: int
-    kept: int
-    skipped: int
-
-    def since(self, earlier: Traffic) -> Traffic:
-        """Return what was added after an earlier reading."""
-        return Traffic(
-            self.hits - earlier.hits,
-            self.misses - earlier.misses,
-            self.bytes_moved - earlier.bytes_moved,
-            self.kept - earlier.kept,
-            self.skipped - earlier.skipped,
-        )
-
-
 class OffloadEngine:
     """Executes a model's experts from a store through per-layer caches.
 
@@ -115,18 +86,19 @@ class OffloadEngine:
         self.gating = gating
         self.cached = CachedExperts(self.store, self.link, self.device, slots, eviction)
         self._source: ExpertSource = self.cached
-        self._kept = self._skipped = 0
+        self._n_steps = self._kept = self._skipped = 0
 
     @property
     def traffic(self) -> Traffic:
         """Counters since the caches were made."""
         cached = self.cached
         return Traffic(
-            cached.hits.copy(),
-            cached.misses.copy(),
-            cached.bytes_moved,
-            self._kept,
-            self._skipped,
+            hits=cached.hits.copy(),
+            misses=cached.misses.copy(),
+            n_steps=self._n_steps,
+            bytes_moved=cached.bytes_moved,
+            kept=self._kept,
+            skipped=self._skipped,
         )
 
     @contextmanager
@@ -189,6 +161,7 @@ class OffloadEngine:
             produced = run_expert(experts, expert_weights, hidden[at[0]])
             contributions[at] = produced * top_k_weights[at].unsqueeze(-1)
             self.clock.spend(self.costs.expert_s)
+        self._n_steps += layer == 0
         self._kept += int(keep.sum())
         self._skipped += int(keep.size - keep.sum())
         output = contributions.sum(dim=1).to(hidden.dtype)

@@ -9,9 +9,9 @@ import numpy as np
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.loading import LabModel
-from adapmoe_lab.engine.offload import OffloadEngine, Traffic
+from adapmoe_lab.engine.offload import OffloadEngine
 from adapmoe_lab.evaluation.texts import calibration_texts
-from adapmoe_lab.records import LatencyReport, Measurement, PhaseTraffic, TunedConfig
+from adapmoe_lab.records import LatencyReport, Measurement, Traffic, TunedConfig
 
 Progress = Callable[[int, int, str], None]
 
@@ -27,15 +27,8 @@ class _Phase:
         self.seconds: list[float] = []
         self.passed: list[Traffic] = []
 
-    def traffic(self) -> PhaseTraffic:
-        return PhaseTraffic(
-            hits=np.sum([t.hits for t in self.passed], axis=0),
-            misses=np.sum([t.misses for t in self.passed], axis=0),
-            n_steps=len(self.passed),
-            bytes_moved=sum(t.bytes_moved for t in self.passed),
-            kept=sum(t.kept for t in self.passed),
-            skipped=sum(t.skipped for t in self.passed),
-        )
+    def traffic(self) -> Traffic:
+        return sum(self.passed[1:], self.passed[0])
 
 
 class _Stopwatch:
@@ -54,7 +47,7 @@ class _Stopwatch:
 
     def lap(self, step: int) -> None:
         seconds = self._engine.clock.now() - self._started
-        self._laps.append((seconds, self._engine.traffic.since(self._before)))
+        self._laps.append((seconds, self._engine.traffic - self._before))
         self._tell(step)
         self._mark()
 

@@ -54,7 +54,7 @@ def evaluate_loss(
     return LossReport(
         nats=nats,
         n_predicted=[len(ids) - 1 for ids in sequences],
-        skipped_fraction=traffic.skipped / max(1, traffic.kept + traffic.skipped),
+        skipped_fraction=traffic.skipped_fraction,
         texts=digest(*(ids.numpy().tobytes() for ids in sequences)),
     )
 

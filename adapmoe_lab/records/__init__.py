@@ -5,13 +5,14 @@ from adapmoe_lab.records.config import TunedConfig
 from adapmoe_lab.records.files import RecordError
 from adapmoe_lab.records.gating_table import OFF, GatingTable
 from adapmoe_lab.records.hardware import HardwareProfile
-from adapmoe_lab.records.latency import LatencyReport, PhaseTraffic
+from adapmoe_lab.records.latency import LatencyReport
 from adapmoe_lab.records.loss import LossReport
 from adapmoe_lab.records.measurement import IncomparableError, Measurement
 from adapmoe_lab.records.routing import RoutingTrace
 from adapmoe_lab.records.sensitivity import SensitivityProfile
 from adapmoe_lab.records.spec import MoESpec
 from adapmoe_lab.records.targets import LinkTarget, load_targets
+from adapmoe_lab.records.traffic import Traffic
 
 __all__ = [
     "OFF",
@@ -24,10 +25,10 @@ __all__ = [
     "LossReport",
     "Measurement",
     "MoESpec",
-    "PhaseTraffic",
     "RecordError",
     "RoutingTrace",
     "SensitivityProfile",
+    "Traffic",
     "TunedConfig",
     "load_targets",
 ]

@@ -45,7 +45,7 @@ def test_decode_time_equals_the_cost_model(load_tiny):
 
     decode(model.hf, model.encode(PROMPT), 20, after_step=note)
     for before, after, start, end in zip(traffic, traffic[1:], stamps, stamps[1:], strict=False):
-        step = after.since(before)
+        step = after - before
         load_s = np.full(3, 3e-3)
         busy = layer_step_s(step.hits, step.misses, step.misses * 0, load_s, costs.expert_s)
         assert end - start == pytest.approx(3 * costs.dense_layer_s + busy.sum())

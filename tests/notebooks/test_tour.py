@@ -120,7 +120,6 @@ def export(page, notebooks):
 def take_screenshot(page, path):
     page.keyboard.press("Escape")
     page.keyboard.press("Control+b")  # the file browser makes room
-    page.locator(f"{PANEL} .noUi-handle").first.scroll_into_view_if_needed()
     page.mouse.move(5, 5)
     time.sleep(2)
-    page.screenshot(path=path)
+    page.locator(f"{PANEL} .jp-OutputArea-output:has(.adapmoe-tiles)").screenshot(path=path)

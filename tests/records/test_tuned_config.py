@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from adapmoe_lab.records import (
     RecordError,
     TunedConfig,
 )
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 
 @pytest.fixture
@@ -112,3 +115,14 @@ def test_not_a_number_is_never_written(config, tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         config.with_evidence(loss=float("nan")).save(path)
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "path", sorted(FIXTURES.glob("tuned_config_v*.json")), ids=lambda p: p.stem
+)
+def test_files_of_every_version_can_still_be_read(path):
+    """Each schema version leaves a file here, written when it was the newest."""
+    config = TunedConfig.load(path)
+    assert config.gating.cuts[:, 0].tolist() == [0.75, OFF, 0.875]
+    assert config.plan.slots.tolist() == [4, 4, 4]
+    config.check_model(make_spec())

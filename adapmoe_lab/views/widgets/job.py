@@ -71,7 +71,7 @@ class Job(ipywidgets.VBox):
         self.cancel_button = ipywidgets.Button(
             description="Cancel", icon="stop", disabled=True, layout=wide
         )
-        thin = {"width": "200px", "height": "14px", "margin": "0 8px", "visibility": "hidden"}
+        thin = {"width": "120px", "height": "14px", "margin": "0 8px", "visibility": "hidden"}
         self.bar = ipywidgets.FloatProgress(min=0, max=1, layout=thin)
         self.message, self.details = ipywidgets.HTML(), ipywidgets.HTML()
         row = ipywidgets.HBox(

@@ -1,0 +1,65 @@
+"""Expert traffic: what was asked for, what was there, and what crossed the link."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapmoe_lab.records.files import frozen_array
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """Counters of some forward passes; two of them can be added and subtracted.
+
+    Attributes:
+        hits: int64 [L], distinct experts found resident.
+        misses: int64 [L], distinct experts that crossed the link, streamed ones included.
+        n_steps: forward passes counted.
+        bytes_moved: bytes of experts brought to the device.
+        kept: expert activations computed.
+        skipped: expert activations the gating skipped.
+    """
+
+    hits: NDArray[np.int64]
+    misses: NDArray[np.int64]
+    n_steps: int
+    bytes_moved: int
+    kept: int
+    skipped: int
+
+    def __post_init__(self) -> None:
+        """Freeze the counters."""
+        hits = frozen_array("hits", self.hits, np.int64, (None,))
+        object.__setattr__(self, "hits", hits)
+        misses = frozen_array("misses", self.misses, np.int64, hits.shape)
+        object.__setattr__(self, "misses", misses)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of distinct experts that were resident when asked for."""
+        return float(self.hits.sum() / max(1, self.hits.sum() + self.misses.sum()))
+
+    @property
+    def skipped_fraction(self) -> float:
+        """Skipped expert activations over all the router chose."""
+        return self.skipped / max(1, self.kept + self.skipped)
+
+    def __add__(self, other: Traffic) -> Traffic:
+        """Return the traffic of both."""
+        return Traffic(**{name: getattr(self, name) + getattr(other, name) for name in FIELDS})
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        """Return what was added after an earlier reading."""
+        return Traffic(**{name: getattr(self, name) - getattr(earlier, name) for name in FIELDS})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values = {name: getattr(self, name) for name in FIELDS}
+        return {**values, "hits": self.hits.tolist(), "misses": self.misses.tolist()}
+
+
+FIELDS = tuple(Traffic.__dataclass_fields__)
