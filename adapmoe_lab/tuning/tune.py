@@ -16,6 +16,7 @@ from adapmoe_lab.policies.gating import adapmoe_cuts, curve_cuts, uniform_cuts
 from adapmoe_lab.records import (
     GatingTable,
     HardwareProfile,
+    MoESpec,
     RoutingTrace,
     SensitivityProfile,
     TunedConfig,
@@ -71,7 +72,8 @@ def tune(
         The config, with what it is predicted (and measured) to do as evidence.
 
     Raises:
-        ValueError: the method is unknown, or trace and sensitivity are of different models.
+        ValueError: the method is unknown, trace and sensitivity are of different models, or the
+            router chooses a single expert.
     """
     if method not in GATING_RULES:
         raise ValueError(
@@ -81,6 +83,7 @@ def tune(
         raise ValueError(
             "The trace and the sensitivity were recorded on different models; record both on one."
         )
+    check_skippable(trace.spec)
     rule = GATING_RULES[method]
     is_fixed = skipped_fraction is not None
     if skipped_fraction is None:
@@ -142,6 +145,15 @@ def _verified(
         "n_tokens": int(report.n_predicted.sum()),
         "texts": report.texts,
     }
+
+
+def check_skippable(spec: MoESpec) -> None:
+    """Raise ValueError if the router chooses a single expert, so that none can be skipped."""
+    if spec.top_k < 2:
+        raise ValueError(
+            f"{spec.model_id} routes every token to one expert, so none can be skipped; tuning "
+            "needs a model whose router chooses two or more."
+        )
 
 
 def prediction_summary(simulation: Simulation) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from adapmoe_lab.records import (
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 from adapmoe_lab.tuning.tune import (
     GATING_RULES,
+    check_skippable,
     largest_skipped_fraction,
     prediction_summary,
 )
@@ -59,7 +60,12 @@ class Bench:
     def __init__(
         self, trace: RoutingTrace, sensitivity: SensitivityProfile, hardware: HardwareProfile
     ) -> None:
-        """Bind what was measured; the first `N_FULL_TOKENS` tokens of the trace are replayed."""
+        """Bind what was measured; the first `N_FULL_TOKENS` tokens of the trace are replayed.
+
+        Raises:
+            ValueError: the router chooses a single expert.
+        """
+        check_skippable(trace.spec)
         self.trace = trace.first(N_FULL_TOKENS)
         self.sensitivity = sensitivity
         self.hardware = hardware

@@ -74,6 +74,9 @@ def test_what_it_refuses():
     trace = make_trace()
     with pytest.raises(ValueError, match="method='magic' is unknown; expected one of uniform"):
         tune(trace, sensitivity_of(trace), method="magic")
+    single = make_trace(make_spec(top_k=1))
+    with pytest.raises(ValueError, match="routes every token to one expert, so none can be skipp"):
+        tune(single, sensitivity_of(single))
     other = make_trace(make_spec(n_experts=4))
     with pytest.raises(ValueError, match="recorded on different models"):
         tune(other, sensitivity_of(trace))
