@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.profiling.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, TunedConfig
+from adapmoe_lab.simulation.replay import replay
 
 PROMPT = "Once upon a time there was a king who"
 N_NEW = 24
@@ -96,6 +98,9 @@ def test_counters_equal_a_plain_replay_of_the_recorded_run(load_tiny, slots, cut
     traffic = model.engine.traffic
     np.testing.assert_array_equal(traffic.hits, hits.sum(axis=0))
     np.testing.assert_array_equal(traffic.misses, misses.sum(axis=0))
+    simulated = replay(trace, kept_experts(trace, model.config.gating), model.config.plan)
+    np.testing.assert_array_equal(simulated.hits, hits)
+    np.testing.assert_array_equal(simulated.misses, misses)
     expert_bytes = model.spec.stored_expert_bytes
     assert traffic.bytes_moved == misses.sum() * expert_bytes
 
