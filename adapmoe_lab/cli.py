@@ -28,9 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _lab(options: argparse.Namespace) -> int:
     from adapmoe_lab.workbench.jupyter import TOUR, copy_notebooks, open_lab
 
-    copied = copy_notebooks(options.folder)
-    if copied:
-        print(f"Copied {len(copied)} notebooks to {options.folder}.")
+    for notebook in copy_notebooks(options.folder):
+        print(f"Copied {notebook}.")
     print(f"Opening JupyterLab at {options.folder / TOUR}. Stop it with Ctrl-C.", flush=True)
     return open_lab(options.folder, options.port, not options.no_browser)
 

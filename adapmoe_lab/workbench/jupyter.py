@@ -6,13 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from adapmoe_lab.assets import notebooks_folder
 
 TOUR = "00_tour.ipynb"
-DEFAULT_FOLDER = "adapmoe-lab-notebooks"
 SETTINGS = Path(__file__).with_name("jupyter_settings")
 
 
@@ -53,14 +51,13 @@ def lab_environment() -> dict[str, str]:
     return {**os.environ, "JUPYTER_CONFIG_PATH": os.pathsep.join(paths)}
 
 
-def open_lab(
-    folder: Path, port: int | None = None, browser: bool = True, extra: Sequence[str] = ()
-) -> int:
-    """Serve the notebooks of `folder` until it is stopped; return JupyterLab's exit status."""
-    command = [*lab_command(folder, port, browser), *extra]
-    process = subprocess.Popen(command, env=lab_environment())  # noqa: S603 our own command line
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # JupyterLab got the same Ctrl-C and asks whether to stop
+def open_lab(folder: Path, port: int | None = None, browser: bool = True) -> int:
+    """Serve the notebooks of `folder` until it is stopped; return JupyterLab's exit status.
+
+    Where the system allows it this process becomes JupyterLab, so that whatever stops the one
+    stops the other.
+    """
+    command, environment = lab_command(folder, port, browser), lab_environment()
+    if os.name == "posix":
+        os.execve(command[0], command, environment)  # noqa: S606 our own command line
+    return subprocess.run(command, env=environment).returncode  # noqa: S603
