@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -117,11 +118,25 @@ def browser_page() -> Iterator[tuple[Page, list[str]]]:
 
 
 def open_notebook(page: Page, address: str, name: str) -> None:
-    """Open a notebook and wait for its kernel."""
+    """Open a notebook and wait for its kernel.
+
+    The page shows an idle kernel before it has one, and Run All in that moment starts a second
+    kernel that the widgets never reach. So the server is asked as well.
+    """
     page.goto(f"{address}/lab/tree/{name}?token={TOKEN}")
     page.wait_for_selector(f"{PANEL} .jp-Cell", timeout=90_000)
+    end = time.monotonic() + 90
+    while not _has_idle_kernel(address):
+        assert time.monotonic() < end, "the kernel did not become idle in 90 s"
+        time.sleep(0.25)
     idle = f"{PANEL} .jp-Notebook-ExecutionIndicator[data-status=idle]"
     page.wait_for_selector(idle, timeout=90_000)
+
+
+def _has_idle_kernel(address: str) -> bool:
+    with urllib.request.urlopen(f"{address}/api/sessions?token={TOKEN}") as answer:  # noqa: S310
+        kernels = [session["kernel"] for session in json.load(answer)]
+    return any(k["connections"] >= 1 and k["execution_state"] == "idle" for k in kernels)
 
 
 def run_all(page: Page, timeout_s: float) -> None:
