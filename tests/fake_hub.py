@@ -21,12 +21,12 @@ class FakeRepo:
     Attributes:
         files: contents by path.
         revisions: names of its branches and tags, all at the same commit.
-        is_gated: whether its files, though not their names, need consent.
+        refusal: status and error code that answer for its files, though not for their names.
     """
 
     files: dict[str, bytes]
     revisions: tuple[str, ...] = ("main",)
-    is_gated: bool = False
+    refusal: tuple[int, str] | None = None
 
     @cached_property
     def etags(self) -> dict[str, str]:
@@ -127,8 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "RevisionNotFound")
         elif kind == "api":
             self._list(repo, "/".join(parts[:2]), in_full=parts[2:3] == ["tree"])
-        elif repo.is_gated:
-            self._refuse(403, "GatedRepo")
+        elif repo.refusal:
+            self._refuse(*repo.refusal)
         elif "/".join(parts[4:]) not in repo.files:
             self._refuse(404, "EntryNotFound")
         else:

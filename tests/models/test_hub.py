@@ -45,18 +45,18 @@ REPO = "lab/moe"
 SCRIPT = """
 import json, shutil, sys
 from adapmoe_lab.models.hub import local_folder
-free_bytes, *names = json.loads(sys.argv[1])
+free_bytes, progress, *names = json.loads(sys.argv[1])
 if free_bytes is not None:
     shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10**9, 10**9, free_bytes)
 for name, revision in names:
     try:
-        print(json.dumps(["Path", str(local_folder(name, revision))]))
+        print(json.dumps(["Path", str(local_folder(name, revision, progress))]))
     except Exception as error:
         print(json.dumps([[kind.__name__ for kind in type(error).__mro__], str(error)]))
 """
 
 
-def resolve(url, home, *names, is_offline=False, free_bytes=None):
+def run(url, home, *names, is_offline=False, free_bytes=None, progress=False):
     """Call `local_folder` for (name, revision) pairs in a process with these hub settings."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     settings = {
@@ -65,7 +65,7 @@ def resolve(url, home, *names, is_offline=False, free_bytes=None):
         "HF_HUB_OFFLINE": str(int(is_offline)),
         "HF_HUB_DISABLE_XET": "1",
     }
-    asked = json.dumps([free_bytes, *names])
+    asked = json.dumps([free_bytes, progress, *names])
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, asked],
         env=kept | settings,
@@ -74,7 +74,12 @@ def resolve(url, home, *names, is_offline=False, free_bytes=None):
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done
+
+
+def resolve(*arguments, **settings):
+    """Return what `local_folder` returned or raised for each name, as (kind, text)."""
+    return [json.loads(line) for line in run(*arguments, **settings).stdout.splitlines()]
 
 
 def fetched(url, home, name=REPO, revision=None, **settings) -> Path:
@@ -131,14 +136,16 @@ def test_a_cut_download_goes_on_where_it_was_and_a_failed_one_keeps_whole_files(
 
 
 def test_what_the_hub_does_not_give_is_explained(hub, tmp_path):
-    hub.repos["lab/gated"] = FakeRepo(NEEDED, is_gated=True)
+    hub.repos["lab/gated"] = FakeRepo(NEEDED, refusal=(401, "GatedRepo"))
+    hub.repos["lab/closed"] = FakeRepo(NEEDED, refusal=(403, "Forbidden"))
     hub.repos["lab/pickled"] = FakeRepo({"config.json": b"{}", "pytorch_model.bin": b"pickle"})
     lacking = {name: content for name, content in NEEDED.items() if name != SECOND}
     hub.repos["lab/lacking"] = FakeRepo(lacking)
-    gated, missing, revision, pickled, lacking, invalid = resolve(
+    gated, closed, missing, revision, pickled, lacking, invalid = resolve(
         hub.url,
         tmp_path,
         ("lab/gated", None),
+        ("lab/closed", None),
         ("lab/none", None),
         (REPO, "v9"),
         ("lab/pickled", None),
@@ -149,6 +156,7 @@ def test_what_the_hub_does_not_give_is_explained(hub, tmp_path):
     refused(
         gated, "PermissionError", f"Accept the licence on {page}", "`hf auth login`", "HF_TOKEN"
     )
+    refused(closed, "PermissionError", "answered 403, so the login is not accepted", "HF_TOKEN")
     refused(missing, "FileNotFoundError", "no such model, or it is private", "`hf auth login`")
     refused(revision, "FileNotFoundError", "no revision 'v9'", f"{REPO}/commits/main")
     refused(pickled, "ValueError", "pytorch_model.bin is a pickle, which is never read", "Convert")
@@ -170,9 +178,11 @@ def test_a_full_disk_is_noticed_before_the_weights_come(hub, tmp_path):
 def test_without_a_connection_the_cache_is_used_or_said_to_lack_what(hub, tmp_path):
     folder = fetched(hub.url, tmp_path)
     url = hub.url
-    (folder / SECOND).unlink()
+    for name in (SECOND, "tokenizer.json", "tokenizer.model"):
+        (folder / name).unlink()
     [forbidden, other] = resolve(url, tmp_path, (REPO, None), ("lab/other", None), is_offline=True)
-    refused(forbidden, "FileNotFoundError", "HF_HUB_OFFLINE=1", f"{folder} lacks {SECOND}. Connect")
+    lacks = f"the cache folder {folder} lacks a tokenizer, {SECOND}. Connect"
+    refused(forbidden, "FileNotFoundError", "HF_HUB_OFFLINE=1", lacks)
     refused(other, "FileNotFoundError", f"{tmp_path}/hub holds no config.json of it", "or 'demo'")
 
 
@@ -182,6 +192,14 @@ def test_a_hub_that_is_gone_is_named(tmp_path):
     [kept, other] = resolve(hub.url, tmp_path, (REPO, None), ("lab/other", None))
     assert kept == ["Path", str(folder)]
     refused(other, "FileNotFoundError", f"{hub.url} cannot be reached (ConnectError", "holds no")
+
+
+def test_bars_are_drawn_on_request(hub, tmp_path):
+    bars = [
+        "%|" in run(hub.url, tmp_path / str(progress), (REPO, None), progress=progress).stderr
+        for progress in (True, False)
+    ]
+    assert bars == [True, False]
 
 
 def test_the_demo_and_folders_are_returned_as_they_are(tmp_path, monkeypatch):
