@@ -9,13 +9,43 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from adapmoe_lab.models.support import (
+    Family,
+    Scoring,
+    Trait,
+    UnsupportedModelError,
+    find_family,
+    refusal,
+)
+
 INTERFACE_ATTRIBUTES = ("is_transposed", "has_bias", "has_gate", "_apply_gate", "num_experts")
-NOT_ON_THE_SEAM = ("dbrx", "jetmoe", "llama4", "llama4_text")
+ROUTER_NAMES = ("gate", "router")
 LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?:\.|$)")
 
+SCORES = {
+    Scoring.SOFTMAX: lambda logits: logits.softmax(dim=-1),
+    Scoring.SIGMOID: torch.sigmoid,
+    Scoring.SQRT_SOFTPLUS: lambda logits: nn.functional.softplus(logits).sqrt(),
+}
 
-class UnsupportedModelError(ValueError):
-    """The model has no experts this project can serve."""
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """What scores the experts of one layer.
+
+    Attributes:
+        module: holds the weight [E or more, D]; its first E rows score the routed experts.
+        n_experts: E, the number of routed experts.
+        scoring: how logits become scores.
+        softcap: logits are bent to stay within it; 0 for no bound.
+        reads_experts_input: whether it scores what the experts are given.
+    """
+
+    module: nn.Module
+    n_experts: int
+    scoring: Scoring = Scoring.SOFTMAX
+    softcap: float = 0.0
+    reads_experts_input: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +55,12 @@ class MoELayer:
     Attributes:
         path: module path of the experts.
         experts: the transformers experts module, weights fused over experts.
-        router: the module whose weight [E, D] scores the experts.
+        router: what scores the experts.
     """
 
     path: str
     experts: nn.Module
-    router: nn.Module
+    router: Router
 
     @property
     def n_experts(self) -> int:
@@ -47,49 +77,93 @@ def find_moe_layers(hf: PreTrainedModel) -> list[MoELayer]:
     """Return the layers of a model that dispatch through transformers' experts interface.
 
     Raises:
-        UnsupportedModelError: there is none, with the reason where it is known.
+        UnsupportedModelError: there is none, with the reason where it is known, or the layers'
+            experts differ in number or shape.
     """
+    family = find_family(hf.config.model_type)
     layers = []
     for path, module in hf.named_modules():
         if all(hasattr(module, name) for name in INTERFACE_ATTRIBUTES):
             block = hf.get_submodule(path.rpartition(".")[0])
-            layers.append(MoELayer(path, module, _router_of(block, module)))
-    if layers:
-        return sorted(layers, key=lambda layer: _layer_number(layer.path))
-    family = hf.config.model_type
-    if family in NOT_ON_THE_SEAM:
-        raise UnsupportedModelError(
-            f"{family} does not use transformers' experts interface, so its experts cannot be "
-            "served from outside. Supported: mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v2, "
-            "deepseek_v3 and every other family that uses the interface."
-        )
-    raise UnsupportedModelError(
-        f"This {family} model has no Mixture-of-Experts layer; give a model with routed experts."
-    )
+            layers.append(MoELayer(path, module, _find_router(block, module, family)))
+    if not layers:
+        raise UnsupportedModelError(refusal(hf.config.model_type))
+    _check_alike(layers, hf.config.model_type)
+    return sorted(layers, key=lambda layer: _layer_number(layer.path))
 
 
-def router_scores(router: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Return a router's probabilities [T, E] for hidden states [T, D], without calling it.
+def router_scores(router: Router, hidden: torch.Tensor) -> torch.Tensor:
+    """Return a router's scores [T, E] of hidden states [T, D], float32, without calling it.
 
-    Calling the router would fire whatever records it.
+    Calling the router would fire whatever records it. Softmax scores sum to one; sigmoid scores
+    are one expert's each. Biases that only take part in choosing experts are left out.
+
+    Raises:
+        UnsupportedModelError: the router reads something else than the experts' input.
     """
-    bias = getattr(router, "bias", None)
-    logits = nn.functional.linear(hidden, router.weight, bias)  # pyright: ignore
-    return logits.float().softmax(dim=-1)
-
-
-def _router_of(block: nn.Module, experts: nn.Module) -> nn.Module:
-    """Return the sibling of the experts whose weight scores each expert."""
-    for name, module in block.named_modules():
-        weight = getattr(module, "weight", None)
-        scores_experts = (
-            isinstance(weight, torch.Tensor) and weight.dim() == 2 and module is not experts
+    weight: torch.Tensor = router.module.weight  # pyright: ignore[reportAssignmentType]
+    if not router.reads_experts_input or weight.shape[1] != hidden.shape[-1]:
+        raise UnsupportedModelError(
+            f"This model's {type(router.module).__name__} does not score what the experts are "
+            f"given ({hidden.shape[-1]} values a token), so its scores cannot be recorded or "
+            "predicted. The model can be served, but not profiled."
         )
-        if scores_experts and weight.shape[0] == experts.num_experts and "expert" not in name:
-            return module
-    raise UnsupportedModelError(
-        f"No router was found beside the {type(experts).__name__} of {type(block).__name__}."
+    bias = getattr(router.module, "bias", None)
+    logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+    if router.softcap > 0:
+        logits = router.softcap * torch.tanh(logits / router.softcap)
+    return SCORES[router.scoring](logits)[:, : router.n_experts]
+
+
+def _find_router(block: nn.Module, experts: nn.Module, family: Family) -> Router:
+    """Return the sibling of the experts that scores them.
+
+    It is called gate or router, or else is any sibling with as many rows as there are experts. Its
+    weight may lie deeper, and may have rows past the experts': for shared experts, or for none.
+    """
+    n_experts = int(experts.num_experts)  # pyright: ignore[reportArgumentType]
+    siblings = {name: m for name, m in block.named_children() if "expert" not in name}
+    named = [part for name in ROUTER_NAMES if name in siblings for part in siblings[name].modules()]
+    others = [part for sibling in siblings.values() for part in sibling.modules()]
+    candidates = [m for m in named if _n_rows(m) >= n_experts]
+    candidates = candidates or [m for m in others if _n_rows(m) == n_experts]
+    if not candidates:
+        raise UnsupportedModelError(
+            f"No router was found beside the {type(experts).__name__} of {type(block).__name__}: "
+            f"expected a module called {' or '.join(ROUTER_NAMES)} with a weight of {n_experts} "
+            f"rows, found {', '.join(siblings) or 'nothing'}. Please report this family."
+        )
+    module = min(candidates, key=_n_rows)
+    scoring = family.scoring
+    if family.scoring_field is not None:
+        scoring = Scoring(getattr(experts.config, family.scoring_field))
+    return Router(
+        module=module,
+        n_experts=n_experts,
+        scoring=scoring,
+        softcap=float(getattr(module, "router_logit_softcapping", 0.0)),
+        reads_experts_input=Trait.OWN_INPUT not in family.traits,
     )
+
+
+def _n_rows(module: nn.Module) -> int:
+    """Return how many rows a module's weight matrix has, 0 where it has none."""
+    weight = getattr(module, "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else 0
+
+
+def _check_alike(layers: list[MoELayer], model_type: str) -> None:
+    """Refuse layers whose experts differ; a cache slot must hold any expert of the model."""
+    shapes = {
+        tuple((name, tuple(getattr(layer.experts, name).shape)) for name in layer.parameter_names)
+        for layer in layers
+    }
+    if len(shapes) > 1:
+        kinds = "; ".join(str(dict(shape)) for shape in sorted(shapes))
+        raise UnsupportedModelError(
+            f"This {model_type} model has experts of {len(shapes)} kinds ({kinds}); only models "
+            "whose layers all have the same number and shape of experts can be served."
+        )
 
 
 def _layer_number(path: str) -> int:

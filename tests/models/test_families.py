@@ -1,0 +1,205 @@
+"""Every family on the experts interface: exactly as the unmodified model, or said not to be."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import RECIPES, save_tiny
+from transformers import AutoModelForCausalLM
+from transformers.integrations import moe
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from adapmoe_lab.engine.loading import LabModel, load
+from adapmoe_lab.models.families import router_scores
+from adapmoe_lab.models.support import (
+    REFUSED,
+    VERIFIED,
+    Trait,
+    UnsupportedModelError,
+    UnverifiedFamilyWarning,
+    causal_families,
+    check_family,
+    family_class,
+    find_family,
+)
+from adapmoe_lab.policies.allocation import slots_plan
+
+NAMED = (
+    "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3",
+    "glm4_moe", "ernie4_5_moe", "phimoe", "gpt_oss", "granitemoe", "granitemoeshared", "jamba",
+)  # fmt: skip
+"""The families that every change is tested with; the others are tested with the slow tests."""
+
+SELECTION_BIASES = r"score_correction_bias|expert_bias|balancing_biases"
+
+
+def every_recipe() -> list:
+    installed = [name for name in RECIPES if name in NAMED or name in CONFIG_MAPPING_NAMES]
+    return [
+        pytest.param(name, marks=() if name in NAMED else pytest.mark.slow) for name in installed
+    ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Keep the tiny products from being spread over threads, which takes far longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def token_ids(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1, tiny_models.VOCABULARY_SIZE, shape, generator=generator)
+
+
+def continuation(hf: torch.nn.Module, ids: torch.Tensor) -> list[int]:
+    """Return 24 tokens that transformers' own greedy generation adds to ids [T]."""
+    every = hf.generate(
+        ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=24,
+        do_sample=False, eos_token_id=None,
+    )  # fmt: skip
+    return every[0, len(ids) :].tolist()
+
+
+def load_with_two_slots(folder: Path) -> LabModel:
+    model = load(folder, dtype="float32", link="none", device="cpu")
+    model.apply(replace(model.config, plan=slots_plan(model.spec, 2)))
+    return model
+
+
+def plain_state(hf: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+
+
+def skip_if_not_offered(model_type: str) -> None:
+    if model_type not in causal_families():
+        pytest.skip(f"the installed transformers does not offer the experts of {model_type}")
+
+
+@pytest.mark.parametrize("model_type", every_recipe())
+@torch.no_grad()
+def test_a_family_equals_the_unmodified_model(model_type, tmp_path):
+    skip_if_not_offered(model_type)
+    folder = save_tiny(model_type, tmp_path)
+    ids = token_ids(3, 20)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected_logits, expected_tokens = plain(ids).logits, continuation(plain, ids[0])
+    state = plain_state(plain)
+
+    model = load_with_two_slots(folder)
+    torch.testing.assert_close(model.hf(ids).logits, expected_logits, rtol=0, atol=1e-5)
+    assert continuation(model.hf, ids[0]) == expected_tokens
+    assert len(set(expected_tokens)) > 3, "a text of one token proves nothing"
+    assert model.engine.traffic.misses.min() > 2, "the experts did not come through the engine"
+    assert_traits_tell_the_truth(model_type, model)
+    assert_scores_equal_the_routers(model_type, model, ids)
+
+    restored = model.detach().state_dict()
+    assert restored.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(restored[name], tensor), name
+
+
+def assert_traits_tell_the_truth(model_type: str, model: LabModel) -> None:
+    layer = model.layers[-1]
+    block = model.hf.get_submodule(layer.path.rpartition(".")[0])
+    scorer = scoring_module(block)
+    source = inspect.getsource(type(scorer).forward)
+    experts, names = layer.experts, list(dict(model.hf.named_modules()))
+    tensors = [name for name, _ in [*block.named_parameters(), *block.named_buffers()]]
+    expected = {
+        Trait.UNNORMALISED: not model.spec.normalises_router,
+        Trait.SELECTION_BIAS: any(re.search(SELECTION_BIASES, name) for name in tensors),
+        Trait.GROUPED: getattr(scorer, "num_group", None) is not None,
+        Trait.UNSORTED: "sorted=False" in source,
+        Trait.HASHED: any(name.endswith("tid2eid") for name, _ in model.hf.named_buffers()),
+        Trait.BIASES: experts.has_bias,
+        Trait.INTERLEAVED: not getattr(experts, "is_concatenated", True),
+        Trait.TRANSPOSED: experts.is_transposed,
+        Trait.UNGATED: not experts.has_gate,
+        Trait.OWN_GATE: type(experts)._apply_gate is not moe._default_apply_gate,
+        Trait.SHARED: any(re.search(r"\.shared_(expert|mlp)", name) for name in names),
+        Trait.DENSE_LAYERS: model.spec.n_layers < model.hf.config.num_hidden_layers,
+    }
+    declared = find_family(model_type).traits
+    wrong = [trait.name for trait, holds in expected.items() if holds != (trait in declared)]
+    assert not wrong, f"declared otherwise than the model is: {wrong}"
+
+
+def assert_scores_equal_the_routers(model_type: str, model: LabModel, ids: torch.Tensor) -> None:
+    """A token's chosen experts must have scores in the proportion of the router's weights."""
+    passes = []
+    with model.engine.observed_by(passes.append):
+        model.hf(ids)
+    for layer, seen in zip(model.layers, passes, strict=True):
+        if Trait.OWN_INPUT in find_family(model_type).traits:
+            with pytest.raises(UnsupportedModelError, match="can be served, but not profiled"):
+                router_scores(layer.router, seen.hidden)
+            continue
+        scores = router_scores(layer.router, seen.hidden)
+        assert scores.shape == (ids.numel(), layer.n_experts)
+        chosen = scores.gather(1, torch.from_numpy(seen.indices))
+        weights = torch.from_numpy(seen.weights)
+        if model_type == "phimoe":
+            assert torch.equal(chosen.argmax(dim=1), weights.argmax(dim=1))
+            continue
+        torch.testing.assert_close(shares(chosen), shares(weights), rtol=1e-4, atol=1e-5)
+
+
+def shares(weights: torch.Tensor) -> torch.Tensor:
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def scoring_module(block: torch.nn.Module) -> torch.nn.Module:
+    return getattr(block, "gate", None) or block.router
+
+
+def test_every_family_on_the_interface_is_in_one_class():
+    families = causal_families()
+    assert len(families) > 40
+    classes = {name: family_class(name) for name in families}
+    assert {name for name, c in classes.items() if c == "exact"} == VERIFIED.keys() & families
+    assert {name for name, c in classes.items() if c == "refused"} == REFUSED.keys() & families
+    assert not VERIFIED.keys() & REFUSED.keys()
+
+
+def test_exact_is_what_is_compared_here():
+    assert VERIFIED.keys() == RECIPES.keys()
+    assert set(NAMED) <= VERIFIED.keys()
+
+
+@pytest.mark.parametrize("model_type", ["dbrx", "jetmoe", "llama4", "llama4_text"])
+def test_families_without_the_interface_are_refused_by_name(model_type):
+    expected = f"{model_type} is refused: it does not use .* Supported: .*mixtral.*qwen3_moe"
+    with pytest.raises(UnsupportedModelError, match=expected):
+        check_family(model_type)
+
+
+def test_a_dense_family_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"This llama model has no .* Supported: "):
+        check_family("llama")
+
+
+def test_a_family_without_a_causal_model_is_refused():
+    with pytest.raises(UnsupportedModelError, match="no causal language model of this type"):
+        check_family("bert_of_nobody" if "qwen3_vl_moe" not in CONFIG_MAPPING_NAMES else "qwen3_vl_moe")
+
+
+def test_a_family_never_compared_warns():
+    with pytest.warns(UnverifiedFamilyWarning, match="somebodys_moe .* was never compared"):
+        check_family("somebodys_moe")
+
+
+def test_an_exact_family_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_family("mixtral")
