@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -123,9 +123,18 @@ def _load(options: argparse.Namespace) -> Any:
         config=getattr(options, "config", None),
         device=options.device,
         dtype=options.dtype,
+        expert_dtype=options.expert_dtype,
         expert_memory=getattr(options, "expert_memory", None),
+        host_memory=options.host_memory,
+        store=options.store,
+        revision=options.revision,
         link=options.link,
+        announce=_to_stderr,
     )
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _texts(options: argparse.Namespace) -> list[str]:
@@ -234,10 +243,22 @@ def _add_model(parser: argparse.ArgumentParser, *, config: bool) -> None:
     parser.add_argument("model", help="demo, a folder that save_pretrained wrote, or a hub id")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is one)")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--expert-dtype", default="auto", metavar="P", help="auto, bf16, int8, int4, int3 or int2"
+    )
+    parser.add_argument(
+        "--host-memory", metavar="SIZE", help="host memory for experts (default: what is free)"
+    )
+    parser.add_argument(
+        "--store", type=Path, metavar="DIR", help="prepared experts: opened, or written first"
+    )
     parser.add_argument("--link", help="link to emulate on a CPU, none for no emulation")
     if config:
         parser.add_argument("--config", type=Path, metavar="FILE", help="tuned config to run under")
-        parser.add_argument("--expert-memory", metavar="SIZE", help="40%%, 8GiB (default: all)")
+        parser.add_argument(
+            "--expert-memory", metavar="SIZE", help="40%%, 8GiB (default: what is left)"
+        )
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:

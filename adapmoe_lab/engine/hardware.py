@@ -69,19 +69,20 @@ def measurement_conditions(model: LabModel) -> dict[str, str | int]:
 def _copy_times(model: LabModel, copies: int) -> tuple[list[int], list[float]]:
     """Return sizes in bytes and the median seconds of a waited-for copy of each."""
     engine = model.engine
-    slab = engine.store.slab(0)
-    target = torch.empty_like(slab[0], device=engine.device)
+    n_experts = engine.store.n_experts(0)
+    n_bytes = min(layout.n_bytes for layout in engine.store.formats[0])
+    target = torch.empty(n_bytes, dtype=torch.uint8, device=engine.device)
     sizes, times = [], []
     for fraction in COPY_FRACTIONS:
-        n_values = max(1, int(slab.shape[1] * fraction))
+        size = max(1, int(n_bytes * fraction))
         samples = []
         for turn in range(copies + 2):
-            source = slab[turn % slab.shape[0], :n_values]
+            source = engine.store.row(0, turn % n_experts)[:size]
             start = engine.clock.now()
-            engine.link.wait(engine.link.copy(source, target[:n_values]))
+            engine.link.wait(engine.link.copy(source, target[:size]))
             if engine.device.type == "cuda":
                 torch.cuda.synchronize(engine.device)
             samples.append(engine.clock.now() - start)
-        sizes.append(n_values * slab.element_size())
+        sizes.append(size)
         times.append(float(np.median(samples[2:])))
     return sizes, times

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from adapmoe_lab.assets import data_folder
@@ -16,13 +17,25 @@ from adapmoe_lab.engine.clock import Clock, RealClock
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.device import choose_device, device_name
 from adapmoe_lab.engine.link import CudaLink, EmulatedLink, Link
+from adapmoe_lab.engine.memory import memory_needs, plan_memory
 from adapmoe_lab.engine.offload import OffloadEngine
+from adapmoe_lab.engine.opening import (
+    ExpertDtype,
+    expert_formats,
+    open_experts,
+    store_identity,
+)
 from adapmoe_lab.engine.pace import resident_layer_s
-from adapmoe_lab.engine.store import ExpertStore
-from adapmoe_lab.models.checkpoint import HFModel, describe, load_pretrained, routed_weights
+from adapmoe_lab.engine.prepared import save_store
+from adapmoe_lab.models.checkpoint import (
+    HFModel,
+    open_checkpoint,
+    routed_weights,
+    weights_digest,
+)
 from adapmoe_lab.models.families import MoELayer, find_moe_layers
 from adapmoe_lab.models.hook import ExpertsHook
-from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
+from adapmoe_lab.models.outline import DTYPES, describe
 from adapmoe_lab.records import LinkTarget, MoESpec, TunedConfig, load_targets
 
 NO_LINK = "none"
@@ -78,7 +91,7 @@ class LabModel:
         if config.precision not in (None, self.spec.dtype):
             raise ValueError(
                 f"The config stores experts as {config.precision}, the model is loaded as "
-                f"{self.spec.dtype}; load it with dtype={config.precision!r}."
+                f"{self.spec.dtype}; load it with expert_dtype={config.precision!r}."
             )
         n_experts = self.spec.n_experts
         slots = config.plan.slots.tolist() if config.plan else [n_experts] * self.spec.n_layers
@@ -145,14 +158,22 @@ class LabModel:
             )
         return self.tokenizer.decode([*ids.tolist(), *produced], skip_special_tokens=True)
 
+    def save_experts(self, folder: str | Path) -> None:
+        """Write the experts as they are stored, for `load(..., store=folder)` to reopen at once."""
+        save_store(self.engine.store, Path(folder), store_identity(self.spec))
+
     def detach(self) -> HFModel:
-        """Give the experts back and return the plain transformers model; the handle is spent."""
+        """Give the experts back and return the plain transformers model; the handle is spent.
+
+        Experts stored in fewer bits come back dequantised.
+        """
         with self._in_use:
             self._hook.detach()
             for number in range(self.spec.n_layers):
-                weights = self.engine.store.fused(number)
+                weights = self.engine.store.fused(number, self.hf.dtype)
                 on_device = {name: t.to(self.engine.device) for name, t in weights.items()}
                 self._hook.give_weights(number, on_device)
+            self.engine.store.close()
         return self.hf
 
 
@@ -162,25 +183,47 @@ def load(
     config: TunedConfig | str | Path | None = None,
     device: str | None = None,
     dtype: str = "auto",
+    expert_dtype: ExpertDtype = "auto",
     expert_memory: str | int | None = None,
+    host_memory: str | int | None = None,
+    store: str | Path | None = None,
+    revision: str | None = None,
+    max_context_tokens: int | None = None,
+    batch_size: int = 1,
     link: str | None = None,
     clock: Clock | None = None,
+    announce: Callable[[str], None] = print,
 ) -> LabModel:
-    """Load a Mixture-of-Experts model whose experts stay in host memory.
+    """Load a Mixture-of-Experts model whose experts stay in host memory or on disk.
+
+    What goes where is planned and announced before anything is allocated. Only safetensors files
+    are read, and no code that comes with a model is run.
 
     Args:
         name: `"demo"`, a folder that `save_pretrained` wrote, or a hub id.
         config: a tuned config, or the file of one, to run under.
         device: where to compute; CUDA where there is one, else the CPU.
-        dtype: `"auto"`, `"bfloat16"`, `"float16"` or `"float32"`.
-        expert_memory: room for experts on the device: bytes, `"8GiB"` or `"40%"`; None for all.
+        dtype: precision to compute in: `"auto"`, `"bfloat16"`, `"float16"` or `"float32"`.
+        expert_dtype: precision to store and move experts in: `"auto"` as they come, `"bfloat16"`,
+            `"int8"`, `"int4"`, `"int3"`, `"int2"`, or one name per expert, [L][E].
+        expert_memory: room for experts on the device: bytes, `"8GiB"` or `"40%"`; None for what is
+            left.
+        host_memory: host memory for experts, their slots included on the CPU; None for what is
+            free. Experts beyond it stay in their files and are read when they are needed.
+        store: folder of a prepared store, opened if it is there, else written first.
+        revision: branch, tag or commit of a hub id.
+        max_context_tokens: longest text to leave room for; None for 4096 or the model's longest.
+        batch_size: sequences at once to leave room for.
         link: on the CPU, the named target whose link is emulated (`data/targets.json`), `"none"`
             for no emulation, None for the default target. A GPU always uses its real link.
         clock: what time is read from; a `VirtualClock` makes runs exactly repeatable.
+        announce: is told the memory plan.
 
     Raises:
         FileNotFoundError: no such model or config.
         UnsupportedModelError: the model has no experts that can be served.
+        CheckpointError: its files are incomplete, damaged or changed.
+        MemoryError: it does not fit; the text says what does.
         ValueError: an argument is out of range; the text says what was expected.
     """
     if isinstance(config, str | Path):
@@ -189,26 +232,39 @@ def load(
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
     where = choose_device(device)
     target = link_target(link, where)
-    clock = clock if clock is not None else RealClock()
-    if config is not None and config.precision is not None and dtype == "auto":
-        dtype = config.precision
-    hf, tokenizer, _ = load_pretrained(name, dtype)
+    if config is not None and config.precision is not None and expert_dtype == "auto":
+        expert_dtype = config.precision
+        dtype = config.precision if dtype == "auto" and config.precision in DTYPES else dtype
+    checkpoint = open_checkpoint(name, dtype, revision)
+    formats = expert_formats(checkpoint.model, expert_dtype, Path(store) if store else None)
+    spec = describe(checkpoint.model, formats)
+    plan = plan_memory(
+        spec,
+        memory_needs(checkpoint.model, spec.top_k, max_context_tokens, batch_size),
+        np.array([[layout.n_bytes for layout in layer] for layer in formats]),
+        where,
+        expert_memory=expert_memory,
+        host_memory=host_memory,
+        slots=config.plan if config is not None else None,
+    )
+    announce(f"{spec.model_id} {plan}")
+
+    hf = checkpoint.load_skeleton()
     layers = find_moe_layers(hf)
-    spec = describe(hf, layers, str(name), routed_weights(hf, layers))
+    spec = describe(checkpoint.model, formats, routed_weights(hf, layers), weights_digest(hf))
     if config is not None:
         config.check_model(spec)
-    plan = uniform_plan(spec, budget_bytes(expert_memory, spec))
-
-    hook = ExpertsHook(hf, layers)
-    taken = (hook.take_weights(number) for number in range(len(layers)))
-    store = ExpertStore(taken, pinned=where.type == "cuda")
+    tokenizer = checkpoint.load_tokenizer()
     hf.to(where)  # pyright: ignore[reportArgumentType]
-    engine = OffloadEngine(store, _unpaced_link(where, clock), clock, where)
+    experts = open_experts(checkpoint, formats, spec, plan, Path(store) if store else None)
+    hook = ExpertsHook(hf, layers)
+    clock = clock if clock is not None else RealClock()
+    engine = OffloadEngine(experts, _unpaced_link(where, clock), clock, where)
     hook.attach(engine)
     model = LabModel(hf, tokenizer, spec, hook, engine)
     if target is not None:
         model.emulate_link(target)
-    model.apply(config if config is not None else replace(model.config, plan=plan))
+    model.apply(config if config is not None else replace(model.config, plan=plan.slots))
     return model
 
 

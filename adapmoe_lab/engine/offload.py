@@ -77,7 +77,7 @@ class OffloadEngine:
         self.gating: GatingTable | None = None
         self.observers: list[Observer] = []
         self._direct = StoredExperts(store, device)
-        self.configure(None, [store.slab(layer).shape[0] for layer in range(store.n_layers)])
+        self.configure(None, [store.n_experts(layer) for layer in range(store.n_layers)])
 
     def configure(
         self, gating: GatingTable | None, slots: list[int], eviction: str = "lru"
@@ -143,7 +143,7 @@ class OffloadEngine:
         """Return the summed outputs [T, D] of the experts each token keeps."""
         self.clock.spend(self.costs.dense_layer_s)
         indices, weights = _on_host(top_k_index, top_k_weights)
-        keep = indices < self.store.slab(layer).shape[0]
+        keep = indices < self.store.n_experts(layer)
         if self.gating is not None:
             keep &= keep_by_cuts(weights, self.gating.cuts[layer])
             if self.gating.renormalise:

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 
 from adapmoe_lab.engine.link import Link
-from adapmoe_lab.engine.store import ExpertStore, Views
+from adapmoe_lab.engine.store import ExpertStore
+from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.policies.allocation import N_STAGING
 from adapmoe_lab.policies.eviction import POLICIES
-from adapmoe_lab.policies.residency import LayerCache, Load, StepPlan
+from adapmoe_lab.policies.residency import LayerCache, StepPlan
 
 
 class ExpertSource(Protocol):
     """Hands out the weights of the experts that one layer needs in one forward pass."""
 
-    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Views]]:
+    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Weights]]:
         """Yield each expert once, with weights valid until the next one is asked for."""
         ...
 
@@ -31,11 +32,11 @@ class StoredExperts:
         self._store = store
         self._device = device
 
-    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Views]]:
+    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Weights]]:
         """Yield experts in ascending order; on the CPU without a copy."""
         for expert in sorted(experts):
-            row = self._store.slab(layer)[expert].to(self._device)
-            yield expert, self._store.views(layer, row)
+            row = self._store.row(layer, expert).to(self._device)
+            yield expert, self._store.views(layer, expert, row)
 
 
 class CachedExperts:
@@ -56,24 +57,23 @@ class CachedExperts:
         self._store = store
         self._link = link
         self.caches = [LayerCache(int(n), POLICIES[eviction]()) for n in slots]
-        rows = [store.slab(layer) for layer in range(store.n_layers)]
+        widths = [store.slot_bytes(layer) for layer in range(store.n_layers)]
         self._slots = [
-            torch.empty((cache.n_slots, row.shape[1]), dtype=row.dtype, device=device)
-            for cache, row in zip(self.caches, rows, strict=True)
+            torch.empty((cache.n_slots, width), dtype=torch.uint8, device=device)
+            for cache, width in zip(self.caches, widths, strict=True)
         ]
-        self._slot_views = [
-            [store.views(layer, row) for row in rows] for layer, rows in enumerate(self._slots)
-        ]
+        self._views: list[dict[int, Weights]] = [{} for _ in self.caches]
         streams = any(
-            cache.n_slots < len(row) for cache, row in zip(self.caches, rows, strict=True)
+            cache.n_slots < store.n_experts(layer) for layer, cache in enumerate(self.caches)
         )
-        width = max(row.shape[1] for row in rows) if streams else 0
-        self._staging = torch.empty((N_STAGING, width), dtype=rows[0].dtype, device=device)
+        shape = (N_STAGING, max(widths) if streams else 0)
+        self._staging = torch.empty(shape, dtype=torch.uint8, device=device)
         self.hits = np.zeros(store.n_layers, dtype=np.int64)
         self.misses = np.zeros(store.n_layers, dtype=np.int64)
         self.bytes_moved = 0
+        self._expert_bytes = store.expert_bytes
 
-    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Views]]:
+    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Weights]]:
         """Yield the resident experts first, then the missing ones as they arrive.
 
         Every copy that has room is asked for at once; experts without a slot stream through the
@@ -84,34 +84,37 @@ class CachedExperts:
         cache = self.caches[layer]
         plan = cache.plan(experts)
         cache.vacate(plan)
-        loading = [(load, self._copy_to_slot(layer, load)) for load in plan.loads]
-        rows = [self._staging[i, : self._slots[layer].shape[1]] for i in range(N_STAGING)]
-        slab = self._store.slab(layer)
+        loading = [
+            (load, self._copy(layer, load.expert, self._slots[layer][load.slot]))
+            for load in plan.loads
+        ]
+        rows = list(self._staging)
         staged = [
-            self._link.copy(slab[expert], row)
-            for expert, row in zip(plan.streamed, rows, strict=False)
+            self._copy(layer, expert, row) for expert, row in zip(plan.streamed, rows, strict=False)
         ]
         self._count(layer, plan)
         for expert in plan.hits:
-            yield expert, self._slot_views[layer][cache.slot_of[expert]]
+            yield expert, self._views[layer][expert]
         for load, arrival in loading:
             self._link.wait(arrival)
+            row = self._slots[layer][load.slot]
+            self._views[layer][load.expert] = self._store.views(layer, load.expert, row)
             cache.occupy(load)
-            yield load.expert, self._slot_views[layer][load.slot]
+            yield load.expert, self._views[layer][load.expert]
         for position, expert in enumerate(plan.streamed):
             row = rows[position % N_STAGING]
             self._link.wait(staged[position])
-            yield expert, self._store.views(layer, row)
+            yield expert, self._store.views(layer, expert, row)
             if position + N_STAGING < len(plan.streamed):
-                next_expert = plan.streamed[position + N_STAGING]
-                staged.append(self._link.copy(slab[next_expert], row))
+                following = plan.streamed[position + N_STAGING]
+                staged.append(self._copy(layer, following, row))
 
-    def _copy_to_slot(self, layer: int, load: Load) -> object:
-        row = self._store.slab(layer)[load.expert]
-        return self._link.copy(row, self._slots[layer][load.slot])
+    def _copy(self, layer: int, expert: int, target: torch.Tensor) -> object:
+        row = self._store.row(layer, expert)
+        return self._link.copy(row, target[: row.numel()])
 
     def _count(self, layer: int, plan: StepPlan) -> None:
-        slab = self._store.slab(layer)
         self.hits[layer] += len(plan.hits)
         self.misses[layer] += plan.n_misses
-        self.bytes_moved += plan.n_misses * slab.shape[1] * slab.element_size()
+        missed = [*(load.expert for load in plan.loads), *plan.streamed]
+        self.bytes_moved += int(self._expert_bytes[layer, missed].sum())

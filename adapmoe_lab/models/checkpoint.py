@@ -1,147 +1,162 @@
-"""Loading a checkpoint with plain transformers, and telling which weights it holds."""
+"""A checkpoint on disk: what it holds, looked at without loading more than is asked for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from adapmoe_lab.assets import demo_folder
+from adapmoe_lab.models.expert_reader import TORCH_DTYPES, ExpertReader
 from adapmoe_lab.models.families import MoELayer
-from adapmoe_lab.records import MoESpec
+from adapmoe_lab.models.hub import config_folder, local_folder
+from adapmoe_lab.models.outline import DTYPES, ModelOutline, outline_of
+from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.models.shards import ShardIndex, read_index
+from adapmoe_lab.models.skeleton import load_skeleton, read_config
+from adapmoe_lab.models.support import check_family
+from adapmoe_lab.records.precision import SHORT_NAMES
 
 HFModel = PreTrainedModel
 """The type of a transformers model, for annotations on the floors above."""
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+N_PROBES = 8
+"""Tokens whose routing tells whether a router normalises."""
 
 
-def resolve_checkpoint(name: str | Path) -> str:
-    """Return what transformers should load for a name: the demo's folder, a folder or a hub id.
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model folder whose headers were read, and nothing else.
 
-    Raises:
-        FileNotFoundError: the name looks like a folder that is not there, or holds no model.
+    Attributes:
+        folder: where it lies.
+        index: where every tensor lies in its files.
+        model: the outline of the model it makes.
     """
-    if name == "demo":
-        name = demo_folder()
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise FileNotFoundError(
-                f"{path} holds no config.json, so it is not a model folder; give the folder that "
-                "save_pretrained wrote, a hub id such as 'mistralai/Mixtral-8x7B-v0.1', or 'demo'."
-            )
-        return str(path)
-    looks_local = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or path.is_file()
-    if looks_local or str(name).count("/") > 1:
-        raise FileNotFoundError(
-            f"No model folder at {name}; give an existing folder, a hub id, or 'demo'."
-        )
-    return str(name)
+
+    folder: Path
+    index: ShardIndex
+    model: ModelOutline
+
+    def reader(self) -> ExpertReader:
+        """Return what reads experts out of the files."""
+        return ExpertReader(self.index, self.model.hf, self.model.layers)
+
+    def load_skeleton(self) -> PreTrainedModel:
+        """Load everything but the experts, on the CPU."""
+        model = self.model
+        return load_skeleton(self.folder, model.config, model.layers, DTYPES[model.dtype])
+
+    def load_tokenizer(self) -> Any:
+        """Load the tokenizer that lies beside the weights."""
+        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 
 
-def load_pretrained(name: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, Any, str]:
-    """Load model and tokenizer on the CPU; return them with what was loaded.
+def open_checkpoint(
+    name: str | Path, dtype: str = "auto", revision: str | None = None
+) -> Checkpoint:
+    """Find a model and read its configuration and the headers of its files, but no weight.
 
     Args:
-        name: `"demo"`, a folder or a hub id.
+        name: `"demo"`, a folder or a hub id, which is downloaded unless it is cached.
         dtype: `"auto"` for the checkpoint's own, or a name in `DTYPES`.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
-        ValueError: the dtype name is unknown.
+        ValueError: the dtype name is unknown, or the files are not what they should be.
         FileNotFoundError: there is no such folder, or the hub does not have it.
+        UnsupportedModelError: the model has no experts that can be served.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown; expected 'auto', {', '.join(DTYPES)}.")
-    source = resolve_checkpoint(name)
-    bars = nullcontext() if name != "demo" else _no_progress_bars()
-    try:
-        with bars:
-            hf = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES.get(dtype, "auto"))
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{name!r} could not be loaded: {error} Give a folder, a hub id that can be reached "
-            "or is cached, or 'demo'."
-        ) from error
-    return hf.eval().requires_grad_(False), tokenizer, source
+    dtype = _known_dtype(dtype)
+    config = read_config(config_folder(name, revision))
+    check_family(config.model_type)
+    folder = local_folder(name, revision)
+    index = read_index(folder)
+    if dtype == "auto":
+        dtype = _own_dtype(config, index)
+    return Checkpoint(folder, index, outline_of(str(name), config, dtype))
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars for what takes an instant."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
+def look_at_model(
+    name: str | Path, dtype: str = "auto", revision: str | None = None
+) -> ModelOutline:
+    """Return a model's outline from its configuration; of a hub model no weight is downloaded.
 
-
-def describe(
-    hf: PreTrainedModel, layers: list[MoELayer], model_id: str, routed: torch.Tensor
-) -> MoESpec:
-    """Return the spec of a loaded model whose experts are still in place.
-
-    `routed` [T, K] is one layer's router weights as the experts receive them: they tell K and
-    whether the router normalises, which configs name differently in every family.
+    Raises: as `open_checkpoint`.
     """
-    sums = routed.float().sum(dim=-1)
-    first = layers[0]
-    parameters = [getattr(first.experts, name) for name in first.parameter_names]
-    values_per_expert = sum(p.numel() // first.n_experts for p in parameters)
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
-    return MoESpec(
-        model_id=model_id,
-        revision=_weights_digest(hf),
-        family=hf.config.model_type,
-        n_layers=len(layers),
-        n_experts=first.n_experts,
-        top_k=routed.shape[1],
-        hidden_size=hf.config.get_text_config().hidden_size,
-        expert_bytes={
-            name: values_per_expert * torch_dtype.itemsize for name, torch_dtype in DTYPES.items()
-        },
-        dtype=dtype,
-        layer_paths=tuple(layer.path for layer in layers),
-        normalises_router=bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-2)),
-    )
+    dtype = _known_dtype(dtype)
+    config = read_config(config_folder(name, revision))
+    check_family(config.model_type)
+    if dtype == "auto":
+        dtype = _named_dtype(config) or "bfloat16"
+    return outline_of(str(name), config, dtype)
 
 
-def _weights_digest(hf: PreTrainedModel) -> str:
+def weights_digest(hf: PreTrainedModel) -> str:
     """Identify weights by all their vectors and router-sized matrices, alike in any precision.
 
     Norms and routers change with any training and are small, so large checkpoints stay quick to
     identify. Values are rounded to bfloat16, so that the same checkpoint loaded in another
-    precision is recognised.
+    precision is recognised. The experts themselves are left out: they are not in place yet.
     """
     sha = hashlib.sha256()
     for name, parameter in sorted(hf.named_parameters()):
-        if parameter.dim() < 2 or (min(parameter.shape) <= 256 and parameter.dim() == 2):
+        is_small = parameter.dim() < 2 or (min(parameter.shape) <= 256 and parameter.dim() == 2)
+        if is_small and parameter.numel():
             values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
             sha.update(name.encode())
             sha.update(values.view(torch.uint8).numpy().tobytes())
     return f"weights:{sha.hexdigest()[:24]}"
 
 
+class _RoutedError(Exception):
+    """Carries the router's weights out of a forward pass that need not go on."""
+
+
+@torch.no_grad()
 def routed_weights(hf: PreTrainedModel, layers: list[MoELayer]) -> torch.Tensor:
-    """Return the router weights [1, K] that the first layer's experts receive for one token."""
-    received: list[torch.Tensor] = []
+    """Return the router weights [T, K] that the first layer's experts receive for a few tokens.
+
+    The forward pass ends there: no expert is needed.
+    """
 
     def receive(_: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
-        received.append(kwargs["top_k_weights"] if "top_k_weights" in kwargs else args[2])
+        raise _RoutedError(kwargs["top_k_weights"] if "top_k_weights" in kwargs else args[2])
 
+    ids = torch.arange(N_PROBES, device=hf.device)[None]
     handle = layers[0].experts.register_forward_pre_hook(receive, with_kwargs=True)
     try:
-        with torch.no_grad():
-            hf(torch.zeros((1, 1), dtype=torch.long, device=hf.device), use_cache=False)
+        hf(ids, use_cache=False)
+    except _RoutedError as seen:
+        return seen.args[0]
     finally:
         handle.remove()
-    return received[0]
+    raise CheckpointError(f"No token reached the experts of {layers[0].path}.")
+
+
+def _known_dtype(name: str) -> str:
+    name = SHORT_NAMES.get(name, name)
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"dtype={name!r} is unknown; expected 'auto', {', '.join(DTYPES)}.")
+    return name
+
+
+def _own_dtype(config: PreTrainedConfig, index: ShardIndex) -> str:
+    """Return the precision a checkpoint says it is in, or else that of its first plain weight."""
+    named = _named_dtype(config)
+    if named is not None:
+        return named
+    for name in index.names:
+        stored = TORCH_DTYPES.get(index.entry(name).dtype)
+        for dtype_name, dtype in DTYPES.items():
+            if stored == dtype:
+                return dtype_name
+    return "bfloat16"
+
+
+def _named_dtype(config: PreTrainedConfig) -> str | None:
+    name = str(config.dtype).removeprefix("torch.")
+    return name if name in DTYPES else None

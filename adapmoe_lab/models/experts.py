@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-Weights = Mapping[str, torch.Tensor]
+
+class PackedWeight(Protocol):
+    """A matrix [output, input] stored in fewer bits than it is computed in."""
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product [n, output] with activations [n, input], in their precision."""
+        ...
+
+    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix [output, input] in floating point."""
+        ...
+
+
+Weights = Mapping[str, torch.Tensor | PackedWeight]
 
 
 def run_expert(experts: nn.Module, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
@@ -28,8 +42,12 @@ def run_expert(experts: nn.Module, weights: Weights, hidden: torch.Tensor) -> to
 
 
 def _project(experts: nn.Module, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
-    bias = weights.get(f"{name}_bias")
-    if experts.is_transposed:
-        product = x @ weights[name]
-        return product if bias is None else product + bias
-    return functional.linear(x, weights[name], bias)
+    weight, bias = weights[name], weights.get(f"{name}_bias")
+    plain_bias = bias.to(x.dtype) if isinstance(bias, torch.Tensor) else None
+    if not isinstance(weight, torch.Tensor):
+        product = weight.matmul(x)
+    elif experts.is_transposed:
+        product = x @ weight.to(x.dtype)
+    else:
+        return functional.linear(x, weight.to(x.dtype), plain_bias)
+    return product if plain_bias is None else product + plain_bias

@@ -50,9 +50,8 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
 class ExpertsHook:
     """Routes a model's experts calls to an executor, and back.
 
-    While attached the experts modules keep no weights of their own: `take_weights` hands them
-    over layer by layer, and `detach` puts back what the caller returns. Nothing else of the model
-    is touched.
+    The experts modules of a model loaded without its experts keep no weights of their own;
+    `give_weights` puts some in. Nothing else of the model is touched.
     """
 
     def __init__(self, hf: PreTrainedModel, layers: list[MoELayer]) -> None:
@@ -93,16 +92,8 @@ class ExpertsHook:
             delattr(layer.experts, BINDING)
         self.is_attached = False
 
-    def take_weights(self, number: int) -> dict[str, torch.Tensor]:
-        """Return one layer's fused expert tensors [E, ...] and leave empty ones in the module."""
-        experts = self.layers[number].experts
-        taken = {name: getattr(experts, name).data for name in self.layers[number].parameter_names}
-        for name, tensor in taken.items():
-            setattr(experts, name, nn.Parameter(tensor.new_empty(0), requires_grad=False))
-        return taken
-
     def give_weights(self, number: int, weights: dict[str, torch.Tensor]) -> None:
-        """Put one layer's fused expert tensors [E, ...] back into the module."""
+        """Put one layer's fused expert tensors [E, ...] into the module."""
         for name, tensor in weights.items():
             parameter = nn.Parameter(tensor, requires_grad=False)
             setattr(self.layers[number].experts, name, parameter)

@@ -61,13 +61,31 @@ def local_folder(name: str | Path, revision: str | None = None, progress: bool =
     """
     folder = _folder_named(name)
     if folder is None:
-        return _hub_folder(str(name), revision, progress)
+        return _hub_folder(_hub_id(name), revision, progress)
     if revision is not None:
         raise ValueError(
             f"revision={revision!r} chooses a version of a hub model, and {name!r} is a folder; "
             "leave it out."
         )
     return folder
+
+
+def config_folder(name: str | Path, revision: str | None = None) -> Path:
+    """Return a folder with a model's configuration; of a hub model only small files are fetched.
+
+    Raises: as `local_folder`.
+    """
+    folder = _folder_named(name)
+    if folder is not None:
+        return folder
+    repo = _hub_id(name)
+    cached = _cached_folder(repo, revision)
+    if cached is not None:
+        return cached
+    try:
+        return _download_small_files(repo, revision, _NoBar)
+    except HUB_ERRORS as error:
+        raise explained(error, repo, revision, _in_cache(repo, revision)) from error
 
 
 def _folder_named(name: str | Path) -> Path | None:
@@ -87,15 +105,16 @@ def _folder_named(name: str | Path) -> Path | None:
             f"{name} is a GGUF file, which is not read; use the original safetensors checkpoint "
             'and quantise it with expert_dtype="int4".'
         )
-    looks_local = isinstance(name, Path) or name.startswith((".", "/", "~")) or path.is_file()
-    if looks_local or name.count("/") > 1:
+    is_path = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path or path.is_file():
         raise FileNotFoundError(
             f"No model folder at {name}; give an existing folder, a hub id, or 'demo'."
         )
     return None
 
 
-def _hub_folder(repo: str, revision: str | None, progress: bool) -> Path:
+def _hub_id(name: str | Path) -> str:
+    repo = str(name)
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -103,6 +122,10 @@ def _hub_folder(repo: str, revision: str | None, progress: bool) -> Path:
             f"{repo!r} is neither an existing folder nor a hub id such as "
             "'mistralai/Mixtral-8x7B-v0.1'; give one of these, or 'demo'."
         ) from error
+    return repo
+
+
+def _hub_folder(repo: str, revision: str | None, progress: bool) -> Path:
     cached = _cached_folder(repo, revision)
     if cached is not None and not _missing(cached):
         return cached
@@ -151,14 +174,7 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
     if names.isdisjoint((INDEX_NAME, SINGLE_NAME)):
         raise CheckpointError(no_safetensors(f"The hub model {repo!r}", names))
     bar = None if progress else _NoBar
-    small = snapshot_download(
-        repo,
-        revision=revision,
-        allow_patterns=list(SMALL_FILES),
-        ignore_patterns="*/*",
-        tqdm_class=bar,
-    )
-    folder = Path(small)
+    folder = _download_small_files(repo, revision, bar)
     weights = list(weight_files(folder))
     absent = sorted(set(weights) - names)
     if absent:
@@ -179,6 +195,19 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
         tqdm_class=bar,
     )
     return folder
+
+
+def _download_small_files(repo: str, revision: str | None, bar: type[tqdm] | None) -> Path:
+    """Download everything but the weights."""
+    return Path(
+        snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(SMALL_FILES),
+            ignore_patterns="*/*",
+            tqdm_class=bar,
+        )
+    )
 
 
 def _check_disk(repo: str, needed_bytes: int) -> None:

@@ -29,8 +29,9 @@ def explained(error: Exception, repo: str, revision: str | None, in_cache: str) 
         revision: what was asked for; None for the main branch.
         in_cache: what the cache holds of the model, as a clause.
     """
-    if isinstance(error.__cause__, HfHubHTTPError) and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__
+    answer = error.__cause__
+    if isinstance(answer, HfHubHTTPError) and not isinstance(error, HfHubHTTPError):
+        error = answer
     failed = f"{repo!r} could not be loaded: "
     page = f"{constants.ENDPOINT}/{repo}"
     if isinstance(error, GatedRepoError):

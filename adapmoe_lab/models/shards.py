@@ -91,8 +91,7 @@ def weight_files(folder: Path) -> tuple[str, ...]:
     Raises:
         CheckpointError: the folder's index cannot be understood.
     """
-    weight_map = _weight_map(folder)
-    return (SINGLE_NAME,) if weight_map is None else tuple(sorted(set(weight_map.values())))
+    return _files_of(_weight_map(folder))
 
 
 def read_index(folder: Path) -> ShardIndex:
@@ -107,7 +106,7 @@ def read_index(folder: Path) -> ShardIndex:
     weight_map = _weight_map(folder)
     if weight_map is None and not (folder / SINGLE_NAME).is_file():
         raise CheckpointError(no_safetensors(str(folder), (path.name for path in folder.iterdir())))
-    shards = tuple(read_shard(folder, name) for name in weight_files(folder))
+    shards = tuple(read_shard(folder, name) for name in _files_of(weight_map))
     by_file = {shard.name: {entry.name: entry for entry in shard.entries} for shard in shards}
     if weight_map is None:
         return ShardIndex(folder, shards, MappingProxyType(by_file[SINGLE_NAME]))
@@ -166,11 +165,15 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             f"{path} has no weight_map, the object that gives every tensor's file; download or "
             "save the checkpoint again."
         )
-    for name, file in weight_map.items():
-        parts = PurePosixPath(file).parts if isinstance(file, str) else ()
-        if not parts or parts[0] == "/" or ".." in parts or not file.endswith(".safetensors"):
+    for file in {str(file) for file in weight_map.values()}:
+        parts = PurePosixPath(file).parts
+        if not file.endswith(".safetensors") or parts[0] == "/" or ".." in parts:
             raise CheckpointError(
-                f"{path} places the tensor {name!r} in {file!r}; expected a .safetensors file "
-                "inside the checkpoint's folder. Do not use this checkpoint."
+                f"{path} places tensors in {file!r}; expected .safetensors files inside the "
+                "checkpoint's folder. Do not use this checkpoint."
             )
     return weight_map
+
+
+def _files_of(weight_map: Mapping[str, str] | None) -> tuple[str, ...]:
+    return (SINGLE_NAME,) if weight_map is None else tuple(sorted(set(weight_map.values())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapmoe_lab.records import CachePlan, MoESpec
 
@@ -41,32 +42,47 @@ def budget_bytes(expert_memory: str | float | None, spec: MoESpec) -> int:
     return int(number * UNITS[unit])
 
 
-def uniform_plan(spec: MoESpec, budget: int, min_slots: int = 1) -> CachePlan:
+def uniform_plan(
+    spec: MoESpec,
+    budget: int,
+    min_slots: int = 1,
+    slot_bytes: NDArray[np.int64] | None = None,
+) -> CachePlan:
     """Divide a byte budget evenly over the layers.
 
     The staging slots come out of the budget first, unless every expert fits. Slots left over
     after an even division go to the first layers.
 
+    Args:
+        spec: the model whose experts are meant.
+        budget: bytes for slots and staging.
+        min_slots: slots every layer must get.
+        slot_bytes: int64 [L], bytes of a slot of each layer where experts differ in precision.
+
     Raises:
         ValueError: the budget does not give every layer `min_slots`.
     """
-    slot_bytes = spec.stored_expert_bytes
     n_layers, n_experts = spec.n_layers, spec.n_experts
-    if budget >= spec.all_experts_bytes:
+    if slot_bytes is None:
+        slot_bytes = np.full(n_layers, spec.stored_expert_bytes)
+    widest, all_layers = int(slot_bytes.max()), int(slot_bytes.sum())
+    room = budget - N_STAGING * widest
+    if budget >= n_experts * all_layers:
         slots = np.full(n_layers, n_experts)
+    elif room < min_slots * all_layers:
+        n_slots = max(0, room // widest)
+        short = min_slots * n_layers - n_slots
+        raise ValueError(
+            f"{n_slots} slots cannot give {n_layers} layers {min_slots} each; raise the "
+            f"budget by {short} experts ({short * widest / 2**20:.1f} MiB, staging of "
+            f"{N_STAGING} included) or pass min_slots=0."
+        )
     else:
-        n_slots = max(0, budget // slot_bytes - N_STAGING)
-        if n_slots < min_slots * n_layers:
-            short = min_slots * n_layers - n_slots
-            raise ValueError(
-                f"{n_slots} slots cannot give {n_layers} layers {min_slots} each; raise the "
-                f"budget by {short} experts ({short * slot_bytes / 2**20:.1f} MiB, staging of "
-                f"{N_STAGING} included) or pass min_slots=0."
-            )
-        slots = n_slots // n_layers + (np.arange(n_layers) < n_slots % n_layers)
+        each, left = divmod(max(0, room), all_layers)
+        slots = each + (np.cumsum(slot_bytes) <= left)
     return CachePlan(
         slots=np.minimum(slots, n_experts),
-        slot_bytes=np.full(n_layers, slot_bytes),
+        slot_bytes=slot_bytes,
         budget_bytes=budget,
         method="uniform",
     )

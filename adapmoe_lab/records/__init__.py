@@ -2,12 +2,14 @@
 
 from adapmoe_lab.records.cache_plan import CachePlan
 from adapmoe_lab.records.config import TunedConfig
+from adapmoe_lab.records.expert_format import ExpertFormat
 from adapmoe_lab.records.files import RecordError
 from adapmoe_lab.records.gating_table import OFF, GatingTable
 from adapmoe_lab.records.hardware import HardwareProfile
 from adapmoe_lab.records.latency import LatencyReport
 from adapmoe_lab.records.loss import LossReport
 from adapmoe_lab.records.measurement import IncomparableError, Measurement
+from adapmoe_lab.records.precision import PRECISIONS, Precision, precision_named
 from adapmoe_lab.records.routing import RoutingTrace
 from adapmoe_lab.records.sensitivity import SensitivityProfile
 from adapmoe_lab.records.spec import MoESpec
@@ -16,7 +18,9 @@ from adapmoe_lab.records.traffic import Traffic
 
 __all__ = [
     "OFF",
+    "PRECISIONS",
     "CachePlan",
+    "ExpertFormat",
     "GatingTable",
     "HardwareProfile",
     "IncomparableError",
@@ -25,10 +29,12 @@ __all__ = [
     "LossReport",
     "Measurement",
     "MoESpec",
+    "Precision",
     "RecordError",
     "RoutingTrace",
     "SensitivityProfile",
     "Traffic",
     "TunedConfig",
     "load_targets",
+    "precision_named",
 ]

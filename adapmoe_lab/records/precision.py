@@ -18,7 +18,7 @@ class Part:
     """A contiguous array inside the bytes of a stored matrix.
 
     Attributes:
-        name: `values` of a plain matrix; `codes`, `high_codes`, `scales` or `zeros` of a packed one.
+        name: `values` of a plain matrix; `codes`, `high_codes`, `scales`, `zeros` of a packed one.
         dtype: torch and numpy name of the element type.
         shape: axes of the array, output channels first.
         offset: bytes from the start of the matrix.

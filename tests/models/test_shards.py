@@ -197,10 +197,10 @@ def test_an_index_of_another_checkpoint_is_refused(sharded):
         ("{", "is no JSON"),
         ("[]", "has no weight_map"),
         ('{"weight_map": {}}', "has no weight_map"),
-        ('{"weight_map": {"a": "../other.safetensors"}}', "inside the checkpoint's folder"),
-        ('{"weight_map": {"a": "/other.safetensors"}}', "inside the checkpoint's folder"),
-        ('{"weight_map": {"a": "weights.bin"}}', "expected a .safetensors file"),
-        ('{"weight_map": {"a": 3}}', "expected a .safetensors file"),
+        ('{"weight_map": {"a": "../other.safetensors"}}', "files inside the checkpoint's folder"),
+        ('{"weight_map": {"a": "/other.safetensors"}}', "files inside the checkpoint's folder"),
+        ('{"weight_map": {"a": "weights.bin"}}', r"expected \.safetensors files"),
+        ('{"weight_map": {"a": 3}}', r"expected \.safetensors files"),
     ],
 )
 def test_an_index_that_cannot_be_followed_is_refused(tmp_path, text, message):

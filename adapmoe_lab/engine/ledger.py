@@ -1,0 +1,87 @@
+"""Checksums of experts: recorded when first seen, compared ever after."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adapmoe_lab.models.shard_file import CheckpointError
+
+CACHE_VARIABLE = "ADAPMOE_LAB_CACHE"
+
+
+def checksum(row: torch.Tensor) -> int:
+    """Return the CRC-32 of a row of bytes on the host."""
+    return zlib.crc32(memoryview(row.numpy()))
+
+
+class ChecksumLedger:
+    """Knows the checksum of every expert that was read before.
+
+    An expert is compared once, when it is first read; one that was never seen is recorded.
+    """
+
+    def __init__(self, known: NDArray[np.int64], source: str) -> None:
+        """Start from checksums int64 [L, E], -1 where unknown; new ones are written into it.
+
+        Args:
+            known: an array in memory, or one mapped from a file so that records last.
+            source: what an error calls the place the experts are read from.
+        """
+        self._known = known
+        self._source = source
+        self._is_checked = np.zeros(known.shape, dtype=bool)
+
+    def check(self, layer: int, expert: int, row: torch.Tensor) -> None:
+        """Compare an expert's bytes with the record, or record them.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        if self._is_checked[layer, expert]:
+            return
+        found, recorded = checksum(row), int(self._known[layer, expert])
+        if recorded < 0:
+            self._known[layer, expert] = found
+        elif recorded != found:
+            raise CheckpointError(
+                f"Expert {expert} of MoE layer {layer} in {self._source} has the checksum "
+                f"{found:08x}, recorded was {recorded:08x}: its file changed or is damaged. "
+                "Restore the file, or load the model from a fresh copy."
+            )
+        self._is_checked[layer, expert] = True
+
+
+def lasting_ledger(identity: str, shape: tuple[int, int], source: str) -> ChecksumLedger:
+    """Return the ledger of a checkpoint that is kept in the user's cache folder.
+
+    Args:
+        identity: tells the files and the layout of the experts; another one has its own ledger.
+        shape: L and E.
+        source: what an error calls the checkpoint.
+    """
+    folder = cache_folder() / "checksums"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{identity}.npy"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            np.save(file, np.full(shape, -1, dtype=np.int64))
+        os.replace(file.name, path)
+    return ChecksumLedger(np.load(path, mmap_mode="r+"), source)
+
+
+def cache_folder() -> Path:
+    """Return where records about other people's files are kept.
+
+    `$ADAPMOE_LAB_CACHE`, else `adapmoe-lab` in the user's cache folder.
+    """
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapmoe-lab"

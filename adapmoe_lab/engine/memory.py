@@ -1,0 +1,203 @@
+"""What goes where, decided and shown before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from adapmoe_lab.engine.device import device_name
+from adapmoe_lab.models.footprint import default_context_tokens, kv_cache_bytes, work_bytes
+from adapmoe_lab.models.outline import DTYPES, ModelOutline
+from adapmoe_lab.policies.allocation import N_STAGING, budget_bytes, uniform_plan
+from adapmoe_lab.records import CachePlan, MoESpec
+
+HEADROOM = 0.9
+"""Share of free memory that is planned with; the rest is for fragmentation and other programs."""
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """Bytes a model takes beside its experts.
+
+    Attributes:
+        weights: all other weights.
+        kv_cache: keys and values of the longest context planned for.
+        work: activations of a whole prompt.
+        context_tokens: tokens per sequence that were planned for.
+        batch_size: sequences at once.
+    """
+
+    weights: int
+    kv_cache: int
+    work: int
+    context_tokens: int
+    batch_size: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of it."""
+        return self.weights + self.kv_cache + self.work
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryPlan:
+    """Where a model's bytes will lie.
+
+    Attributes:
+        device: the compute device.
+        needs: what is taken beside the experts.
+        slots: the experts' room on the device.
+        slot_bytes: bytes of that room, staging included.
+        device_bytes: free bytes on the device that were planned with.
+        store_bytes: bytes of all experts.
+        host_bytes: bytes of host memory for the store; less than `store_bytes` leaves it on disk.
+    """
+
+    device: torch.device
+    needs: MemoryNeeds
+    slots: CachePlan
+    slot_bytes: int
+    device_bytes: int
+    store_bytes: int
+    host_bytes: int
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether all experts fit into host memory."""
+        return self.store_bytes <= self.host_bytes
+
+    def __str__(self) -> str:
+        """Say it in three lines."""
+        needs = self.needs
+        store = "in host memory" if self.fits_host else "on disk"
+        if not self.fits_host and self.host_bytes > 0:
+            store += f", the last {_size(self.host_bytes)} read kept in host memory"
+        return (
+            f"on {device_name(self.device)}, {_size(self.device_bytes)} to plan with: "
+            f"{_size(needs.weights)} weights, {_size(needs.kv_cache)} keys and values of "
+            f"{needs.batch_size} x {needs.context_tokens} tokens, {_size(needs.work)} activations\n"
+            f"expert slots: {self.slots.n_slots} of {_size(self.slot_bytes)} together; "
+            f"all experts: {_size(self.store_bytes)} {store}"
+        )
+
+
+def memory_needs(
+    model: ModelOutline, top_k: int, context_tokens: int | None, batch_size: int
+) -> MemoryNeeds:
+    """Return what a model takes beside its experts."""
+    if batch_size < 1 or (context_tokens is not None and context_tokens < 1):
+        raise ValueError(
+            f"max_context_tokens={context_tokens} and batch_size={batch_size} must be at least 1."
+        )
+    tokens = context_tokens or default_context_tokens(model.config)
+    item_bytes = DTYPES[model.dtype].itemsize
+    return MemoryNeeds(
+        weights=model.other_bytes,
+        kv_cache=kv_cache_bytes(model.config, tokens * batch_size, item_bytes),
+        work=work_bytes(model.config, tokens * batch_size, top_k, item_bytes),
+        context_tokens=tokens,
+        batch_size=batch_size,
+    )
+
+
+def plan_memory(
+    spec: MoESpec,
+    needs: MemoryNeeds,
+    expert_bytes: NDArray[np.int64],
+    device: torch.device,
+    *,
+    expert_memory: str | float | None = None,
+    host_memory: str | float | None = None,
+    slots: CachePlan | None = None,
+) -> MemoryPlan:
+    """Decide how many experts get a slot, and whether the rest waits in memory or on disk.
+
+    Args:
+        spec: the model.
+        needs: what it takes beside its experts.
+        expert_bytes: stored bytes of every expert, int64 [L, E].
+        device: where it computes.
+        expert_memory: room for experts on the device; None takes what is left.
+        host_memory: host memory for experts, slots included on the CPU; None takes what is free.
+        slots: the slots of a tuned config, which then decide.
+
+    Raises:
+        MemoryError: it does not fit; the text has the numbers and the most that does.
+        ValueError: the room is too small for one expert per layer.
+    """
+    store_bytes, slot_bytes = int(expert_bytes.sum()), expert_bytes.max(axis=1)
+    free = _free_bytes(device)
+    left = int(HEADROOM * free) - needs.total
+    host = budget_bytes(host_memory, spec) if host_memory is not None else None
+    if device.type == "cpu" and host is not None:
+        left = min(left, host)
+    if slots is None:
+        if expert_memory is not None:
+            room = budget_bytes(expert_memory, spec)
+        else:
+            room = store_bytes if _all_fit(device, left, store_bytes) else left
+        slots = uniform_plan(spec, room, slot_bytes=slot_bytes)
+    taken = planned_bytes(slots, expert_bytes)
+    if taken > max(left, 0):
+        raise MemoryError(_does_not_fit(spec, device, needs, free, taken, left))
+    if device.type == "cpu":
+        host_left = left - taken
+    else:
+        host_free = int(HEADROOM * psutil.virtual_memory().available) - needs.weights
+        host_left = host_free if host is None else min(host, host_free)
+    return MemoryPlan(
+        device=device,
+        needs=needs,
+        slots=slots,
+        slot_bytes=taken,
+        device_bytes=int(HEADROOM * free),
+        store_bytes=store_bytes,
+        host_bytes=max(0, host_left),
+    )
+
+
+def planned_bytes(slots: CachePlan, expert_bytes: NDArray[np.int64]) -> int:
+    """Return the device bytes of a plan's slots, with staging where not every expert has one."""
+    slot_bytes, n_experts = expert_bytes.max(axis=1), expert_bytes.shape[1]
+    streams = (slots.slots < n_experts).any()
+    return int((slots.slots * slot_bytes).sum() + streams * N_STAGING * slot_bytes.max())
+
+
+def _all_fit(device: torch.device, left: int, store_bytes: int) -> bool:
+    """Whether every expert can have a slot; on the CPU the store itself takes as much again."""
+    return store_bytes * (2 if device.type == "cpu" else 1) <= left
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _does_not_fit(
+    spec: MoESpec, device: torch.device, needs: MemoryNeeds, free: int, taken: int, left: int
+) -> str:
+    most = max(0, left)
+    advice = (
+        f"give expert_memory={_size(most)!r} or less"
+        if most >= (spec.n_layers + N_STAGING) * spec.stored_expert_bytes
+        else "give a smaller max_context_tokens or batch_size, or a lower expert_dtype"
+    )
+    return (
+        f"{spec.model_id} does not fit {device}: {_size(taken)} of expert slots, "
+        f"{_size(needs.weights)} weights, {_size(needs.kv_cache)} keys and values of "
+        f"{needs.batch_size} x {needs.context_tokens} tokens and {_size(needs.work)} activations, "
+        f"of {_size(free)} free (10 % kept back). At most {_size(most)} are left for experts: "
+        f"{advice}."
+    )
+
+
+def _size(n_bytes: float) -> str:
+    """Return bytes in words that `expert_memory` understands."""
+    if n_bytes >= 2**30:
+        return f"{n_bytes / 2**30:.2f}GiB"
+    return f"{int(n_bytes / 2**20 * 10) / 10:.1f}MiB"

@@ -1,0 +1,173 @@
+"""Bringing a checkpoint's experts where a memory plan wants them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from adapmoe_lab.engine.ledger import ChecksumLedger, lasting_ledger
+from adapmoe_lab.engine.memory import MemoryPlan
+from adapmoe_lab.engine.prepared import is_prepared, open_store, prepared_precisions, save_store
+from adapmoe_lab.engine.rows import write_expert
+from adapmoe_lab.engine.store import DiskStore, ExpertStore, Formats, HostStore
+from adapmoe_lab.models.checkpoint import Checkpoint
+from adapmoe_lab.models.outline import DTYPES, ModelOutline
+from adapmoe_lab.records import MoESpec, precision_named
+
+ExpertDtype = str | Sequence[Sequence[str]]
+"""A precision for all experts, or one for each, [L][E]."""
+
+BAR_DELAY_S = 1.0
+"""A progress bar appears only if there is something to wait for."""
+
+
+def expert_formats(
+    model: ModelOutline, expert_dtype: ExpertDtype, store: Path | None = None
+) -> Formats:
+    """Return the layout of every expert, [L][E].
+
+    Args:
+        model: the model.
+        expert_dtype: a name, `"auto"` for the checkpoint's own, or a name per expert.
+        store: a prepared store, whose precisions `"auto"` then means.
+
+    Raises:
+        ValueError: no such precision, or not one per expert.
+    """
+    counts = [layer.n_experts for layer in model.layers]
+    if expert_dtype == "auto" and store is not None and is_prepared(store):
+        names: Sequence[Sequence[str]] = prepared_precisions(store)
+    elif isinstance(expert_dtype, str):
+        name = model.stored_as if expert_dtype == "auto" else expert_dtype
+        names = [[precision_named(name).name] * n_experts for n_experts in counts]
+    else:
+        names = [[precision_named(name).name for name in layer] for layer in expert_dtype]
+    if [len(layer) for layer in names] != counts:
+        raise ValueError(
+            f"expert_dtype names {sum(map(len, names))} precisions in {len(names)} layers; "
+            f"{model.name} has {len(counts)} layers of {counts[0]} experts. Give one name for "
+            "all of them, or a list per layer with one name per expert."
+        )
+    known = {
+        (layer, name): model.expert_format(layer, name)
+        for layer, in_layer in enumerate(names)
+        for name in set(in_layer)
+    }
+    return [[known[layer, name] for name in in_layer] for layer, in_layer in enumerate(names)]
+
+
+def store_identity(spec: MoESpec) -> str:
+    """Return what a prepared store is checked against: the model whose experts it holds."""
+    return spec.fingerprint()
+
+
+def open_experts(
+    checkpoint: Checkpoint,
+    formats: Formats,
+    spec: MoESpec,
+    plan: MemoryPlan,
+    store: Path | None,
+) -> ExpertStore:
+    """Return the experts of a checkpoint: in host memory if they fit, else read when asked for.
+
+    Args:
+        checkpoint: where they come from.
+        formats: how each is stored.
+        spec: the model they belong to.
+        plan: whether host memory holds them all, and how much of it may be used.
+        store: a prepared store to open, or to write first; None for none.
+    """
+    if store is not None:
+        return _open_prepared(checkpoint, formats, spec, plan, store)
+    rows = CheckpointRows(checkpoint, formats, plan.device)
+    if not plan.fits_host:
+        return DiskStore(formats, rows, _ledger_of(checkpoint, formats), plan.host_bytes)
+    with closing(rows):
+        return _in_memory(formats, rows, plan)
+
+
+class CheckpointRows:
+    """Reads experts out of a checkpoint's files into rows, packing them on the way."""
+
+    def __init__(self, checkpoint: Checkpoint, formats: Formats, device: torch.device) -> None:
+        """Read in the given formats; matrices are packed on `device`."""
+        self._reader = checkpoint.reader()
+        self._dtype = DTYPES[checkpoint.model.dtype]
+        self._formats = formats
+        self._device = device
+
+    def __call__(self, layer: int, expert: int, row: torch.Tensor) -> None:
+        """Fill a row uint8 [n] with an expert."""
+        tensors = self._reader.read(layer, expert, self._dtype)
+        label = f"Expert {expert} of MoE layer {layer}"
+        write_expert(row, self._formats[layer][expert], tensors, label, self._device)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._reader.close()
+
+
+def _open_prepared(
+    checkpoint: Checkpoint, formats: Formats, spec: MoESpec, plan: MemoryPlan, store: Path
+) -> ExpertStore:
+    """Open a prepared store, written first if it is not there; pin it if a GPU is to read it."""
+    if not is_prepared(store):
+        with closing(CheckpointRows(checkpoint, formats, plan.device)) as rows:
+            unseen = ChecksumLedger(np.full(_shape(formats), -1), str(checkpoint.folder))
+            streamed = DiskStore(formats, rows, unseen, cache_bytes=0)
+            with _progress("Preparing experts", plan.store_bytes) as advance:
+                save_store(streamed, store, store_identity(spec), advance)
+    prepared = open_store(store, store_identity(spec), formats)
+    if plan.device.type == "cuda" and plan.fits_host:
+        return _in_memory(formats, _copy_rows(prepared), plan)
+    return prepared
+
+
+def _ledger_of(checkpoint: Checkpoint, formats: Formats) -> ChecksumLedger:
+    layouts = hashlib.sha256(repr(formats).encode()).hexdigest()
+    identity = f"{checkpoint.index.fingerprint}-{layouts[:16]}"
+    return lasting_ledger(identity, _shape(formats), str(checkpoint.folder))
+
+
+def _copy_rows(source: ExpertStore) -> Callable[[int, int, torch.Tensor], None]:
+    def copy_row(layer: int, expert: int, row: torch.Tensor) -> None:
+        row.copy_(source.row(layer, expert))
+
+    return copy_row
+
+
+def _in_memory(
+    formats: Formats, write: Callable[[int, int, torch.Tensor], None], plan: MemoryPlan
+) -> HostStore:
+    experts = HostStore(formats, pinned=plan.device.type == "cuda")
+    try:
+        with _progress("Loading experts", plan.store_bytes) as advance:
+            experts.fill(write, advance)
+    except BaseException:
+        experts.close()
+        raise
+    return experts
+
+
+@contextmanager
+def _progress(label: str, n_bytes: int) -> Iterator[Callable[[int], object]]:
+    bar = tqdm(
+        desc=label,
+        total=n_bytes,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        delay=BAR_DELAY_S,
+    )
+    with bar:
+        yield bar.update
+
+
+def _shape(formats: Formats) -> tuple[int, int]:
+    return len(formats), max(len(layer) for layer in formats)

@@ -1,0 +1,200 @@
+"""A store saved once and reopened in an instant: a blob of rows and an index of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adapmoe_lab.engine.ledger import ChecksumLedger, checksum
+from adapmoe_lab.engine.store import ROW_ALIGNMENT, ExpertStore, Formats
+from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.records.precision import aligned
+
+VERSION = 1
+BLOB, INDEX = "experts.bin", "experts.json"
+
+
+class PreparedStore(ExpertStore):
+    """Experts in a memory-mapped blob; the operating system keeps in memory what is in use."""
+
+    def __init__(
+        self, formats: Formats, blob: torch.Tensor, offsets: list[list[int]], ledger: ChecksumLedger
+    ) -> None:
+        """Serve the rows of a mapped blob uint8 [n]."""
+        super().__init__(formats)
+        self._blob = blob
+        self._offsets = offsets
+        self._ledger = ledger
+
+    def row(self, layer: int, expert: int) -> torch.Tensor:
+        """Return an expert's bytes, a view of the blob; they are checked when first read."""
+        start = self._offsets[layer][expert]
+        row = self._blob[start : start + self.formats[layer][expert].n_bytes]
+        self._ledger.check(layer, expert, row)
+        return row
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder holds a prepared store."""
+    return (folder / INDEX).is_file()
+
+
+def save_store(
+    store: ExpertStore,
+    folder: Path,
+    identity: str,
+    after_expert: Callable[[int], None] | None = None,
+) -> None:
+    """Write a store; the folder appears only once everything in it is on disk.
+
+    Args:
+        store: the experts to write.
+        folder: must not exist yet.
+        identity: of the weights that the experts belong to; opening asks for the same.
+        after_expert: is told the bytes of each expert written.
+
+    Raises:
+        FileExistsError: there is something at `folder`.
+    """
+    if folder.exists():
+        raise FileExistsError(
+            f"{folder} exists; a prepared store is never overwritten, name another."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = _blob_bytes(store), shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise OSError(
+            f"The store takes {needed / 2**30:.2f} GiB, {folder.parent} has {free / 2**30:.2f} GiB "
+            "free; name a folder on a larger disk."
+        )
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        experts = _write_blob(store, partial / BLOB, after_expert)
+        index = {
+            "schema_version": VERSION,
+            "identity": identity,
+            "blob_bytes": needed,
+            "experts": experts,
+        }
+        _write_synced(partial / INDEX, json.dumps(index).encode())
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def open_store(folder: Path, identity: str, formats: Formats) -> PreparedStore:
+    """Open a prepared store without reading its experts.
+
+    Args:
+        folder: what `save_store` wrote.
+        identity: of the weights the caller expects.
+        formats: the layouts the caller expects.
+
+    Raises:
+        FileNotFoundError: there is no prepared store.
+        CheckpointError: it is of other weights, another layout or version, or damaged.
+    """
+    index = _read_index(folder)
+    if index["schema_version"] != VERSION:
+        raise CheckpointError(
+            f"{folder} has schema version {index['schema_version']}, this adapmoe-lab reads "
+            f"{VERSION}; prepare the store again."
+        )
+    if index["identity"] != identity:
+        raise CheckpointError(
+            f"{folder} was prepared from other weights ({index['identity']}) than those of the "
+            f"model ({identity}); name the folder of this model's store, or a new one."
+        )
+    entries = index["experts"]
+    found = [[entry["precision"] for entry in layer] for layer in entries]
+    wanted = [[layout.precision for layout in layer] for layer in formats]
+    n_bytes = [[entry["bytes"] for entry in layer] for layer in entries]
+    if found != wanted or n_bytes != [[layout.n_bytes for layout in layer] for layer in formats]:
+        raise CheckpointError(
+            f"{folder} holds experts as {_in_words(found)}, asked for were {_in_words(wanted)}; "
+            "give its precision as expert_dtype, or name a new folder."
+        )
+    blob, size = folder / BLOB, (folder / BLOB).stat().st_size
+    if size != index["blob_bytes"]:
+        raise CheckpointError(
+            f"{blob} has {size} bytes, its index says {index['blob_bytes']}: it was cut short or "
+            "replaced; prepare the store again."
+        )
+    mapped = torch.UntypedStorage.from_file(str(blob), shared=False, nbytes=size)
+    sums = np.array([[entry["crc32"] for entry in layer] for layer in entries], dtype=np.int64)
+    return PreparedStore(
+        formats,
+        torch.tensor([], dtype=torch.uint8).set_(mapped),
+        [[entry["offset"] for entry in layer] for layer in entries],
+        ChecksumLedger(sums, str(folder)),
+    )
+
+
+def prepared_precisions(folder: Path) -> list[list[str]]:
+    """Return the precision of every expert [L][E] of a prepared store."""
+    return [[entry["precision"] for entry in layer] for layer in _read_index(folder)["experts"]]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not is_prepared(folder):
+        raise FileNotFoundError(f"{folder} holds no prepared store ({INDEX} is missing).")
+    try:
+        return json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder / INDEX} is damaged ({error}); prepare the store again."
+        ) from error
+
+
+def _write_blob(
+    store: ExpertStore, path: Path, after_expert: Callable[[int], None] | None
+) -> list[list[dict[str, Any]]]:
+    """Write the rows in (layer, expert) order and return what the index says of each."""
+    experts: list[list[dict[str, Any]]] = [[] for _ in range(store.n_layers)]
+    with path.open("wb") as file:
+        for layer, expert in store.numbers():
+            row, layout = store.row(layer, expert), store.formats[layer][expert]
+            offset = file.tell()
+            file.write(memoryview(row.numpy()))
+            file.write(bytes(aligned(row.numel(), ROW_ALIGNMENT) - row.numel()))
+            experts[layer].append(
+                {
+                    "offset": offset,
+                    "bytes": row.numel(),
+                    "precision": layout.precision,
+                    "crc32": checksum(row),
+                }
+            )
+            if after_expert is not None:
+                after_expert(row.numel())
+        file.flush()
+        os.fsync(file.fileno())
+    return experts
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _blob_bytes(store: ExpertStore) -> int:
+    return sum(
+        aligned(store.formats[layer][expert].n_bytes, ROW_ALIGNMENT)
+        for layer, expert in store.numbers()
+    )
+
+
+def _in_words(precisions: list[list[str]]) -> str:
+    names = sorted({name for layer in precisions for name in layer})
+    return " and ".join(names)

@@ -1,0 +1,244 @@
+"""One expert at a time out of a checkpoint of any family, through transformers' own conversions."""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from adapmoe_lab.models.families import MoELayer
+from adapmoe_lab.models.shard_file import CheckpointError, TensorEntry
+from adapmoe_lab.models.shards import ShardIndex
+
+EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
+FP8_SCALE = "_scale_inv"
+MXFP4_PARTS = ("_blocks", "_scales")
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Mxfp4Matrix:
+    """A matrix as a microscaling checkpoint holds it.
+
+    Attributes:
+        blocks: uint8 [output, groups, 16], two E2M1 codes a byte, the earlier one in the low half.
+        scales: uint8 [output, groups], E8M0.
+    """
+
+    blocks: torch.Tensor
+    scales: torch.Tensor
+
+
+ExpertTensors = Mapping[str, torch.Tensor | Mxfp4Matrix]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint tensor that an expert is made of, and which converter takes it."""
+
+    entry: TensorEntry
+    pattern: str | None
+    is_fused: bool
+
+
+class ExpertReader:
+    """Reads any expert of a checkpoint, whenever it is asked for.
+
+    Which tensors an expert is made of, and how they are joined, is worked out once from
+    transformers' conversion rules; a read then touches only that expert's bytes. Files are opened
+    as they are needed, and closed by `close` or with the reader. Safe to use from several threads.
+    """
+
+    def __init__(self, index: ShardIndex, outline: PreTrainedModel, layers: list[MoELayer]) -> None:
+        """Plan the reads; `outline` is the model on the meta device, `layers` its MoE layers.
+
+        Raises:
+            CheckpointError: experts are missing, or stored in a way that cannot be cut apart.
+        """
+        self.index = index
+        self._outline = outline
+        self._layers = layers
+        self._files: dict[str, BinaryIO] = {}
+        self._lock = threading.Lock()
+        self.close = weakref.finalize(self, _close_all, self._files)
+        mapping = get_model_conversion_mapping(outline)
+        self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+        self._sources = self._plan()
+        self._check_complete()
+
+    @property
+    def comes_as_mxfp4(self) -> bool:
+        """Whether matrices are stored as microscaling blocks."""
+        return any(name.endswith(MXFP4_PARTS[0]) for name in self._sources[0][0])
+
+    def read(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertTensors:
+        """Return an expert's tensors under the names and in the shapes of the experts module.
+
+        Args:
+            layer: number of the MoE layer.
+            expert: number of the expert.
+            dtype: precision of floating-point tensors; microscaling matrices stay packed.
+        """
+        read: dict[str, torch.Tensor | Mxfp4Matrix] = {}
+        packed: dict[str, torch.Tensor] = {}
+        for target, sources in self._sources[layer][expert].items():
+            if sources[0].pattern is not None:
+                read[target] = self._converted(layer, expert, target, sources, dtype)
+            elif target.endswith(MXFP4_PARTS):
+                packed[target] = self._read(sources[0], expert, torch.uint8)
+            else:
+                read[target] = self._read(sources[0], expert, dtype)
+        for target in self._layers[layer].parameter_names:
+            if target not in read:
+                blocks, scales = (packed[target + part] for part in MXFP4_PARTS)
+                read[target] = Mxfp4Matrix(blocks, scales)
+        return {name: read[name] for name in self._layers[layer].parameter_names}
+
+    def _plan(self) -> list[list[dict[str, list[_Source]]]]:
+        """Return per layer and expert what each parameter is made of."""
+        wanted = {
+            f"{layer.path}.{name}{suffix}": (number, name + suffix)
+            for number, layer in enumerate(self._layers)
+            for name in layer.parameter_names
+            for suffix in ("", *MXFP4_PARTS)
+        }
+        state = self._outline.state_dict()
+        plan = [
+            [defaultdict[str, list[_Source]](list) for _ in range(layer.n_experts)]
+            for layer in self._layers
+        ]
+        for key in self.index.names:
+            new, pattern = rename_source_key(
+                key, self._renamings, self._converters, self._outline.base_model_prefix, state
+            )
+            if new not in wanted:
+                continue
+            number, target = wanted[new]
+            entry = self.index.entry(key)
+            match = EXPERT_NUMBER.search(key)
+            if match is not None:
+                plan[number][int(match[1])][target].append(_Source(entry, pattern, False))
+                continue
+            n_experts = self._layers[number].n_experts
+            if not entry.shape or entry.shape[0] != n_experts:
+                raise CheckpointError(
+                    f"{key} has the shape {entry.shape}, which cannot be cut into the "
+                    f"{n_experts} experts of {self._layers[number].path}."
+                )
+            for expert in range(n_experts):
+                plan[number][expert][target].append(_Source(entry, pattern, True))
+        return [[dict(expert) for expert in layer] for layer in plan]
+
+    def _check_complete(self) -> None:
+        for layer, experts in zip(self._layers, self._sources, strict=True):
+            for number, found in enumerate(experts):
+                for name in layer.parameter_names:
+                    if name not in found and any(name + part not in found for part in MXFP4_PARTS):
+                        raise CheckpointError(
+                            f"The checkpoint has no {name} for expert {number} of {layer.path}; "
+                            "download it again, or give one that this architecture was saved as."
+                        )
+
+    def _converted(
+        self, layer: int, expert: int, target: str, sources: list[_Source], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Run transformers' converter on the tensors of one expert, as if there were no other."""
+        rule = next(rule for rule in self._converters if sources[0].pattern in rule.source_patterns)
+        converter = copy.deepcopy(rule)
+        full_name = f"{self._layers[layer].path}.{target}"
+        for source in sources:
+            tensor = self._read(source, expert, dtype)
+            tensor = tensor[None] if source.is_fused else tensor
+            converter.add_tensor(full_name, source.entry.name, source.pattern, lambda t=tensor: t)  # pyright: ignore
+        made = converter.convert(full_name, model=self._outline, config=self._outline.config)
+        value = made[full_name]
+        return (value[0] if isinstance(value, list) else value)[0]
+
+    def _read(self, source: _Source, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor, or one expert's part of a fused one, in the precision asked for."""
+        tensor = self._raw(source.entry, expert if source.is_fused else None)
+        if tensor.dtype == torch.float8_e4m3fn:
+            scales = self.index.entry(source.entry.name + FP8_SCALE)
+            scale = self._raw(scales, expert if source.is_fused else None)
+            return dequantise_fp8(tensor, scale).to(dtype)
+        return tensor if tensor.dtype == torch.uint8 else tensor.to(dtype)
+
+    def _raw(self, entry: TensorEntry, expert: int | None) -> torch.Tensor:
+        shape, offset, n_bytes = entry.shape, entry.offset, entry.n_bytes
+        if expert is not None:
+            shape, n_bytes = shape[1:], n_bytes // shape[0]
+            offset += expert * n_bytes
+        if entry.dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{entry.name} is stored as {entry.dtype}; weights of experts can be read as "
+                f"{', '.join(TORCH_DTYPES)}."
+            )
+        buffer = torch.empty(n_bytes, dtype=torch.uint8)
+        with self._lock:
+            if entry.file not in self._files:
+                self._files[entry.file] = (self.index.folder / entry.file).open("rb", buffering=0)
+            file = self._files[entry.file]
+            file.seek(offset)
+            n_read = _read_all(file, memoryview(buffer.numpy()))
+        if n_read != n_bytes:
+            raise CheckpointError(
+                f"{entry.file} ended after {n_read} of the {n_bytes} bytes of {entry.name}: it "
+                "was cut short while in use; restore it and load again."
+            )
+        return buffer.view(TORCH_DTYPES[entry.dtype]).view(shape)
+
+
+def _close_all(files: dict[str, BinaryIO]) -> None:
+    while files:
+        files.popitem()[1].close()
+
+
+def _read_all(file: BinaryIO, target: memoryview) -> int:
+    """Fill a buffer from an unbuffered file, which may hand out less than asked for at a time."""
+    n_read = 0
+    while n_read < len(target):
+        n_more = file.readinto(target[n_read:])  # pyright: ignore[reportAttributeAccessIssue]
+        if not n_more:
+            break
+        n_read += n_more
+    return n_read
+
+
+def dequantise_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return a block-scaled float8 matrix [output, input] in float32.
+
+    `scale` [blocks of output, blocks of input] multiplies square blocks, 128 wide in DeepSeek-V3;
+    the width follows from the shapes.
+    """
+    for axis in (-2, -1):
+        block = _block_width(weight.shape[axis], scale.shape[axis])
+        scale = scale.repeat_interleave(block, dim=axis)
+    return weight.float() * scale[..., : weight.shape[-2], : weight.shape[-1]].float()
+
+
+def _block_width(n_channels: int, n_blocks: int) -> int:
+    """Return the power-of-two block width that cuts the channels into that many blocks."""
+    width = 1 << (n_channels - 1).bit_length()
+    while -(-n_channels // width) < n_blocks:
+        width //= 2
+    return width

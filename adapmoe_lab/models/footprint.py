@@ -1,0 +1,43 @@
+"""How much memory a model's forward pass takes beside its weights, from its configuration."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+WORK_TENSORS = 12
+"""Tensors as large as the hidden states that are alive at once: residual, norm, query, key, …"""
+
+LONGEST_DEFAULT_CONTEXT = 4096
+
+
+def default_context_tokens(config: PreTrainedConfig) -> int:
+    """Return the context that is planned for if the user names none."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(LONGEST_DEFAULT_CONTEXT, longest or LONGEST_DEFAULT_CONTEXT)
+
+
+def kv_cache_bytes(config: PreTrainedConfig, n_tokens: int, item_bytes: int) -> int:
+    """Return the bytes of a key-value cache of `n_tokens`, counting every layer as full attention.
+
+    Layers with a window or a recurrent state take less, so this is an upper bound.
+    """
+    text = config.get_text_config()
+    n_heads = text.num_attention_heads
+    if getattr(text, "kv_lora_rank", None):  # multi-head latent attention, cached expanded
+        per_layer = n_heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
+    else:
+        n_kv_heads = getattr(text, "num_key_value_heads", None) or n_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // n_heads
+        per_layer = 2 * n_kv_heads * head_dim
+    return text.num_hidden_layers * per_layer * n_tokens * item_bytes
+
+
+def work_bytes(config: PreTrainedConfig, n_tokens: int, top_k: int, item_bytes: int) -> int:
+    """Return the bytes of activations when `n_tokens` pass through a layer at once.
+
+    The experts' contributions [T, K, D] may be in float32; logits are of the last token only.
+    """
+    text = config.get_text_config()
+    widest = max(text.hidden_size * WORK_TENSORS, getattr(text, "intermediate_size", 0) or 0)
+    per_token = widest * item_bytes + 2 * top_k * text.hidden_size * 4
+    return n_tokens * per_token + text.vocab_size * (item_bytes + 4)
