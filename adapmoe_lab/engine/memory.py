@@ -139,7 +139,9 @@ def plan_memory(
         if expert_memory is not None:
             room = budget_bytes(expert_memory, spec)
         else:
-            room = store_bytes if _all_fit(device, left, store_bytes) else left
+            every_slot = expert_bytes.shape[1] * int(slot_bytes.sum())
+            on_host = store_bytes if device.type == "cpu" else 0
+            room = every_slot if every_slot + on_host <= left else left
         slots = uniform_plan(spec, room, slot_bytes=slot_bytes)
     taken = planned_bytes(slots, expert_bytes)
     if taken > max(left, 0):
@@ -165,11 +167,6 @@ def planned_bytes(slots: CachePlan, expert_bytes: NDArray[np.int64]) -> int:
     slot_bytes, n_experts = expert_bytes.max(axis=1), expert_bytes.shape[1]
     streams = (slots.slots < n_experts).any()
     return int((slots.slots * slot_bytes).sum() + streams * N_STAGING * slot_bytes.max())
-
-
-def _all_fit(device: torch.device, left: int, store_bytes: int) -> bool:
-    """Whether every expert can have a slot; on the CPU the store itself takes as much again."""
-    return store_bytes * (2 if device.type == "cpu" else 1) <= left
 
 
 def _free_bytes(device: torch.device) -> int:

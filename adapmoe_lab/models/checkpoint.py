@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,11 @@ class Checkpoint:
 
     def load_skeleton(self) -> PreTrainedModel:
         """Load everything but the experts, on the CPU."""
-        model = self.model
-        return load_skeleton(self.folder, model.config, model.layers, DTYPES[model.dtype])
+        weights = None
+        if self.model.quantisation == "fp8":
+            with closing(self.reader()) as reader:
+                weights = reader.other_tensors(DTYPES[self.model.dtype])
+        return load_skeleton(self.folder, self.model, weights)
 
     def load_tokenizer(self) -> Any:
         """Load the tokenizer that lies beside the weights."""
@@ -71,13 +75,13 @@ def open_checkpoint(
         UnsupportedModelError: the model has no experts that can be served.
     """
     dtype = _known_dtype(dtype)
-    config = read_config(config_folder(name, revision))
+    config, quantisation = read_config(config_folder(name, revision))
     check_family(config.model_type)
     folder = local_folder(name, revision)
     index = read_index(folder)
     if dtype == "auto":
         dtype = _own_dtype(config, index)
-    return Checkpoint(folder, index, outline_of(str(name), config, dtype))
+    return Checkpoint(folder, index, outline_of(str(name), config, dtype, quantisation))
 
 
 def look_at_model(
@@ -88,11 +92,11 @@ def look_at_model(
     Raises: as `open_checkpoint`.
     """
     dtype = _known_dtype(dtype)
-    config = read_config(config_folder(name, revision))
+    config, quantisation = read_config(config_folder(name, revision))
     check_family(config.model_type)
     if dtype == "auto":
         dtype = _named_dtype(config) or "bfloat16"
-    return outline_of(str(name), config, dtype)
+    return outline_of(str(name), config, dtype, quantisation)
 
 
 def weights_digest(hf: PreTrainedModel) -> str:

@@ -32,6 +32,9 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
 }
 
 
@@ -114,6 +117,25 @@ class ExpertReader:
                 read[target] = Mxfp4Matrix(blocks, scales)
         return {name: read[name] for name in self._layers[layer].parameter_names}
 
+    def other_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return every tensor of the checkpoint that is no part of an expert, dequantised."""
+        of_experts = {
+            source.entry.name
+            for layer in self._sources
+            for expert in layer
+            for sources in expert.values()
+            for source in sources
+        }
+        others = {
+            name: self.index.entry(name)
+            for name in self.index.names
+            if name not in of_experts and not name.endswith(FP8_SCALE)
+        }
+        return {
+            name: self._read(_Source(entry, None, False), 0, dtype)
+            for name, entry in others.items()
+        }
+
     def _plan(self) -> list[list[dict[str, list[_Source]]]]:
         """Return per layer and expert what each parameter is made of."""
         wanted = {
@@ -181,7 +203,7 @@ class ExpertReader:
             scales = self.index.entry(source.entry.name + FP8_SCALE)
             scale = self._raw(scales, expert if source.is_fused else None)
             return dequantise_fp8(tensor, scale).to(dtype)
-        return tensor if tensor.dtype == torch.uint8 else tensor.to(dtype)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     def _raw(self, entry: TensorEntry, expert: int | None) -> torch.Tensor:
         shape, offset, n_bytes = entry.shape, entry.offset, entry.n_bytes
@@ -190,7 +212,7 @@ class ExpertReader:
             offset += expert * n_bytes
         if entry.dtype not in TORCH_DTYPES:
             raise CheckpointError(
-                f"{entry.name} is stored as {entry.dtype}; weights of experts can be read as "
+                f"{entry.name} is stored as {entry.dtype}; weights can be read from "
                 f"{', '.join(TORCH_DTYPES)}."
             )
         buffer = torch.empty(n_bytes, dtype=torch.uint8)

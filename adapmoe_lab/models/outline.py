@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapmoe_lab.models.families import MoELayer, find_moe_layers
-from adapmoe_lab.models.skeleton import quantisation_of
 from adapmoe_lab.models.support import Trait, UnsupportedModelError, find_family
 from adapmoe_lab.records import PRECISIONS, ExpertFormat, MoESpec
 
@@ -31,12 +30,14 @@ class ModelOutline:
         hf: the transformers model on the meta device: shapes and names, no memory.
         layers: its layers with routed experts.
         dtype: name of the precision to compute in.
+        quantisation: how its weights come quantised, such as `mxfp4`, or None.
     """
 
     name: str
     hf: PreTrainedModel
     layers: list[MoELayer]
     dtype: str
+    quantisation: str | None = None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -46,7 +47,7 @@ class ModelOutline:
     @property
     def stored_as(self) -> str:
         """The precision that keeps the experts as they come."""
-        return "mxfp4" if quantisation_of(self.config) == "mxfp4" else self.dtype
+        return "mxfp4" if self.quantisation == "mxfp4" else self.dtype
 
     @property
     def other_bytes(self) -> int:
@@ -69,7 +70,9 @@ class ModelOutline:
         return ExpertFormat.of(shapes, precision, plain, bool(experts.is_transposed))
 
 
-def outline_of(name: str, config: PreTrainedConfig, dtype: str) -> ModelOutline:
+def outline_of(
+    name: str, config: PreTrainedConfig, dtype: str, quantisation: str | None = None
+) -> ModelOutline:
     """Return the outline of a model with the given configuration.
 
     Raises:
@@ -77,7 +80,7 @@ def outline_of(name: str, config: PreTrainedConfig, dtype: str) -> ModelOutline:
     """
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
-    return ModelOutline(name, hf, find_moe_layers(hf), dtype)
+    return ModelOutline(name, hf, find_moe_layers(hf), dtype, quantisation)
 
 
 def describe(

@@ -9,35 +9,37 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from adapmoe_lab.models.families import MoELayer, find_moe_layers
+from adapmoe_lab.models.outline import DTYPES, ModelOutline
 from adapmoe_lab.models.shard_file import CheckpointError
 
 DEQUANTISED = ("mxfp4", "fp8")
-"""Quantised checkpoints that are read here; their other weights are dequantised."""
+"""Quantised checkpoints that can be read here."""
 
 
 def load_skeleton(
-    folder: Path, config: PreTrainedConfig, layers: list[MoELayer], dtype: torch.dtype
+    folder: Path, model: ModelOutline, weights: dict[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:
     """Load everything but the experts, on the CPU; experts modules hold empty parameters.
 
     Args:
         folder: a checkpoint of safetensors files.
-        config: its configuration.
-        layers: the layers of the outline of the same model, which tell what experts are.
-        dtype: the precision to compute in.
+        model: the outline of the model in it, which tells what experts are.
+        weights: the checkpoint's tensors outside the experts, if not as they lie in its files.
 
     Raises:
         CheckpointError: the checkpoint lacks weights that the model needs.
     """
-    with _built_without_experts({type(layer.experts) for layer in layers}), _quiet():
-        hf, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
+    dtype = DTYPES[model.dtype]
+    with _built_without_experts({type(layer.experts) for layer in model.layers}), _quiet():
+        hf, report = type(model.hf).from_pretrained(
+            folder if weights is None else None,
+            config=model.config,
             dtype=dtype,
+            state_dict=weights,
             use_safetensors=True,
             output_loading_info=True,
             local_files_only=True,
@@ -45,26 +47,30 @@ def load_skeleton(
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} weights that {config.model_type} needs, such as "
+            f"{folder} lacks {len(missing)} weights that {model.config.model_type} needs, such as "
             f"{missing[0]}; download the checkpoint again."
         )
-    for layer, found in zip(layers, find_moe_layers(hf), strict=True):
+    for layer, found in zip(model.layers, find_moe_layers(hf), strict=True):
         for name in layer.parameter_names:
             empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             setattr(found.experts, name, empty)
+    _copy_out_of_files(hf)
     return hf.eval().requires_grad_(False)
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Read a model's configuration; of quantised ones, ask for dequantised weights.
+def read_config(folder: Path) -> tuple[PreTrainedConfig, str | None]:
+    """Read a model's configuration, and how its weights come quantised, such as `mxfp4`.
+
+    Quantised weights are dequantised here as they are read, so the configuration returned no
+    longer asks transformers to do so.
 
     Raises:
         ValueError: the checkpoint is quantised in a way that cannot be read here.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
-        return config
+        return config, None
     method = _quantisation_method(quantisation)
     if method not in DEQUANTISED:
         raise ValueError(
@@ -72,15 +78,17 @@ def read_config(folder: Path) -> PreTrainedConfig:
             "the original checkpoint and quantise it while loading with expert_dtype='int4'. "
             f"Quantised checkpoints that load as they are: {', '.join(DEQUANTISED)}."
         )
-    settings = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-    config.quantization_config = {**settings, "dequantize": True}
-    return config
+    del config.quantization_config
+    return config, method
 
 
-def quantisation_of(config: PreTrainedConfig) -> str | None:
-    """Return how a checkpoint's weights come quantised, or None."""
-    quantisation = getattr(config, "quantization_config", None)
-    return None if quantisation is None else _quantisation_method(quantisation)
+def _copy_out_of_files(hf: PreTrainedModel) -> None:
+    """Give weights memory of their own; transformers may leave them mapped from the files.
+
+    A file that is then cut short or written to would end the process, or change the model.
+    """
+    for tensor in (*hf.parameters(), *hf.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _quantisation_method(quantisation: Any) -> str:

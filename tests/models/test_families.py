@@ -191,7 +191,9 @@ def test_a_dense_family_is_refused():
 
 def test_a_family_without_a_causal_model_is_refused():
     with pytest.raises(UnsupportedModelError, match="no causal language model of this type"):
-        check_family("bert_of_nobody" if "qwen3_vl_moe" not in CONFIG_MAPPING_NAMES else "qwen3_vl_moe")
+        check_family(
+            "bert_of_nobody" if "qwen3_vl_moe" not in CONFIG_MAPPING_NAMES else "qwen3_vl_moe"
+        )
 
 
 def test_a_family_never_compared_warns():

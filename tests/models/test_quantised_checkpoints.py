@@ -1,0 +1,60 @@
+"""Checkpoints that come quantised: the same numbers as their dequantised weights give."""
+
+import json
+
+import pytest
+import torch
+from quantised_checkpoints import save_fp8_deepseek, save_mxfp4_gpt_oss
+from tiny_models import VOCABULARY_SIZE, save_tiny
+from transformers import AutoModelForCausalLM
+
+from adapmoe_lab.engine.loading import load
+
+IDS = torch.randint(1, VOCABULARY_SIZE, (2, 20), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
+
+
+@torch.no_grad()
+def test_fp8_blocks_are_dequantised(tmp_path):
+    packed, plain = save_fp8_deepseek(tmp_path)
+    model = load(packed, dtype="float32", device="cpu", link="none", expert_memory="60%")
+    assert model.spec.dtype == "float32"
+    torch.testing.assert_close(model.hf(IDS).logits, logits(plain), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_mxfp4_experts_stay_packed(tmp_path):
+    packed, plain = save_mxfp4_gpt_oss(tmp_path)
+    model = load(packed, dtype="float32", device="cpu", link="none", expert_memory="60%")
+    assert model.spec.dtype == "mxfp4"
+    torch.testing.assert_close(model.hf(IDS).logits, logits(plain), rtol=0, atol=2e-5)
+    whole = load(plain, dtype="float32", device="cpu", link="none").spec
+    assert model.spec.stored_expert_bytes < 0.2 * whole.stored_expert_bytes
+
+
+@torch.no_grad()
+def test_mxfp4_experts_can_be_stored_otherwise(tmp_path):
+    packed, plain = save_mxfp4_gpt_oss(tmp_path)
+    model = load(packed, dtype="float32", expert_dtype="float32", device="cpu", link="none")
+    torch.testing.assert_close(model.hf(IDS).logits, logits(plain), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_other_quantisations_are_refused_by_name(tmp_path, method):
+    folder = save_tiny("mixtral", tmp_path)
+    path = folder / "config.json"
+    settings = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
+    expected = f"(?s)quantised with {method}.*original checkpoint.*expert_dtype='int4'"
+    with pytest.raises(ValueError, match=expected):
+        load(folder)
+
+
+def test_gguf_is_refused_by_name(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"(?s)GGUF file, which is not read.*safetensors"):
+        load(tmp_path / "model.gguf")
