@@ -91,7 +91,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {**LATENT, "layer_group_size": 2},
     "beam": {"mlp_layer_types": DENSE_FIRST},
     "cohere2_moe": {"logit_scale": 1.0},
-    "deepseek_v2": {**LATENT, "q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek_v2": {**LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": LATENT,
     "deepseek_v32": INDEXED,
     "deepseek_v4": {
@@ -100,6 +100,20 @@ RECIPES: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["hash_moe", "moe", "moe"],
     },
     "dots1": {"num_key_value_heads": 4},
+    "dots3_note": {
+        "text_config": "dots3_note_text",
+        "vision_config": {
+            "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "patch_size": 4,
+            "num_attention_heads": 2, "mlp_layer_types": ["dense", "sparse"],
+            "num_local_experts": 4, "moe_intermediate_size": 16,
+            "adapter_in_dim": 32, "adapter_out_dim": 64,
+        },
+        "audio_config": {
+            "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32,
+            "num_attention_heads": 2, "adapter_input_size": 32, "adapter_out_dim": 64,
+            "downsample_hidden_size": 16,
+        },
+    },
     "dots3_note_text": {
         **INDEXED, "shared_experts_intermediate_size": 32, "sliding_window": 32,
         "layer_types": ["full_attention"] * 3,
@@ -148,7 +162,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "mellum": {},
     "mimo_v2_flash": {},
-    "minimax": {"layer_types": LINEAR_FIRST},
+    "minimax": {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
     "minimax_m2": {},
     "minimax_m3_vl_text": {
         "dense_intermediate_size": 96, "shared_intermediate_size": 32, "rotary_dim": 8,
@@ -170,7 +184,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": "qwen4_exp_text", "vision_config": VISION},
     "qwen4_exp_text": {
         **DELTA, "hc_count": 2, "hc_lowrank": 16,
-        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
         "indexer_compress_ratio": 4,
     },

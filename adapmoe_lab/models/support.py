@@ -117,6 +117,7 @@ VERIFIED: Mapping[str, Family] = MappingProxyType(
             "scoring_func",
         ),
         "dots1": _sigmoid(*_SHARED_DEEPSEEK, T.UNNORMALISED),
+        "dots3_note": _sigmoid(*_SHARED_DEEPSEEK),
         "dots3_note_text": _sigmoid(*_SHARED_DEEPSEEK),
         "ernie4_5_moe": _softmax(T.SELECTION_BIAS, T.SHARED, T.DENSE_LAYERS),
         "exaone_moe": _sigmoid(*_SHARED_DEEPSEEK, T.UNNORMALISED),
