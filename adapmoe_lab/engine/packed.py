@@ -105,8 +105,10 @@ class PackedMatrix:
         codes = unpack_planes(planes, self.precision.bits)  # [R, n_groups, G]
         scales = self.part("scales")[rows, :, None]
         if self.precision.name == "mxfp4":
-            numbers = torch.tensor(E2M1, device=codes.device)[codes.int()]
-            weights = torch.ldexp(numbers, scales.int() - 127)
+            numbers = torch.tensor(E2M1, device=codes.device)
+            weights = numbers.index_select(0, codes.flatten().int()).view(codes.shape)
+            exponents = scales.int() - 127
+            weights.mul_(torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents))
         else:
             per_code, per_zero = zero_grid(self.precision.bits)
             zeros = self.part("zeros")[rows, :, None].float() * per_zero

@@ -52,7 +52,6 @@ def quantise(
             f"{list(weight.shape)}. Give one expert's matrix at a time."
         )
     matrix = _empty(precision, (weight.shape[0], weight.shape[1]), weight.device, out)
-    assert precision.group_size is not None  # noqa: S101 - PackedMatrix has checked it
     for rows in row_blocks(*matrix.shape):
         block = weight[rows].float()
         _check_finite(block, rows.start)
