@@ -16,6 +16,11 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(name, str) or name == "auto" or "," in name:
+        raise ValueError(
+            f"device={name!r} asks for several devices; one model runs on one, so name it: "
+            "'cpu', 'cuda' or 'cuda:1'."
+        )
     if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
         raise ValueError(f"device={name!r} is not supported; expected 'cpu', 'cuda' or 'cuda:N'.")
     device = torch.device(name)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from adapmoe_lab.engine.ledger import ChecksumLedger, checksum
@@ -75,7 +75,9 @@ def save_store(
             f"The store takes {needed / 2**30:.2f} GiB, {folder.parent} has {free / 2**30:.2f} GiB "
             "free; name a folder on a larger disk."
         )
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    _remove_leftovers(folder)
+    partial = folder.parent / f".{folder.name}.{os.getpid()}"
+    partial.mkdir()
     try:
         experts = _write_blob(store, partial / BLOB, after_expert)
         index = {
@@ -179,6 +181,16 @@ def _write_blob(
         file.flush()
         os.fsync(file.fileno())
     return experts
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes that are gone left of the same store."""
+    for partial in folder.parent.glob(f".{folder.name}.*"):
+        process = partial.suffix.removeprefix(".")
+        if process.isdigit() and not (
+            psutil.pid_exists(int(process)) and int(process) != os.getpid()
+        ):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -172,13 +172,18 @@ class ExpertReader:
         return [[dict(expert) for expert in layer] for layer in plan]
 
     def _check_complete(self) -> None:
+        """Every expert must be made of as many tensors as the others."""
         for layer, experts in zip(self._layers, self._sources, strict=True):
-            for number, found in enumerate(experts):
-                for name in layer.parameter_names:
-                    if name not in found and any(name + part not in found for part in MXFP4_PARTS):
+            for name in layer.parameter_names:
+                targets = [name] if name in experts[0] else [name + part for part in MXFP4_PARTS]
+                most = max(len(found.get(targets[0], ())) for found in experts)
+                for number, found in enumerate(experts):
+                    n_found = min(len(found.get(target, ())) for target in targets)
+                    if n_found == 0 or n_found < most:
                         raise CheckpointError(
-                            f"The checkpoint has no {name} for expert {number} of {layer.path}; "
-                            "download it again, or give one that this architecture was saved as."
+                            f"{self.index.folder} has no {'whole ' if n_found else ''}{name} for "
+                            f"expert {number} of {layer.path}; download it again, or give one "
+                            "that was saved as this architecture."
                         )
 
     def _converted(

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from adapmoe_lab.models.families import MoELayer, find_moe_layers
 from adapmoe_lab.models.outline import DTYPES, ModelOutline
 from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.models.support import UnsupportedModelError, supported
 
 DEQUANTISED = ("mxfp4", "fp8")
 """Quantised checkpoints that can be read here."""
@@ -65,8 +68,10 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, str | None]:
     longer asks transformers to do so.
 
     Raises:
+        UnsupportedModelError: transformers does not know the architecture.
         ValueError: the checkpoint is quantised in a way that cannot be read here.
     """
+    _check_architecture(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
@@ -89,6 +94,22 @@ def _copy_out_of_files(hf: PreTrainedModel) -> None:
     """
     for tensor in (*hf.parameters(), *hf.buffers()):
         tensor.data = tensor.data.clone()
+
+
+def _check_architecture(folder: Path) -> None:
+    settings, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+    model_type = settings.get("model_type")
+    if model_type in CONFIG_MAPPING:
+        return
+    if "auto_map" in settings:
+        raise UnsupportedModelError(
+            f"{folder} is a {model_type} model that comes with code of its own, which is never "
+            f"run here. Give a model that transformers itself knows. {supported()}"
+        )
+    raise UnsupportedModelError(
+        f"{folder} is a {model_type} model, which transformers {transformers.__version__} does "
+        f"not know; a newer one may. {supported()}"
+    )
 
 
 def _quantisation_method(quantisation: Any) -> str:

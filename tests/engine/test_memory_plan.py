@@ -1,0 +1,99 @@
+"""The memory plan: the numbers it gives are those that are then taken."""
+
+import numpy as np
+import pytest
+import torch
+
+from adapmoe_lab.engine import memory
+from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.memory import memory_needs, plan_memory
+from adapmoe_lab.models.checkpoint import look_at_model
+from adapmoe_lab.models.outline import describe
+from adapmoe_lab.policies.allocation import N_STAGING
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+MIB = 2**20
+
+
+@pytest.fixture
+def outline():
+    return look_at_model("demo")
+
+
+@pytest.fixture
+def plan(outline, monkeypatch):
+    """Return a planner for the demo (48 MiB of experts in float32) with so many MiB free."""
+    formats = [[outline.expert_format(layer, "float32")] * 8 for layer in range(8)]
+    spec = describe(outline, formats)
+    sizes = np.array([[layout.n_bytes for layout in layer] for layer in formats])
+    needs = memory_needs(outline, spec.top_k, 256, 1)
+
+    def plan_with(device, device_mib, host_mib=10_000, **arguments):
+        monkeypatch.setattr(memory, "_free_bytes", lambda _: device_mib * MIB)
+        host = type("Memory", (), {"available": host_mib * MIB})
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: host)
+        monkeypatch.setattr(memory, "device_name", str)
+        return plan_memory(spec, needs, sizes, device, **arguments)
+
+    return plan_with
+
+
+def test_what_is_not_experts_is_what_the_loaded_model_has(outline):
+    model = load("demo", link="none", announce=lambda _: None)
+    loaded = {id(t): t for t in (*model.hf.parameters(), *model.hf.buffers())}.values()
+    assert outline.other_bytes == sum(t.numel() * t.element_size() for t in loaded)
+
+
+def test_everything_gets_a_slot_where_it_fits(plan):
+    made = plan(GPU, 1000)
+    assert made.slots.n_slots == 64
+    assert made.slot_bytes == made.store_bytes
+    assert made.fits_host
+
+
+def test_otherwise_what_is_left_less_a_tenth(plan):
+    made = plan(GPU, 60)
+    left = 0.9 * 60 * MIB - made.needs.total
+    assert made.slots.n_slots < 64
+    assert left - 2 * made.slots.slot_bytes[0] < made.slot_bytes <= left
+    staging = N_STAGING * made.slots.slot_bytes[0]
+    assert made.slot_bytes == made.slots.n_slots * made.slots.slot_bytes[0] + staging
+
+
+def test_on_the_cpu_store_and_slots_share_the_memory(plan):
+    assert plan(CPU, 200).fits_host
+    made = plan(CPU, 100)
+    assert not made.fits_host
+    assert made.slot_bytes + made.host_bytes + made.needs.total <= 0.9 * 100 * MIB
+
+
+def test_host_memory_decides_between_memory_and_disk(plan):
+    assert plan(GPU, 1000, host_memory="48MiB").fits_host
+    assert not plan(GPU, 1000, host_memory="47MiB").fits_host
+    assert not plan(GPU, 1000, host_mib=50).fits_host
+    text = str(plan(GPU, 1000, host_memory="10MiB"))
+    assert "48.0MiB on disk, the last 10.0MiB read kept in host memory" in text
+
+
+def test_the_plan_says_its_numbers(plan):
+    text = str(plan(GPU, 1000, expert_memory="50%"))
+    for words in ("on cuda:0, 900.0MiB to plan with", "1 x 256 tokens", "expert slots: 30 of"):
+        assert words in text
+
+
+def test_what_does_not_fit_is_refused_with_what_does(plan):
+    with pytest.raises(MemoryError, match=r"(?s)48\.0MiB of expert slots.*of 40\.0MiB free") as e:
+        plan(GPU, 40, expert_memory="100%")
+    advised = str(e.value).rpartition("expert_memory='")[2].partition("'")[0]
+    assert plan(GPU, 40, expert_memory=advised).slots.n_slots >= 8
+
+
+def test_what_cannot_fit_at_all_says_what_to_give_up(plan):
+    with pytest.raises(MemoryError, match="smaller max_context_tokens or batch_size, or a lower"):
+        plan(GPU, 20, expert_memory="100%")
+
+
+def test_a_longer_context_takes_more(outline):
+    short, long = (memory_needs(outline, 2, tokens, 1) for tokens in (256, 512))
+    assert long.kv_cache == 2 * short.kv_cache == 2 * 256 * 8 * 2 * 4 * 32 * 2
+    assert memory_needs(outline, 2, 256, 2).kv_cache == long.kv_cache

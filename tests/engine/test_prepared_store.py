@@ -1,0 +1,182 @@
+"""Prepared stores: written whole or not at all, reopened as they were, else refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+from checkpoints import save_tiny_mixtral
+
+from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.prepared import BLOB, INDEX, PreparedStore
+from adapmoe_lab.models.shard_file import CheckpointError
+
+IDS = torch.arange(1, 60)[None]
+MIXED = [["float32", "int8", "int4", "mxfp4"]] * 3
+
+
+@pytest.fixture
+def prepared(tiny_checkpoint, tmp_path):
+    load_with(tiny_checkpoint, tmp_path / "experts", expert_dtype="int4")
+    return tmp_path / "experts"
+
+
+def load_with(checkpoint, store, **arguments):
+    options = {"dtype": "float32", "device": "cpu", "link": "none", "announce": lambda _: None}
+    return load(checkpoint, store=store, **{**options, **arguments})
+
+
+@pytest.mark.parametrize("expert_dtype", ["float32", "int4", MIXED], ids=["plain", "int4", "mixed"])
+@torch.no_grad()
+def test_it_reopens_as_it_was(tiny_checkpoint, tmp_path, expert_dtype):
+    expected = load_with(tiny_checkpoint, None, expert_dtype=expert_dtype)
+    load_with(tiny_checkpoint, tmp_path / "experts", expert_dtype=expert_dtype)
+    reopened = load_with(tiny_checkpoint, tmp_path / "experts", expert_memory="80%")
+    assert isinstance(reopened.engine.store, PreparedStore)
+    assert reopened.spec.expert_bytes == expected.spec.expert_bytes
+    assert reopened.spec.dtype == expected.spec.dtype
+    assert torch.equal(reopened.hf(IDS).logits, expected.hf(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_loaded_model_can_save_its_experts(tiny_checkpoint, tmp_path):
+    model = load_with(tiny_checkpoint, None, expert_dtype="int8")
+    model.save_experts(tmp_path / "experts")
+    reopened = load_with(tiny_checkpoint, tmp_path / "experts")
+    assert torch.equal(reopened.hf(IDS).logits, model.hf(IDS).logits)
+    with pytest.raises(FileExistsError, match="never overwritten, name another"):
+        model.save_experts(tmp_path / "experts")
+
+
+def test_rows_lie_in_order_and_aligned(prepared):
+    index = json.loads((prepared / INDEX).read_text())
+    offsets = [expert["offset"] for layer in index["experts"] for expert in layer]
+    assert offsets == sorted(offsets)
+    assert all(offset % 256 == 0 for offset in offsets)
+
+
+def test_another_model_is_refused(prepared, tmp_path):
+    other = save_tiny_mixtral(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="was prepared from other weights"):
+        load_with(other, prepared)
+
+
+def test_another_precision_is_refused(tiny_checkpoint, prepared):
+    expected = "holds experts as int4, asked for were int8; give its precision as expert_dtype"
+    with pytest.raises(CheckpointError, match=expected):
+        load_with(tiny_checkpoint, prepared, expert_dtype="int8")
+
+
+def test_another_version_is_refused(tiny_checkpoint, prepared):
+    index = json.loads((prepared / INDEX).read_text())
+    (prepared / INDEX).write_text(json.dumps({**index, "schema_version": 99}))
+    with pytest.raises(CheckpointError, match="schema version 99, this adapmoe-lab reads 1"):
+        load_with(tiny_checkpoint, prepared)
+
+
+def test_a_blob_cut_short_is_refused(tiny_checkpoint, prepared):
+    with (prepared / BLOB).open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match="has 1000 bytes, its index says"):
+        load_with(tiny_checkpoint, prepared)
+
+
+def test_a_damaged_index_is_refused(tiny_checkpoint, prepared):
+    (prepared / INDEX).write_text("{")
+    with pytest.raises(CheckpointError, match=r"experts\.json is damaged"):
+        load_with(tiny_checkpoint, prepared)
+
+
+@torch.no_grad()
+def test_a_flipped_bit_is_noticed(tiny_checkpoint, prepared):
+    blob = bytearray((prepared / BLOB).read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (prepared / BLOB).write_bytes(blob)
+    model = load_with(tiny_checkpoint, prepared)
+    with pytest.raises(CheckpointError, match="its file changed or is damaged"):
+        model.hf(IDS)
+
+
+def test_an_interrupt_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypatch):
+    model = load_with(tiny_checkpoint, None)
+    row, left = model.engine.store.row, 5
+
+    def interrupted(layer, expert):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return row(layer, expert)
+
+    monkeypatch.setattr(model.engine.store, "row", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_experts(tmp_path / "experts")
+    assert list(tmp_path.iterdir()) == []
+
+
+SERVER = """
+import os, sys, time, torch
+torch.set_num_threads(1)
+from adapmoe_lab.engine.loading import load
+def load_with(store):
+    return load(sys.argv[1], dtype="float32", device="cpu", link="none", store=store,
+                announce=lambda _: None)
+model = load_with(None)
+print("ready", flush=True)
+for line in sys.stdin:
+    way, folder = line.split()
+    child = os.fork()
+    if child == 0:
+        model.save_experts(folder) if way == "save" else load_with(folder)
+        os._exit(0)
+    print(child, flush=True)
+    start = time.perf_counter()
+    os.waitpid(child, 0)
+    print(time.perf_counter() - start, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork to start many processes quickly")
+@torch.no_grad()
+def test_killed_loads_and_saves_never_leave_a_wrong_store(tmp_path):
+    """SIGKILL at sixty moments spread over the time that saving, or loading and saving, takes."""
+    checkpoint = save_tiny_mixtral(tmp_path / "model", n_layers=6, n_experts=16)
+    expected = load_with(checkpoint, None).hf(IDS).logits
+    command = [sys.executable, "-c", SERVER, str(checkpoint)]
+    n_whole = n_killed = 0
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as server:
+        assert server.stdout.readline() == "ready\n"
+        took = {way: write_in(server, way, tmp_path / way, None) for way in ("save", "load")}
+        for number in range(60):
+            way, folder = ("save", "load")[number % 2], tmp_path / f"store{number}"
+            write_in(server, way, folder, kill_after_s=1.1 * took[way] * number / 60)
+            if not folder.exists():
+                n_killed += 1
+                continue
+            n_whole += 1
+            assert torch.equal(load_with(checkpoint, folder).hf(IDS).logits, expected)
+        server.stdin.close()
+    assert min(n_whole, n_killed) > 0, "the kills missed the moments that matter"
+    left = next(path for path in tmp_path.glob(".store*.*"))
+    folder = tmp_path / left.stem.removeprefix(".")
+    load_with(checkpoint, None).save_experts(folder)
+    assert not list(tmp_path.glob(f".{folder.name}.*")), "what a killed save left was not removed"
+
+
+def write_in(server, way, folder, kill_after_s):
+    """Let a child of the server write a store, kill it meanwhile; return the seconds it lived."""
+    server.stdin.write(f"{way} {folder}\n")
+    child = int(server.stdout.readline())
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        with suppress(ProcessLookupError):  # it may have ended just before
+            os.kill(child, signal.SIGKILL)
+    return float(server.stdout.readline())
