@@ -17,7 +17,7 @@ from adapmoe_lab.engine.clock import Clock, RealClock
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.device import choose_device, device_name
 from adapmoe_lab.engine.link import CudaLink, EmulatedLink, Link
-from adapmoe_lab.engine.memory import memory_needs, plan_memory
+from adapmoe_lab.engine.memory import MemoryPlan, memory_needs, plan_memory
 from adapmoe_lab.engine.offload import OffloadEngine
 from adapmoe_lab.engine.opening import (
     ExpertDtype,
@@ -49,17 +49,25 @@ class LabModel:
         tokenizer: the model's tokenizer.
         spec: shape and identity of the model.
         engine: what serves the experts.
+        memory: what was planned to go where.
         config: the configuration in force.
     """
 
     def __init__(
-        self, hf: HFModel, tokenizer: Any, spec: MoESpec, hook: ExpertsHook, engine: Any
+        self,
+        hf: HFModel,
+        tokenizer: Any,
+        spec: MoESpec,
+        hook: ExpertsHook,
+        engine: OffloadEngine,
+        memory: MemoryPlan,
     ) -> None:
         """Take over a model whose experts the engine already serves; use `load` to make one."""
         self.hf = hf
         self.tokenizer = tokenizer
         self.spec = spec
-        self.engine: OffloadEngine = engine
+        self.engine = engine
+        self.memory = memory
         self.config = TunedConfig.untuned(spec)
         self._hook = hook
         self._in_use = threading.RLock()
@@ -261,7 +269,7 @@ def load(
     clock = clock if clock is not None else RealClock()
     engine = OffloadEngine(experts, _unpaced_link(where, clock), clock, where)
     hook.attach(engine)
-    model = LabModel(hf, tokenizer, spec, hook, engine)
+    model = LabModel(hf, tokenizer, spec, hook, engine, plan)
     if target is not None:
         model.emulate_link(target)
     model.apply(config if config is not None else replace(model.config, plan=plan.slots))
