@@ -43,7 +43,16 @@ def unpack_planes(planes: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
     return unpack(planes["codes"], bits)
 
 
-def row_blocks(n_rows: int, n_columns: int, block_items: int = 1 << 18) -> list[slice]:
-    """Cut the rows of a matrix into slices whose float32 temporaries stay within a cache."""
+CPU_BLOCK_ITEMS = 1 << 18
+"""Float32 temporaries of so many items stay within a cache."""
+
+CUDA_BLOCK_ITEMS = 1 << 23
+"""So many items keep a device busy, and their temporaries take some hundred MiB."""
+
+
+def row_blocks(shape: tuple[int, int], device: torch.device) -> list[slice]:
+    """Cut the rows of a matrix [rows, columns] into slices to be worked on one after the other."""
+    n_rows, n_columns = shape
+    block_items = CUDA_BLOCK_ITEMS if device.type == "cuda" else CPU_BLOCK_ITEMS
     step = max(1, block_items // max(1, n_columns))
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]

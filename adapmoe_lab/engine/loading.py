@@ -248,7 +248,7 @@ def load(
     spec = describe(checkpoint.model, formats)
     plan = plan_memory(
         spec,
-        memory_needs(checkpoint.model, spec.top_k, max_context_tokens, batch_size),
+        memory_needs(checkpoint.model, spec.top_k, where, max_context_tokens, batch_size),
         np.array([[layout.n_bytes for layout in layer] for layer in formats]),
         where,
         expert_memory=expert_memory,

@@ -10,7 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from adapmoe_lab.engine.device import device_name
-from adapmoe_lab.models.footprint import default_context_tokens, kv_cache_bytes, work_bytes
+from adapmoe_lab.models.footprint import (
+    default_context_tokens,
+    kv_cache_bytes,
+    score_bytes,
+    work_bytes,
+)
 from adapmoe_lab.models.outline import DTYPES, ModelOutline
 from adapmoe_lab.policies.allocation import N_STAGING, budget_bytes, uniform_plan
 from adapmoe_lab.records import CachePlan, MoESpec
@@ -86,7 +91,11 @@ class MemoryPlan:
 
 
 def memory_needs(
-    model: ModelOutline, top_k: int, context_tokens: int | None, batch_size: int
+    model: ModelOutline,
+    top_k: int,
+    device: torch.device,
+    context_tokens: int | None = None,
+    batch_size: int = 1,
 ) -> MemoryNeeds:
     """Return what a model takes beside its experts."""
     if batch_size < 1 or (context_tokens is not None and context_tokens < 1):
@@ -95,10 +104,14 @@ def memory_needs(
         )
     tokens = context_tokens or default_context_tokens(model.config)
     item_bytes = DTYPES[model.dtype].itemsize
+    work = work_bytes(model.config, tokens, batch_size, top_k, item_bytes)
+    is_eager = model.config._attn_implementation == "eager"
+    if is_eager or (device.type == "cuda" and model.dtype == "float32"):
+        work += score_bytes(model.config, tokens, batch_size)
     return MemoryNeeds(
         weights=model.other_bytes,
         kv_cache=kv_cache_bytes(model.config, tokens * batch_size, item_bytes),
-        work=work_bytes(model.config, tokens * batch_size, top_k, item_bytes),
+        work=work,
         context_tokens=tokens,
         batch_size=batch_size,
     )

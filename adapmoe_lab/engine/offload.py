@@ -68,7 +68,7 @@ class OffloadEngine:
     """
 
     def __init__(self, store: ExpertStore, link: Link, clock: Clock, device: torch.device) -> None:
-        """Serve the experts of `store` on `device` over `link`, nothing resident, no gating."""
+        """Serve the experts of `store` on `device` over `link`, without slots and gating."""
         self.store = store
         self.link = link
         self.clock = clock
@@ -77,13 +77,17 @@ class OffloadEngine:
         self.gating: GatingTable | None = None
         self.observers: list[Observer] = []
         self._direct = StoredExperts(store, device)
-        self.configure(None, [store.n_experts(layer) for layer in range(store.n_layers)])
+        self.configure(None, [0] * store.n_layers)
 
     def configure(
         self, gating: GatingTable | None, slots: list[int], eviction: str = "lru"
     ) -> None:
-        """Set the gating and start afresh with empty caches of the given slots [L]."""
+        """Set the gating and start afresh with empty caches of the given slots [L].
+
+        The old caches are freed before the new ones are allocated.
+        """
         self.gating = gating
+        self.cached = self._source = self._direct
         self.cached = CachedExperts(self.store, self.link, self.device, slots, eviction)
         self._source: ExpertSource = self.cached
         self._n_steps = self._kept = self._skipped = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,6 +23,10 @@ from adapmoe_lab.records import MoESpec, precision_named
 
 ExpertDtype = str | Sequence[Sequence[str]]
 """A precision for all experts, or one for each, [L][E]."""
+
+MOST_THREADS = 4
+WORKING_COPIES = 2
+"""Copies of an expert that reading and joining its tensors takes."""
 
 BAR_DELAY_S = 1.0
 """A progress bar appears only if there is something to wait for."""
@@ -148,11 +153,17 @@ def _in_memory(
     experts = HostStore(formats, pinned=plan.device.type == "cuda")
     try:
         with _progress("Loading experts", plan.store_bytes) as advance:
-            experts.fill(write, advance)
+            experts.fill(write, advance, _n_threads(experts))
     except BaseException:
         experts.close()
         raise
     return experts
+
+
+def _n_threads(experts: HostStore) -> int:
+    """Return how many experts to read at once, their temporaries a tenth of the store at most."""
+    working_bytes = WORKING_COPIES * int(experts.expert_bytes.max())
+    return max(1, min(MOST_THREADS, os.cpu_count() or 1, experts.n_bytes // 10 // working_bytes))
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class PackedMatrix:
 
             return packed_kernels.dequantise(self, dtype)
         weights = self.data.new_empty(self.shape, dtype=dtype)
-        for rows in row_blocks(*self.shape):
+        for rows in row_blocks(self.shape, self.data.device):
             weights[rows] = self._weights(rows)
         return weights
 

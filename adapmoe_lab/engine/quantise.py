@@ -32,7 +32,7 @@ def quantise(
 ) -> PackedMatrix:
     """Store the weights [output, input] in a packed precision.
 
-    Rows are taken in blocks, so that temporaries stay far below 64 MiB whatever the matrix.
+    Rows are taken in blocks: on the host temporaries stay far below 64 MiB whatever the matrix.
 
     Args:
         weight: floating-point weights [output, input], finite.
@@ -52,7 +52,7 @@ def quantise(
             f"{list(weight.shape)}. Give one expert's matrix at a time."
         )
     matrix = _empty(precision, (weight.shape[0], weight.shape[1]), weight.device, out)
-    for rows in row_blocks(*matrix.shape):
+    for rows in row_blocks(matrix.shape, matrix.data.device):
         block = weight[rows].float()
         _check_finite(block, rows.start)
         groups = _grouped(block, precision.group_size)
@@ -85,39 +85,11 @@ def pack_mxfp4(
             f"Give the tensors of one expert's matrix as the checkpoint stores them."
         )
     matrix = _empty(MXFP4, (blocks.shape[0], columns), blocks.device, out)
-    for rows in row_blocks(*matrix.shape):
+    for rows in row_blocks(matrix.shape, matrix.data.device):
         runs = unpack(blocks[rows], 4)  # even inputs, then odd ones
         codes = runs.unflatten(-1, (2, 16)).mT.flatten(-2)  # [R, n_groups, 32] in input order
         _store(matrix, rows, codes, scales=scales[rows, :, None])
     return matrix
-
-
-def dequantise_fp8(
-    weight: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int] = (128, 128)
-) -> torch.Tensor:
-    """Return the bfloat16 weights [output, input] of a block-scaled fp8 matrix.
-
-    The convention of DeepSeek-V3 and Qwen3-FP8 (transformers' `finegrained_fp8`): every block of
-    `block` outputs and inputs is multiplied by its entry of `weight_scale_inv`.
-
-    Args:
-        weight: float8_e4m3fn [output, input].
-        scale_inv: float32 [ceil(output / block[0]), ceil(input / block[1])].
-        block: outputs and inputs that share a scale.
-    """
-    n_rows, n_columns = weight.shape
-    expected = (-(-n_rows // block[0]), -(-n_columns // block[1]))
-    if scale_inv.shape != expected:
-        raise ValueError(
-            f"{n_rows} x {n_columns} weights in blocks of {block[0]} x {block[1]} need scales "
-            f"{list(expected)}; got {list(scale_inv.shape)}. Read the block from the checkpoint's "
-            f"quantization_config.weight_block_size."
-        )
-    weights = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
-    for index, scales in enumerate(scale_inv.float()):
-        rows = slice(index * block[0], (index + 1) * block[0])
-        weights[rows] = weight[rows].float() * scales.repeat_interleave(block[1])[:n_columns]
-    return weights
 
 
 def _nearest(groups: torch.Tensor, bits: int) -> Groups:

@@ -6,6 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -100,13 +101,26 @@ class HostStore(ExpertStore):
         self._slabs = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         self._unpin = weakref.finalize(self, _unpin, []) if not pinned else _pin(self, self._slabs)
 
-    def fill(self, write: RowWriter, after_expert: Callable[[int], None] | None = None) -> None:
-        """Write every expert, one at a time; `after_expert` is told the bytes of each."""
-        for layer, expert in self.numbers():
-            row = self.row(layer, expert)
-            write(layer, expert, row)
-            if after_expert is not None:
-                after_expert(row.numel())
+    def fill(
+        self, write: RowWriter, after_expert: Callable[[int], None], n_threads: int = 1
+    ) -> None:
+        """Write every expert, `n_threads` at once; `after_expert` is told the bytes of each.
+
+        If one fails, or the wait for them is interrupted, those not yet begun are left out.
+        """
+
+        def write_one(number: tuple[int, int]) -> int:
+            row = self.row(*number)
+            write(*number, row)
+            return row.numel()
+
+        with ThreadPoolExecutor(n_threads) as pool:
+            try:
+                for n_bytes in pool.map(write_one, self.numbers()):
+                    after_expert(n_bytes)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
 
     def row(self, layer: int, expert: int) -> torch.Tensor:
         """Return an expert's bytes, a view of its layer's slab."""

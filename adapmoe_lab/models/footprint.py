@@ -7,6 +7,9 @@ from transformers import PreTrainedConfig
 WORK_TENSORS = 12
 """Tensors as large as the hidden states that are alive at once: residual, norm, query, key, …"""
 
+SCORE_COPIES = 3
+"""Masked, unmasked and normalised scores, in float32."""
+
 LONGEST_DEFAULT_CONTEXT = 4096
 
 
@@ -32,12 +35,25 @@ def kv_cache_bytes(config: PreTrainedConfig, n_tokens: int, item_bytes: int) -> 
     return text.num_hidden_layers * per_layer * n_tokens * item_bytes
 
 
-def work_bytes(config: PreTrainedConfig, n_tokens: int, top_k: int, item_bytes: int) -> int:
-    """Return the bytes of activations when `n_tokens` pass through a layer at once.
+def work_bytes(
+    config: PreTrainedConfig, n_tokens: int, batch_size: int, top_k: int, item_bytes: int
+) -> int:
+    """Return the bytes of activations when `batch_size` sequences of `n_tokens` pass at once.
 
     The experts' contributions [T, K, D] may be in float32; logits are of the last token only.
+    Attention is taken not to hold all scores at once; see `score_bytes` for where it does.
     """
-    text = config.get_text_config()
+    text, n_tokens = config.get_text_config(), n_tokens * batch_size
     widest = max(text.hidden_size * WORK_TENSORS, getattr(text, "intermediate_size", 0) or 0)
     per_token = widest * item_bytes + 2 * top_k * text.hidden_size * 4
     return n_tokens * per_token + text.vocab_size * (item_bytes + 4)
+
+
+def score_bytes(config: PreTrainedConfig, n_tokens: int, batch_size: int) -> int:
+    """Return the bytes of attention's scores [B, heads, T, T] where they are all held at once.
+
+    Some attention does so: the eager one, and float32 on CUDA, which no fused kernel takes with
+    grouped queries.
+    """
+    scores = batch_size * config.get_text_config().num_attention_heads * n_tokens**2
+    return SCORE_COPIES * scores * 4

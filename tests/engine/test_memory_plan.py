@@ -26,7 +26,7 @@ def plan(outline, monkeypatch):
     formats = [[outline.expert_format(layer, "float32")] * 8 for layer in range(8)]
     spec = describe(outline, formats)
     sizes = np.array([[layout.n_bytes for layout in layer] for layer in formats])
-    needs = memory_needs(outline, spec.top_k, 256, 1)
+    needs = memory_needs(outline, spec.top_k, CPU, 256)
 
     def plan_with(device, device_mib, host_mib=10_000, **arguments):
         monkeypatch.setattr(memory, "_free_bytes", lambda _: device_mib * MIB)
@@ -94,6 +94,6 @@ def test_what_cannot_fit_at_all_says_what_to_give_up(plan):
 
 
 def test_a_longer_context_takes_more(outline):
-    short, long = (memory_needs(outline, 2, tokens, 1) for tokens in (256, 512))
+    short, long = (memory_needs(outline, 2, CPU, tokens) for tokens in (256, 512))
     assert long.kv_cache == 2 * short.kv_cache == 2 * 256 * 8 * 2 * 4 * 32 * 2
-    assert memory_needs(outline, 2, 256, 2).kv_cache == long.kv_cache
+    assert memory_needs(outline, 2, CPU, 256, 2).kv_cache == long.kv_cache

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from quantised_checkpoints import save_fp8_deepseek, save_mxfp4_gpt_oss
@@ -9,6 +10,7 @@ from tiny_models import VOCABULARY_SIZE, save_tiny
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.models.expert_reader import dequantise_fp8
 
 IDS = torch.randint(1, VOCABULARY_SIZE, (2, 20), generator=torch.Generator().manual_seed(3))
 
@@ -16,6 +18,20 @@ IDS = torch.randint(1, VOCABULARY_SIZE, (2, 20), generator=torch.Generator().man
 @torch.no_grad()
 def logits(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5, 7), (256, 130), (300, 576)])
+@pytest.mark.parametrize("block", [128, 32, 4])
+def test_fp8_blocks_are_read_as_a_plain_loop_reads_them(shape, block):
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(shape, generator=generator) * 100).to(torch.float8_e4m3fn)
+    n_blocks = [-(-size // block) for size in shape]
+    scales = torch.rand(n_blocks, generator=generator)
+    expected = weight.float()
+    for row, column in np.ndindex(*n_blocks):
+        at = np.s_[row * block : (row + 1) * block, column * block : (column + 1) * block]
+        expected[at] *= scales[row, column]
+    assert torch.equal(dequantise_fp8(weight, scales), expected)
 
 
 @torch.no_grad()
