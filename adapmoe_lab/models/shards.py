@@ -165,6 +165,11 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             f"{path} has no weight_map, the object that gives every tensor's file; download or "
             "save the checkpoint again."
         )
+    if not isinstance(index.get("metadata"), dict):
+        raise CheckpointError(
+            f"{path} has no metadata, an object that transformers asks for; add "
+            '"metadata": {} to it, or save the checkpoint again.'
+        )
     for file in {str(file) for file in weight_map.values()}:
         parts = PurePosixPath(file).parts
         if not file.endswith(".safetensors") or parts[0] == "/" or ".." in parts:

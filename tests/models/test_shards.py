@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from adapmoe_lab.models.shards import CheckpointError, read_index, weight_files
 
+META = '{"metadata": {}, '
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -197,10 +198,17 @@ def test_an_index_of_another_checkpoint_is_refused(sharded):
         ("{", "is no JSON"),
         ("[]", "has no weight_map"),
         ('{"weight_map": {}}', "has no weight_map"),
-        ('{"weight_map": {"a": "../other.safetensors"}}', "files inside the checkpoint's folder"),
-        ('{"weight_map": {"a": "/other.safetensors"}}', "files inside the checkpoint's folder"),
-        ('{"weight_map": {"a": "weights.bin"}}', r"expected \.safetensors files"),
-        ('{"weight_map": {"a": 3}}', r"expected \.safetensors files"),
+        ('{"weight_map": {"a": "b.safetensors"}}', "has no metadata"),
+        (
+            '{"metadata": {}, "weight_map": {"a": "../other.safetensors"}}',
+            "files inside the checkpoint's folder",
+        ),
+        (
+            '{"metadata": {}, "weight_map": {"a": "/other.safetensors"}}',
+            "files inside the checkpoint's folder",
+        ),
+        (META + '"weight_map": {"a": "weights.bin"}}', r"expected \.safetensors files"),
+        (META + '"weight_map": {"a": 3}}', r"expected \.safetensors files"),
     ],
 )
 def test_an_index_that_cannot_be_followed_is_refused(tmp_path, text, message):
