@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_ALONE := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(PIP_ALONE) -c constraints.txt
+OLDEST := $(VENV)/oldest-transformers
 
-.PHONY: lab test test-slow test-gpu lint chromium clean
+.PHONY: lab test test-slow test-oldest test-gpu lint chromium clean
 
 lab: $(VENV)/.installed
 	$(BIN)/adapmoe-lab lab notebooks
@@ -15,6 +17,11 @@ test: $(VENV)/.installed-tests chromium lint
 
 test-slow: $(VENV)/.installed-tests chromium
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# The oldest transformers that is supported, laid over the tested one.
+test-oldest: $(VENV)/.installed-tests
+	test -d $(OLDEST) || $(PIP_ALONE) --no-deps --target $(OLDEST) transformers==5.17.0 "huggingface-hub<2"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m "not slow and not gpu" tests/models tests/engine
 
 test-gpu: $(VENV)/.installed-tests
 	$(BIN)/python -m pytest -m gpu

@@ -109,10 +109,16 @@ def _bench(options: argparse.Namespace) -> None:
         print(f"Wrote {report.save(options.out)}.")
 
 
-def _doctor(_: argparse.Namespace) -> None:
-    from adapmoe_lab.doctor import examine, report
+def _doctor(options: argparse.Namespace) -> None:
+    from adapmoe_lab.doctor import examine, model_report, report
 
-    print(report(examine()))
+    if options.model is None:
+        print(report(examine()))
+        return
+    from adapmoe_lab.models.checkpoint import look_at_model
+
+    model = look_at_model(options.model, options.dtype, options.revision)
+    print(model_report(model, examine(), options.max_context_tokens))
 
 
 def _load(options: argparse.Namespace) -> Any:
@@ -161,9 +167,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands)
     _add_evaluate(commands)
     _add_bench(commands)
-    doctor = commands.add_parser("doctor", help="versions, GPU, memory, link speed, what would fit")
-    doctor.set_defaults(run=_doctor)
+    _add_doctor(commands)
     return parser
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser("doctor", help="versions, GPU, memory, link speed, what would fit")
+    doctor.add_argument(
+        "model", nargs="?", help="demo, a folder or a hub id: what it takes, by its config alone"
+    )
+    doctor.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    doctor.add_argument("--revision", help="branch, tag or commit of a hub id")
+    doctor.add_argument("--max-context-tokens", type=int, metavar="N", help="default: 4096")
+    doctor.set_defaults(run=_doctor)
 
 
 def _add_lab(commands: Any) -> None:

@@ -15,6 +15,11 @@ import torch
 
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.device import device_name
+from adapmoe_lab.engine.memory import in_words, memory_needs
+from adapmoe_lab.models.outline import ModelOutline, configured_top_k
+from adapmoe_lab.models.support import family_class, find_family
+from adapmoe_lab.policies.allocation import N_STAGING
+from adapmoe_lab.records import PRECISIONS
 
 PACKAGES = ("adapmoe-lab", "torch", "transformers", "jupyterlab", "ipywidgets", "plotly", "lm-eval")
 BFLOAT16_BYTES = 2
@@ -103,6 +108,98 @@ def report(machine: Machine) -> str:
         lines.append("Triton         not installed, not needed: experts run as torch products")
     lines += ["", "What would fit, weights in bfloat16:"]
     lines += [_fit(model, machine) for model in known_models()]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a model's experts take in one precision, and where they would go on a machine.
+
+    Attributes:
+        precision: how the experts are stored.
+        expert_bytes: bytes of one expert.
+        all_experts_bytes: bytes of all of them.
+        device_share: the share of experts that have a slot at once, 0 to 1; None if what is not
+            experts leaves no room for one per layer.
+        fits_host: whether host memory holds all experts; if not they stay on disk.
+        most_s_per_token: seconds of loading per token if every expert has to be loaded.
+    """
+
+    precision: str
+    expert_bytes: int
+    all_experts_bytes: int
+    device_share: float | None
+    fits_host: bool
+    most_s_per_token: float
+
+    @property
+    def likely_s_per_token(self) -> float:
+        """Seconds of loading per token if experts were chosen evenly and kept at random."""
+        return self.most_s_per_token * (1.0 - (self.device_share or 0.0))
+
+
+def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = None) -> list[Fit]:
+    """Return what a model's experts take in every precision, from its configuration alone."""
+    n_layers, n_experts = len(model.layers), model.layers[0].n_experts
+    top_k = configured_top_k(model.config)
+    cpu = machine.device_free_bytes is None
+    device = torch.device("cpu" if cpu else "cuda")
+    needs = memory_needs(model, top_k, device, context_tokens).total
+    host = HEADROOM * machine.host_free_bytes - (needs if cpu else 0)
+    room = (
+        host if machine.device_free_bytes is None else HEADROOM * machine.device_free_bytes - needs
+    )
+    found = []
+    for precision in PRECISIONS:
+        one = max(model.expert_format(layer, precision).n_bytes for layer in range(n_layers))
+        every = one * n_layers * n_experts
+        left = room - (every if cpu and 2 * every <= host else 0)  # the store lies there too
+        slots = min(n_layers * n_experts, left // one - N_STAGING if left < every else left // one)
+        found.append(
+            Fit(
+                precision=precision,
+                expert_bytes=one,
+                all_experts_bytes=every,
+                device_share=slots / (n_layers * n_experts) if slots >= n_layers else None,
+                fits_host=every <= host,
+                most_s_per_token=n_layers * top_k * one / machine.copy_bytes_per_s,
+            )
+        )
+    return found
+
+
+def model_report(model: ModelOutline, machine: Machine, context_tokens: int | None = None) -> str:
+    """Return in words what a model would take on a machine."""
+    config = model.config
+    n_layers, n_experts = len(model.layers), model.layers[0].n_experts
+    top_k = configured_top_k(config)
+    device = torch.device("cpu" if machine.device_free_bytes is None else "cuda")
+    needs = memory_needs(model, top_k, device, context_tokens)
+    particulars = find_family(config.model_type).described()
+    lines = [
+        f"{model.name}: {config.model_type}, {n_layers} layers x {n_experts} experts, top-{top_k}",
+        f"family: {family_class(config.model_type)}" + "".join(f"; {p}" for p in particulars),
+        f"beside the experts, in {model.dtype}: {needs}",
+        "",
+        f"{'experts in':10} {'one':>9} {'all':>9} {'slots':>6} {'rest':>7} "
+        f"{'ms/token of loads':>18}",
+    ]
+    for fit in fits(model, machine, context_tokens):
+        share = "none" if fit.device_share is None else f"{fit.device_share:.0%}"
+        place = "memory" if fit.fits_host else "disk"
+        times = f"{1e3 * fit.likely_s_per_token:.1f} to {1e3 * fit.most_s_per_token:.1f}"
+        lines.append(
+            f"{fit.precision:10} {in_words(fit.expert_bytes):>9} "
+            f"{in_words(fit.all_experts_bytes):>9} {share:>6} {place:>7} {times:>18}"
+        )
+    link = f"{machine.copy_bytes_per_s / 1e9:.1f} GB/s"
+    lines += [
+        "",
+        f"slots: experts that have room on {machine.device} at once; rest: where the others wait.",
+        f"ms/token of loads, over {link}: with experts chosen evenly, and with every one missing. "
+        "Real text repeats itself, so the cache does better; experts on disk are read at the "
+        "disk's rate instead.",
+    ]
     return "\n".join(lines)
 
 

@@ -47,6 +47,13 @@ class MemoryNeeds:
         """Bytes of all of it."""
         return self.weights + self.kv_cache + self.work
 
+    def __str__(self) -> str:
+        """Say it in one line."""
+        return (
+            f"{in_words(self.weights)} weights, {in_words(self.kv_cache)} keys and values of "
+            f"{self.batch_size} x {self.context_tokens} tokens, {in_words(self.work)} activations"
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class MemoryPlan:
@@ -76,17 +83,14 @@ class MemoryPlan:
         return self.store_bytes <= self.host_bytes
 
     def __str__(self) -> str:
-        """Say it in three lines."""
-        needs = self.needs
+        """Say it in two lines."""
         store = "in host memory" if self.fits_host else "on disk"
         if not self.fits_host and self.host_bytes > 0:
-            store += f", the last {_size(self.host_bytes)} read kept in host memory"
+            store += f", the last {in_words(self.host_bytes)} read kept in host memory"
         return (
-            f"on {device_name(self.device)}, {_size(self.device_bytes)} to plan with: "
-            f"{_size(needs.weights)} weights, {_size(needs.kv_cache)} keys and values of "
-            f"{needs.batch_size} x {needs.context_tokens} tokens, {_size(needs.work)} activations\n"
-            f"expert slots: {self.slots.n_slots} of {_size(self.slot_bytes)} together; "
-            f"all experts: {_size(self.store_bytes)} {store}"
+            f"on {device_name(self.device)}, {in_words(self.device_bytes)} to plan with: "
+            f"{self.needs}\nexpert slots: {self.slots.n_slots} of {in_words(self.slot_bytes)} "
+            f"together; all experts: {in_words(self.store_bytes)} {store}"
         )
 
 
@@ -193,21 +197,19 @@ def _does_not_fit(
 ) -> str:
     most = max(0, left)
     advice = (
-        f"give expert_memory={_size(most)!r} or less"
+        f"give expert_memory={in_words(most)!r} or less"
         if most >= (spec.n_layers + N_STAGING) * spec.stored_expert_bytes
         else "give a smaller max_context_tokens or batch_size, or a lower expert_dtype"
     )
     return (
-        f"{spec.model_id} does not fit {device}: {_size(taken)} of expert slots, "
-        f"{_size(needs.weights)} weights, {_size(needs.kv_cache)} keys and values of "
-        f"{needs.batch_size} x {needs.context_tokens} tokens and {_size(needs.work)} activations, "
-        f"of {_size(free)} free (10 % kept back). At most {_size(most)} are left for experts: "
+        f"{spec.model_id} does not fit {device}: {in_words(taken)} of expert slots and {needs}, of "
+        f"{in_words(free)} free (10 % kept back). At most {in_words(most)} are left for experts: "
         f"{advice}."
     )
 
 
-def _size(n_bytes: float) -> str:
-    """Return bytes in words that `expert_memory` understands."""
+def in_words(n_bytes: float) -> str:
+    """Return bytes, rounded down, as text that `expert_memory` understands, such as `8.00GiB`."""
     if n_bytes >= 2**30:
-        return f"{n_bytes / 2**30:.2f}GiB"
+        return f"{int(n_bytes / 2**30 * 100) / 100:.2f}GiB"
     return f"{int(n_bytes / 2**20 * 10) / 10:.1f}MiB"

@@ -27,7 +27,7 @@ NEEDED = {
     "tokenizer.model": b"sentencepiece",
     "merges.txt": b"a b",
     "chat_template.jinja": b"{{ messages }}",
-    "model.safetensors.index.json": json.dumps({"weight_map": WEIGHT_MAP}).encode(),
+    "model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": WEIGHT_MAP}).encode(),
     FIRST: save({"a": np.arange(1 << 18, dtype=np.float32)}),
     SECOND: save({"b": np.arange(1 << 19, dtype=np.float32)}),
 }
