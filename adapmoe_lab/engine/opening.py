@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from adapmoe_lab.engine.ledger import ChecksumLedger, lasting_ledger
 from adapmoe_lab.engine.memory import MemoryPlan
 from adapmoe_lab.engine.prepared import is_prepared, open_store, prepared_precisions, save_store
-from adapmoe_lab.engine.rows import write_expert
+from adapmoe_lab.engine.rows import plain_views, write_expert
 from adapmoe_lab.engine.store import DiskStore, ExpertStore, Formats, HostStore
 from adapmoe_lab.models.checkpoint import Checkpoint
 from adapmoe_lab.models.outline import DTYPES, ModelOutline
@@ -109,9 +109,11 @@ class CheckpointRows:
 
     def __call__(self, layer: int, expert: int, row: torch.Tensor) -> None:
         """Fill a row uint8 [n] with an expert."""
-        tensors = self._reader.read(layer, expert, self._dtype)
+        layout = self._formats[layer][expert]
+        room = plain_views(row, layout, self._dtype)
+        tensors = self._reader.read(layer, expert, self._dtype, into=room)
         label = f"Expert {expert} of MoE layer {layer}"
-        write_expert(row, self._formats[layer][expert], tensors, label, self._device)
+        write_expert(row, layout, tensors, label, self._device)
 
     def close(self) -> None:
         """Close the files."""

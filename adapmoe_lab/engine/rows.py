@@ -8,8 +8,8 @@ import torch
 
 from adapmoe_lab.engine.packed import PackedMatrix
 from adapmoe_lab.engine.quantise import pack_mxfp4, quantise
-from adapmoe_lab.models.expert_reader import ExpertTensors, Mxfp4Matrix
 from adapmoe_lab.models.experts import Weights
+from adapmoe_lab.models.number_formats import ExpertTensors, Mxfp4Matrix
 from adapmoe_lab.records import ExpertFormat
 from adapmoe_lab.records.expert_format import Field
 
@@ -41,8 +41,20 @@ def write_expert(
             matrix = (value.t() if field.transposed else value).to(device)
             target.copy_(quantise(matrix, field.precision).data)
         else:
-            dtype = getattr(torch, field.precision.name)
-            target.view(dtype).view(field.shape).copy_(value)
+            plain = _plain_view(target, field)
+            if value.data_ptr() != plain.data_ptr():
+                plain.copy_(value)
+
+
+def plain_views(
+    row: torch.Tensor, layout: ExpertFormat, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a row that are stored unpacked in a precision, to be filled."""
+    return {
+        field.name: _plain_view(row[field.offset : field.offset + field.n_bytes], field)
+        for field in layout.fields
+        if not field.precision.is_packed and getattr(torch, field.precision.name) == dtype
+    }
 
 
 def expert_views(row: torch.Tensor, layout: ExpertFormat) -> Weights:
@@ -53,8 +65,7 @@ def expert_views(row: torch.Tensor, layout: ExpertFormat) -> Weights:
         if field.precision.is_packed:
             weights[field.name] = PackedMatrix(field.precision, field.matrix_shape, data)
         else:
-            dtype = getattr(torch, field.precision.name)
-            weights[field.name] = data.view(dtype).view(field.shape)
+            weights[field.name] = _plain_view(data, field)
     return weights
 
 
@@ -81,8 +92,11 @@ def _write_microscaled(target: torch.Tensor, field: Field, value: Mxfp4Matrix) -
     if field.precision.is_packed:
         quantise(dense, field.precision, out=target)
     else:
-        plain = target.view(getattr(torch, field.precision.name)).view(field.shape)
-        plain.copy_(dense.t() if field.transposed else dense)
+        _plain_view(target, field).copy_(dense.t() if field.transposed else dense)
+
+
+def _plain_view(data: torch.Tensor, field: Field) -> torch.Tensor:
+    return data.view(getattr(torch, field.precision.name)).view(field.shape)
 
 
 def _finite_or_warn(value: torch.Tensor, field: Field, label: str) -> torch.Tensor:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from adapmoe_lab.models.expert_reader import TORCH_DTYPES, ExpertReader
+from adapmoe_lab.models.expert_reader import ExpertReader
 from adapmoe_lab.models.families import MoELayer
 from adapmoe_lab.models.hub import config_folder, local_folder
+from adapmoe_lab.models.number_formats import TORCH_DTYPES
 from adapmoe_lab.models.outline import DTYPES, ModelOutline, outline_of
 from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.models.shards import ShardIndex, read_index

@@ -9,49 +9,33 @@ import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from adapmoe_lab.models.families import MoELayer
+from adapmoe_lab.models.number_formats import (
+    FP8_SCALE,
+    MXFP4_PARTS,
+    TORCH_DTYPES,
+    ExpertTensors,
+    Mxfp4Matrix,
+    dequantise_fp8,
+)
 from adapmoe_lab.models.shard_file import CheckpointError, TensorEntry
 from adapmoe_lab.models.shards import ShardIndex
 
 EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
-FP8_SCALE = "_scale_inv"
-MXFP4_PARTS = ("_blocks", "_scales")
-
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Mxfp4Matrix:
-    """A matrix as a microscaling checkpoint holds it.
-
-    Attributes:
-        blocks: uint8 [output, groups, 16], two E2M1 codes a byte, the earlier one in the low half.
-        scales: uint8 [output, groups], E8M0.
-    """
-
-    blocks: torch.Tensor
-    scales: torch.Tensor
-
-
-ExpertTensors = Mapping[str, torch.Tensor | Mxfp4Matrix]
 
 
 @dataclass(frozen=True)
@@ -94,18 +78,28 @@ class ExpertReader:
         """Whether matrices are stored as microscaling blocks."""
         return any(name.endswith(MXFP4_PARTS[0]) for name in self._sources[0][0])
 
-    def read(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertTensors:
+    def read(
+        self,
+        layer: int,
+        expert: int,
+        dtype: torch.dtype,
+        into: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> ExpertTensors:
         """Return an expert's tensors under the names and in the shapes of the experts module.
 
         Args:
             layer: number of the MoE layer.
             expert: number of the expert.
             dtype: precision of floating-point tensors; microscaling matrices stay packed.
+            into: contiguous tensors of that precision, by name, that are filled and returned
+                where the files hold a tensor's bytes as they are wanted, or its pieces in order.
         """
         read: dict[str, torch.Tensor | Mxfp4Matrix] = {}
         packed: dict[str, torch.Tensor] = {}
         for target, sources in self._sources[layer][expert].items():
-            if sources[0].pattern is not None:
+            if target in into and self._are_its_bytes(sources, dtype):
+                read[target] = self._filled(into[target], sources, expert)
+            elif sources[0].pattern is not None:
                 read[target] = self._converted(layer, expert, target, sources, dtype)
             elif target.endswith(MXFP4_PARTS):
                 packed[target] = self._read(sources[0], expert, torch.uint8)
@@ -190,8 +184,8 @@ class ExpertReader:
         self, layer: int, expert: int, target: str, sources: list[_Source], dtype: torch.dtype
     ) -> torch.Tensor:
         """Run transformers' converter on the tensors of one expert, as if there were no other."""
-        rule = next(rule for rule in self._converters if sources[0].pattern in rule.source_patterns)
-        converter = copy.deepcopy(rule)
+        assert sources[0].pattern is not None  # noqa: S101 only converted tensors come here
+        converter = copy.deepcopy(self._rule(sources[0].pattern))
         full_name = f"{self._layers[layer].path}.{target}"
         for source in sources:
             tensor = self._read(source, expert, dtype)
@@ -200,6 +194,34 @@ class ExpertReader:
         made = converter.convert(full_name, model=self._outline, config=self._outline.config)
         value = made[full_name]
         return (value[0] if isinstance(value, list) else value)[0]
+
+    def _are_its_bytes(self, sources: list[_Source], dtype: torch.dtype) -> bool:
+        """Whether a tensor's bytes are those of its sources, one after the other."""
+        if any(TORCH_DTYPES.get(source.entry.dtype) != dtype for source in sources):
+            return False
+        pattern = sources[0].pattern
+        if pattern is None:
+            return True
+        rule = self._rule(pattern)
+        stacks = [MergeModulelist(dim=0)] * (not sources[0].is_fused)
+        joins = [Concatenate(dim=1)] * (len(rule.source_patterns) > 1)
+        wanted = [(type(operation), operation.dim) for operation in (*stacks, *joins)]
+        found = [
+            (type(operation), getattr(operation, "dim", None)) for operation in rule.operations
+        ]
+        return found == wanted and [s.pattern for s in sources] == rule.source_patterns
+
+    def _filled(self, out: torch.Tensor, sources: list[_Source], expert: int) -> torch.Tensor:
+        flat, start = out.view(-1).view(torch.uint8), 0
+        for source in sources:
+            n_bytes = source.entry.n_bytes // (source.entry.shape[0] if source.is_fused else 1)
+            number = expert if source.is_fused else None
+            self._read_bytes(source.entry, number, flat[start : start + n_bytes])
+            start += n_bytes
+        return out
+
+    def _rule(self, pattern: str) -> WeightConverter:
+        return next(rule for rule in self._converters if pattern in rule.source_patterns)
 
     def _read(self, source: _Source, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor, or one expert's part of a fused one, in the precision asked for."""
@@ -211,28 +233,33 @@ class ExpertReader:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     def _raw(self, entry: TensorEntry, expert: int | None) -> torch.Tensor:
-        shape, offset, n_bytes = entry.shape, entry.offset, entry.n_bytes
+        shape, n_bytes = entry.shape, entry.n_bytes
         if expert is not None:
             shape, n_bytes = shape[1:], n_bytes // shape[0]
-            offset += expert * n_bytes
         if entry.dtype not in TORCH_DTYPES:
             raise CheckpointError(
                 f"{entry.name} is stored as {entry.dtype}; weights can be read from "
                 f"{', '.join(TORCH_DTYPES)}."
             )
         buffer = torch.empty(n_bytes, dtype=torch.uint8)
+        self._read_bytes(entry, expert, buffer)
+        return buffer.view(TORCH_DTYPES[entry.dtype]).view(shape)
+
+    def _read_bytes(self, entry: TensorEntry, expert: int | None, out: torch.Tensor) -> None:
+        """Fill `out` uint8 [n] with a tensor's bytes, or one expert's part of a fused one's."""
+        n_bytes = out.numel()
+        offset = entry.offset + (0 if expert is None else expert * n_bytes)
         with self._lock:
             if entry.file not in self._files:
                 self._files[entry.file] = (self.index.folder / entry.file).open("rb", buffering=0)
             file = self._files[entry.file]
             file.seek(offset)
-            n_read = _read_all(file, memoryview(buffer.numpy()))
+            n_read = _read_all(file, memoryview(out.numpy()))
         if n_read != n_bytes:
             raise CheckpointError(
                 f"{entry.file} ended after {n_read} of the {n_bytes} bytes of {entry.name}: it "
                 "was cut short while in use; restore it and load again."
             )
-        return buffer.view(TORCH_DTYPES[entry.dtype]).view(shape)
 
 
 def _close_all(files: dict[str, BinaryIO]) -> None:
@@ -249,23 +276,3 @@ def _read_all(file: BinaryIO, target: memoryview) -> int:
             break
         n_read += n_more
     return n_read
-
-
-def dequantise_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return a block-scaled float8 matrix [output, input] in float32.
-
-    `scale` [blocks of output, blocks of input] multiplies square blocks, 128 wide in DeepSeek-V3;
-    the width follows from the shapes.
-    """
-    for axis in (-2, -1):
-        block = _block_width(weight.shape[axis], scale.shape[axis])
-        scale = scale.repeat_interleave(block, dim=axis)
-    return weight.float() * scale[..., : weight.shape[-2], : weight.shape[-1]].float()
-
-
-def _block_width(n_channels: int, n_blocks: int) -> int:
-    """Return the power-of-two block width that cuts the channels into that many blocks."""
-    width = 1 << (n_channels - 1).bit_length()
-    while -(-n_channels // width) < n_blocks:
-        width //= 2
-    return width

@@ -10,7 +10,7 @@ from tiny_models import VOCABULARY_SIZE, save_tiny
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.models.expert_reader import dequantise_fp8
+from adapmoe_lab.models.number_formats import dequantise_fp8
 
 IDS = torch.randint(1, VOCABULARY_SIZE, (2, 20), generator=torch.Generator().manual_seed(3))
 
