@@ -27,13 +27,17 @@ class ChecksumLedger:
     An expert is compared once, when it is first read; one that was never seen is recorded.
     """
 
-    def __init__(self, known: NDArray[np.int64], source: str) -> None:
+    def __init__(
+        self, known: NDArray[np.int64], source: str, remedy: str = "Prepare the store again."
+    ) -> None:
         """Start from checksums int64 [L, E], -1 where unknown; new ones are written into it.
 
         Args:
             known: an array in memory, or one mapped from a file so that records last.
             source: what an error calls the place the experts are read from.
+            remedy: what an error says to do.
         """
+        self._remedy = remedy
         self._known = known
         self._source = source
         self._is_checked = np.zeros(known.shape, dtype=bool)
@@ -53,7 +57,7 @@ class ChecksumLedger:
             raise CheckpointError(
                 f"Expert {expert} of MoE layer {layer} in {self._source} has the checksum "
                 f"{found:08x}, recorded was {recorded:08x}: its file changed or is damaged. "
-                "Restore the file, or load the model from a fresh copy."
+                f"{self._remedy}"
             )
         self._is_checked[layer, expert] = True
 
@@ -73,7 +77,8 @@ def lasting_ledger(identity: str, shape: tuple[int, int], source: str) -> Checks
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             np.save(file, np.full(shape, -1, dtype=np.int64))
         os.replace(file.name, path)
-    return ChecksumLedger(np.load(path, mmap_mode="r+"), source)
+    remedy = f"Restore the file; if it was changed on purpose, delete {path}."
+    return ChecksumLedger(np.load(path, mmap_mode="r+"), source, remedy)
 
 
 def cache_folder() -> Path:

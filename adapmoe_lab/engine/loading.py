@@ -28,6 +28,7 @@ from adapmoe_lab.engine.opening import (
 from adapmoe_lab.engine.pace import resident_layer_s
 from adapmoe_lab.engine.prepared import save_store
 from adapmoe_lab.models.checkpoint import (
+    Checkpoint,
     HFModel,
     open_checkpoint,
     routed_weights,
@@ -61,6 +62,7 @@ class LabModel:
         hook: ExpertsHook,
         engine: OffloadEngine,
         memory: MemoryPlan,
+        checkpoint: Checkpoint,
     ) -> None:
         """Take over a model whose experts the engine already serves; use `load` to make one."""
         self.hf = hf
@@ -70,6 +72,7 @@ class LabModel:
         self.memory = memory
         self.config = TunedConfig.untuned(spec)
         self._hook = hook
+        self._checkpoint = checkpoint
         self._in_use = threading.RLock()
 
     def __repr__(self) -> str:
@@ -168,7 +171,8 @@ class LabModel:
 
     def save_experts(self, folder: str | Path) -> None:
         """Write the experts as they are stored, for `load(..., store=folder)` to reopen at once."""
-        save_store(self.engine.store, Path(folder), store_identity(self.spec))
+        identity = store_identity(self._checkpoint, self.spec)
+        save_store(self.engine.store, Path(folder), identity)
 
     def detach(self) -> HFModel:
         """Give the experts back and return the plain transformers model; the handle is spent.
@@ -269,7 +273,7 @@ def load(
     clock = clock if clock is not None else RealClock()
     engine = OffloadEngine(experts, _unpaced_link(where, clock), clock, where)
     hook.attach(engine)
-    model = LabModel(hf, tokenizer, spec, hook, engine, plan)
+    model = LabModel(hf, tokenizer, spec, hook, engine, plan, checkpoint)
     if target is not None:
         model.emulate_link(target)
     model.apply(config if config is not None else replace(model.config, plan=plan.slots))

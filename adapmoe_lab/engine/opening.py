@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +19,7 @@ from adapmoe_lab.engine.store import DiskStore, ExpertStore, Formats, HostStore
 from adapmoe_lab.models.checkpoint import Checkpoint
 from adapmoe_lab.models.outline import DTYPES, ModelOutline
 from adapmoe_lab.records import MoESpec, precision_named
+from adapmoe_lab.records.files import digest
 
 ExpertDtype = str | Sequence[Sequence[str]]
 """A precision for all experts, or one for each, [L][E]."""
@@ -67,9 +67,10 @@ def expert_formats(
     return [[known[layer, name] for name in in_layer] for layer, in_layer in enumerate(names)]
 
 
-def store_identity(spec: MoESpec) -> str:
-    """Return what a prepared store is checked against: the model whose experts it holds."""
-    return spec.fingerprint()
+def store_identity(checkpoint: Checkpoint, spec: MoESpec) -> str:
+    """Return what a prepared store is checked against: the model and the experts it holds."""
+    with closing(checkpoint.reader()) as reader:
+        return digest(spec.fingerprint(), reader.sample_digest())
 
 
 def open_experts(
@@ -124,21 +125,23 @@ def _open_prepared(
     checkpoint: Checkpoint, formats: Formats, spec: MoESpec, plan: MemoryPlan, store: Path
 ) -> ExpertStore:
     """Open a prepared store, written first if it is not there; pin it if a GPU is to read it."""
+    identity = store_identity(checkpoint, spec)
     if not is_prepared(store):
         with closing(CheckpointRows(checkpoint, formats, plan.device)) as rows:
             unseen = ChecksumLedger(np.full(_shape(formats), -1), str(checkpoint.folder))
             streamed = DiskStore(formats, rows, unseen, cache_bytes=0)
             with _progress("Preparing experts", plan.store_bytes) as advance:
-                save_store(streamed, store, store_identity(spec), advance)
-    prepared = open_store(store, store_identity(spec), formats)
+                save_store(streamed, store, identity, advance)
+    prepared = open_store(store, identity, formats)
     if plan.device.type == "cuda" and plan.fits_host:
         return _in_memory(formats, _copy_rows(prepared), plan)
     return prepared
 
 
 def _ledger_of(checkpoint: Checkpoint, formats: Formats) -> ChecksumLedger:
-    layouts = hashlib.sha256(repr(formats).encode()).hexdigest()
-    identity = f"{checkpoint.index.fingerprint}-{layouts[:16]}"
+    """Return the ledger of this folder's files in this layout; a copy elsewhere has its own."""
+    place = str(checkpoint.folder.resolve())
+    identity = digest(place, checkpoint.index.fingerprint, repr(formats))
     return lasting_ledger(identity, _shape(formats), str(checkpoint.folder))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 import threading
 import weakref
@@ -34,6 +35,9 @@ from adapmoe_lab.models.number_formats import (
 )
 from adapmoe_lab.models.shard_file import CheckpointError, TensorEntry
 from adapmoe_lab.models.shards import ShardIndex
+
+SAMPLE_BYTES = 512
+"""Bytes of each expert that tell one checkpoint's experts from another's."""
 
 EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 
@@ -110,6 +114,20 @@ class ExpertReader:
                 blocks, scales = (packed[target + part] for part in MXFP4_PARTS)
                 read[target] = Mxfp4Matrix(blocks, scales)
         return {name: read[name] for name in self._layers[layer].parameter_names}
+
+    def sample_digest(self) -> str:
+        """Identify the experts by some bytes from the middle of each."""
+        sha = hashlib.sha256()
+        for layer in self._sources:
+            for expert, found in enumerate(layer):
+                source = next(iter(found.values()))[0]
+                entry = source.entry
+                n_bytes = entry.n_bytes // (entry.shape[0] if source.is_fused else 1)
+                start = entry.offset + source.is_fused * expert * n_bytes + n_bytes // 2
+                sample = torch.empty(min(SAMPLE_BYTES, n_bytes - n_bytes // 2), dtype=torch.uint8)
+                self._read_at(entry, start, sample)
+                sha.update(sample.numpy().tobytes())
+        return sha.hexdigest()
 
     def other_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return every tensor of the checkpoint that is no part of an expert, dequantised."""
@@ -247,8 +265,10 @@ class ExpertReader:
 
     def _read_bytes(self, entry: TensorEntry, expert: int | None, out: torch.Tensor) -> None:
         """Fill `out` uint8 [n] with a tensor's bytes, or one expert's part of a fused one's."""
+        self._read_at(entry, entry.offset + (expert or 0) * out.numel(), out)
+
+    def _read_at(self, entry: TensorEntry, offset: int, out: torch.Tensor) -> None:
         n_bytes = out.numel()
-        offset = entry.offset + (0 if expert is None else expert * n_bytes)
         with self._lock:
             if entry.file not in self._files:
                 self._files[entry.file] = (self.index.folder / entry.file).open("rb", buffering=0)

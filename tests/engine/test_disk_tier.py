@@ -1,6 +1,7 @@
 """Experts that stay on disk: exact under any budget, and damage to the files is noticed."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -80,7 +81,9 @@ def test_a_flipped_bit_is_noticed_by_a_later_run(folder):
     load_on_disk(folder).hf(IDS)
     flip_a_bit(folder, layer=1, expert=2)
     model = load_on_disk(folder)
-    expected = r"Expert 2 of MoE layer 1 in .* its file changed or is damaged\. Restore the file"
+    expected = (
+        r"Expert 2 of MoE layer 1 in .* its file changed or is damaged\. Restore the file; if"
+    )
     with pytest.raises(CheckpointError, match=expected):
         model.hf(IDS)
 
@@ -89,6 +92,14 @@ def test_a_flipped_bit_is_noticed_by_a_later_run(folder):
 def test_another_layout_has_a_ledger_of_its_own(folder):
     load_on_disk(folder).hf(IDS)
     load_on_disk(folder, expert_dtype="bfloat16").hf(IDS)
+
+
+@torch.no_grad()
+def test_a_copy_elsewhere_has_a_ledger_of_its_own(folder, tmp_path):
+    load_on_disk(folder).hf(IDS)
+    shutil.copytree(folder, tmp_path / "copy")
+    flip_a_bit(tmp_path / "copy", layer=1, expert=2)
+    load_on_disk(tmp_path / "copy").hf(IDS)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import suppress
 import pytest
 import torch
 from checkpoints import save_tiny_mixtral
+from safetensors.torch import load_file, save_file
 
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.prepared import BLOB, INDEX, PreparedStore
@@ -64,6 +66,17 @@ def test_another_model_is_refused(prepared, tmp_path):
     other = save_tiny_mixtral(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="was prepared from other weights"):
         load_with(other, prepared)
+
+
+def test_other_experts_between_the_same_routers_are_refused(tiny_checkpoint, prepared, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "finetuned")
+    file = tmp_path / "finetuned" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if ".experts.3." in name)
+    tensors[name] += 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="was prepared from other weights"):
+        load_with(tmp_path / "finetuned", prepared)
 
 
 def test_another_precision_is_refused(tiny_checkpoint, prepared):
