@@ -99,3 +99,22 @@ def test_the_installed_command_explains_itself():
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in ("lab", "generate", "profile", "tune", "evaluate", "bench", "doctor"):
         assert name in text
+
+
+def test_experts_can_be_prepared_and_packed(tiny_checkpoint, tmp_path, capsys):
+    arguments = ("generate", tiny_checkpoint, "Hello", "--max-new-tokens", 5, "--link", "none")
+    store = ("--expert-dtype", "int8", "--store", tmp_path / "experts", "--host-memory", "1GiB")
+    assert run(*arguments, *store) == 0
+    first = capsys.readouterr()
+    assert "expert slots: 12 of" in first.err
+    assert run(*arguments, *store) == 0
+    assert capsys.readouterr().out == first.out
+    assert run(*arguments, "--expert-dtype", "int5") == 1
+    assert "'int5' is not a precision" in capsys.readouterr().err
+    assert run(*arguments, "--expert-memory", "90%", "--host-memory", "60%") == 1
+    assert "does not fit cpu" in capsys.readouterr().err
+
+
+def test_the_doctor_judges_a_model(tiny_checkpoint, capsys):
+    assert run("doctor", tiny_checkpoint) == 0
+    assert "mixtral, 3 layers x 4 experts, top-2" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -56,17 +56,15 @@ class LabModel:
 
     def __init__(
         self,
-        hf: HFModel,
-        tokenizer: Any,
+        checkpoint: Checkpoint,
         spec: MoESpec,
         hook: ExpertsHook,
         engine: OffloadEngine,
         memory: MemoryPlan,
-        checkpoint: Checkpoint,
     ) -> None:
         """Take over a model whose experts the engine already serves; use `load` to make one."""
-        self.hf = hf
-        self.tokenizer = tokenizer
+        self.hf = hook.hf
+        self.tokenizer = checkpoint.load_tokenizer()
         self.spec = spec
         self.engine = engine
         self.memory = memory
@@ -240,6 +238,7 @@ def load(
     """
     if isinstance(config, str | Path):
         config = TunedConfig.load(config)
+    store = Path(store) if store is not None else None
     if config is not None and expert_memory is not None:
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
     where = choose_device(device)
@@ -248,8 +247,10 @@ def load(
         expert_dtype = config.precision
         dtype = config.precision if dtype == "auto" and config.precision in DTYPES else dtype
     checkpoint = open_checkpoint(name, dtype, revision)
-    formats = expert_formats(checkpoint.model, expert_dtype, Path(store) if store else None)
+    formats = expert_formats(checkpoint.model, expert_dtype, store)
     spec = describe(checkpoint.model, formats)
+    if config is not None and config.plan is not None and len(config.plan.slots) != spec.n_layers:
+        config.check_model(spec)  # refuses: a model of another depth is another model
     plan = plan_memory(
         spec,
         memory_needs(checkpoint.model, spec.top_k, where, max_context_tokens, batch_size),
@@ -266,14 +267,13 @@ def load(
     spec = describe(checkpoint.model, formats, routed_weights(hf, layers), weights_digest(hf))
     if config is not None:
         config.check_model(spec)
-    tokenizer = checkpoint.load_tokenizer()
     hf.to(where)  # pyright: ignore[reportArgumentType]
-    experts = open_experts(checkpoint, formats, spec, plan, Path(store) if store else None)
+    experts = open_experts(checkpoint, formats, spec, plan, store)
     hook = ExpertsHook(hf, layers)
     clock = clock if clock is not None else RealClock()
     engine = OffloadEngine(experts, _unpaced_link(where, clock), clock, where)
     hook.attach(engine)
-    model = LabModel(hf, tokenizer, spec, hook, engine, plan, checkpoint)
+    model = LabModel(checkpoint, spec, hook, engine, plan)
     if target is not None:
         model.emulate_link(target)
     model.apply(config if config is not None else replace(model.config, plan=plan.slots))

@@ -11,6 +11,7 @@ from adapmoe_lab.engine.device import choose_device
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.models.support import UnsupportedModelError
+from adapmoe_lab.records import RecordError
 
 INDEX = "model.safetensors.index.json"
 
@@ -122,3 +123,8 @@ def test_wrong_arguments(folder, arguments, expected):
 def test_several_devices(device):
     with pytest.raises(ValueError, match="asks for several devices; one model runs on one"):
         choose_device(device)
+
+
+def test_a_config_of_a_model_of_another_depth(folder, load_tiny):
+    other = load_tiny(expert_memory="60%").config
+    refused(folder, RecordError, "was tuned for .*3 layers x 4 experts.*2 layers x 8", config=other)
