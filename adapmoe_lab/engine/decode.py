@@ -7,8 +7,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 StepCallback = Callable[[int], None]
+
+STEADY_ATTENTION = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Attention kernels that take any length as it comes.
+
+cuDNN's, which torch may choose on an H100, builds a plan for every new length, and every step of
+decoding has one (https://github.com/pytorch/pytorch/pull/155958).
+"""
 
 
 @torch.no_grad()
@@ -38,7 +50,10 @@ def decode(
     step_input: torch.Tensor = prompt[None].to(hf.device)  # pyright: ignore  [1, T]
     past: Any = None
     for step in range(max_new_tokens):
-        result = hf(input_ids=step_input, past_key_values=past, use_cache=True, logits_to_keep=1)
+        with sdpa_kernel(STEADY_ATTENTION):
+            result = hf(
+                input_ids=step_input, past_key_values=past, use_cache=True, logits_to_keep=1
+            )
         past = result.past_key_values
         token = _choose(result.logits[0, -1], temperature, generator)
         if after_step is not None:
