@@ -145,7 +145,7 @@ def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = Non
     cpu = machine.device_free_bytes is None
     device = torch.device("cpu" if cpu else "cuda")
     needs = memory_needs(model, top_k, device, context_tokens).total
-    host = HEADROOM * machine.host_free_bytes - (needs if cpu else 0)
+    host = HEADROOM * machine.host_free_bytes - (needs if cpu else model.other_bytes)
     room = (
         host if machine.device_free_bytes is None else HEADROOM * machine.device_free_bytes - needs
     )
@@ -161,7 +161,7 @@ def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = Non
                 expert_bytes=one,
                 all_experts_bytes=every,
                 device_share=slots / (n_layers * n_experts) if slots >= n_layers else None,
-                fits_host=every <= host,
+                fits_host=every <= host - (max(0, slots) * one if cpu else 0),
                 most_s_per_token=n_layers * top_k * one / machine.copy_bytes_per_s,
             )
         )

@@ -15,7 +15,8 @@ def resolve(*arguments, **_):
     raise AssertionError(f"looked up {arguments}")
 socket.getaddrinfo = resolve
 import adapmoe_lab as lab
-model = lab.load("demo", link="none", device="cpu", dtype="float32")
+silent = lambda _: None
+model = lab.load("demo", link="none", device="cpu", dtype="float32", announce=silent)
 print(model.generate("Once upon a time", max_new_tokens=4))
 print(lab.evaluate(model, tasks=["minimal_pairs"], limit=8))
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.records.files import written_atomically
 
 CACHE_VARIABLE = "ADAPMOE_LAB_CACHE"
 
@@ -70,13 +70,10 @@ def lasting_ledger(identity: str, shape: tuple[int, int], source: str) -> Checks
         shape: L and E.
         source: what an error calls the checkpoint.
     """
-    folder = cache_folder() / "checksums"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{identity}.npy"
+    path = cache_folder() / "checksums" / f"{identity}.npy"
     if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        with written_atomically(path) as file:
             np.save(file, np.full(shape, -1, dtype=np.int64))
-        os.replace(file.name, path)
     remedy = f"Restore the file; if it was changed on purpose, delete {path}."
     return ChecksumLedger(np.load(path, mmap_mode="r+"), source, remedy)
 

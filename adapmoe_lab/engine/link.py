@@ -27,6 +27,10 @@ class Link(Protocol):
         """Make what is computed next see the whole copy."""
         ...
 
+    def drain(self) -> None:
+        """Return once no copy is under way, so that its memory may be given up."""
+        ...
+
     def unpaced(self) -> AbstractContextManager[None]:
         """Return a context in which copies take no emulated time."""
         ...
@@ -64,6 +68,9 @@ class EmulatedLink:
         """Hold until the copy counts as arrived."""
         self.clock.sleep_until(arrival)
 
+    def drain(self) -> None:
+        """Do nothing: copies are made at once, only their arrival is held back."""
+
     @contextmanager
     def unpaced(self) -> Iterator[None]:
         """Copy without holding, for runs whose time does not matter."""
@@ -96,6 +103,10 @@ class CudaLink:
     def wait(self, arrival: torch.cuda.Event) -> None:
         """Make the compute stream wait for the copy; the host goes on."""
         torch.cuda.current_stream(self.device).wait_event(arrival)
+
+    def drain(self) -> None:
+        """Wait on the host for the copy stream."""
+        self.stream.synchronize()
 
     @contextmanager
     def unpaced(self) -> Iterator[None]:

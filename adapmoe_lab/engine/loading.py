@@ -36,7 +36,7 @@ from adapmoe_lab.models.checkpoint import (
 )
 from adapmoe_lab.models.families import MoELayer, find_moe_layers
 from adapmoe_lab.models.hook import ExpertsHook
-from adapmoe_lab.models.outline import DTYPES, describe
+from adapmoe_lab.models.outline import DTYPES, MIXED, describe
 from adapmoe_lab.records import LinkTarget, MoESpec, TunedConfig, load_targets
 
 NO_LINK = "none"
@@ -76,7 +76,7 @@ class LabModel:
     def __repr__(self) -> str:
         """Describe the model, where it runs, and what crosses which link."""
         spec = self.spec
-        slots = self.config.plan.n_slots if self.config.plan else spec.n_layers * spec.n_experts
+        slots = (self.config.plan or self.memory.slots).n_slots
         return (
             f"{spec.model_id}: {spec.family}, {spec.n_layers} layers x {spec.n_experts} experts, "
             f"top-{spec.top_k}, {spec.all_experts_bytes / 2**20:.1f} MiB of experts "
@@ -97,15 +97,10 @@ class LabModel:
             RecordError: the config was tuned for another model.
         """
         config.check_model(self.spec)
-        if config.precision not in (None, self.spec.dtype):
-            raise ValueError(
-                f"The config stores experts as {config.precision}, the model is loaded as "
-                f"{self.spec.dtype}; load it with expert_dtype={config.precision!r}."
-            )
-        n_experts = self.spec.n_experts
-        slots = config.plan.slots.tolist() if config.plan else [n_experts] * self.spec.n_layers
+        _check_precision(config, self.spec)
+        plan = config.plan if config.plan is not None else self.memory.slots
         with self._in_use:
-            self.engine.configure(config.gating, slots, config.eviction)
+            self.engine.configure(config.gating, plan.slots.tolist(), config.eviction)
             self.config = config
 
     @contextmanager
@@ -116,8 +111,8 @@ class LabModel:
         """
         with self._in_use:
             previous = self.config
-            self.apply(config if config is not None else previous)
             try:
+                self.apply(config if config is not None else previous)
                 yield self
             finally:
                 self.apply(previous)
@@ -170,7 +165,7 @@ class LabModel:
     def save_experts(self, folder: str | Path) -> None:
         """Write the experts as they are stored, for `load(..., store=folder)` to reopen at once."""
         identity = store_identity(self._checkpoint, self.spec)
-        save_store(self.engine.store, Path(folder), identity)
+        save_store(self.engine.store, Path(folder).expanduser(), identity)
 
     def detach(self) -> HFModel:
         """Give the experts back and return the plain transformers model; the handle is spent.
@@ -179,6 +174,7 @@ class LabModel:
         """
         with self._in_use:
             self._hook.detach()
+            self.engine.release()
             for number in range(self.spec.n_layers):
                 weights = self.engine.store.fused(number, self.hf.dtype)
                 on_device = {name: t.to(self.engine.device) for name, t in weights.items()}
@@ -238,19 +234,21 @@ def load(
     """
     if isinstance(config, str | Path):
         config = TunedConfig.load(config)
-    store = Path(store) if store is not None else None
+    store = Path(store).expanduser() if store is not None else None
     if config is not None and expert_memory is not None:
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
     where = choose_device(device)
     target = link_target(link, where)
-    if config is not None and config.precision is not None and expert_dtype == "auto":
+    if config is not None and config.precision not in (None, MIXED) and expert_dtype == "auto":
         expert_dtype = config.precision
         dtype = config.precision if dtype == "auto" and config.precision in DTYPES else dtype
     checkpoint = open_checkpoint(name, dtype, revision)
     formats = expert_formats(checkpoint.model, expert_dtype, store)
     spec = describe(checkpoint.model, formats)
-    if config is not None and config.plan is not None and len(config.plan.slots) != spec.n_layers:
-        config.check_model(spec)  # refuses: a model of another depth is another model
+    if config is not None:
+        if config.plan is not None and len(config.plan.slots) != spec.n_layers:
+            config.check_model(spec)  # refuses: a model of another depth is another model
+        _check_precision(config, spec)
     plan = plan_memory(
         spec,
         memory_needs(checkpoint.model, spec.top_k, where, max_context_tokens, batch_size),
@@ -269,15 +267,34 @@ def load(
         config.check_model(spec)
     hf.to(where)  # pyright: ignore[reportArgumentType]
     experts = open_experts(checkpoint, formats, spec, plan, store)
-    hook = ExpertsHook(hf, layers)
     clock = clock if clock is not None else RealClock()
-    engine = OffloadEngine(experts, _unpaced_link(where, clock), clock, where)
-    hook.attach(engine)
-    model = LabModel(checkpoint, spec, hook, engine, plan)
-    if target is not None:
-        model.emulate_link(target)
-    model.apply(config if config is not None else replace(model.config, plan=plan.slots))
+    try:
+        hook = ExpertsHook(hf, layers)
+        engine = OffloadEngine(experts, _unpaced_link(where, clock), clock, where)
+        hook.attach(engine)
+        model = LabModel(checkpoint, spec, hook, engine, plan)
+        if target is not None:
+            model.emulate_link(target)
+        model.apply(config if config is not None else replace(model.config, plan=plan.slots))
+    except BaseException:
+        experts.close()
+        raise
     return model
+
+
+def _check_precision(config: TunedConfig, spec: MoESpec) -> None:
+    """Refuse a config that was tuned for experts stored otherwise."""
+    if config.precision in (None, spec.dtype):
+        return
+    wanted = (
+        "with one precision per expert, or from the prepared store it was tuned with"
+        if config.precision == MIXED
+        else f"with expert_dtype={config.precision!r}"
+    )
+    raise ValueError(
+        f"The config stores experts as {config.precision}, the model is loaded as {spec.dtype}; "
+        f"load it {wanted}."
+    )
 
 
 def link_target(link: str | None, device: torch.device) -> LinkTarget | None:

@@ -149,7 +149,7 @@ def plan_memory(
     store_bytes, slot_bytes = int(expert_bytes.sum()), expert_bytes.max(axis=1)
     free = _free_bytes(device)
     left = int(HEADROOM * free) - needs.total
-    host = budget_bytes(host_memory, spec) if host_memory is not None else None
+    host = budget_bytes(host_memory, spec, "host_memory") if host_memory is not None else None
     if device.type == "cpu" and host is not None:
         left = min(left, host)
     if slots is None:
@@ -159,6 +159,9 @@ def plan_memory(
             every_slot = expert_bytes.shape[1] * int(slot_bytes.sum())
             on_host = store_bytes if device.type == "cpu" else 0
             room = every_slot if every_slot + on_host <= left else left
+            least = int(slot_bytes.sum() + N_STAGING * slot_bytes.max())
+            if room < min(least, every_slot) and host is None:
+                raise MemoryError(_does_not_fit(spec, device, needs, free, least, left))
         slots = uniform_plan(spec, room, slot_bytes=slot_bytes)
     taken = planned_bytes(slots, expert_bytes)
     if taken > max(left, 0):
@@ -203,8 +206,8 @@ def _does_not_fit(
     )
     return (
         f"{spec.model_id} does not fit {device}: {in_words(taken)} of expert slots and {needs}, of "
-        f"{in_words(free)} free (10 % kept back). At most {in_words(most)} are left for experts: "
-        f"{advice}."
+        f"{in_words(free)} free ({1 - HEADROOM:.0%} kept back). At most {in_words(most)} are left "
+        f"for experts: {advice}."
     )
 
 

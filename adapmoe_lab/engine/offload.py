@@ -77,19 +77,29 @@ class OffloadEngine:
         self.gating: GatingTable | None = None
         self.observers: list[Observer] = []
         self._direct = StoredExperts(store, device)
-        self.configure(None, [0] * store.n_layers)
+        self.release()
 
     def configure(
         self, gating: GatingTable | None, slots: list[int], eviction: str = "lru"
     ) -> None:
         """Set the gating and start afresh with empty caches of the given slots [L].
 
-        The old caches are freed before the new ones are allocated.
+        The old caches are freed before the new ones are allocated; if there is no room for those,
+        the engine is left without slots and under its old gating.
         """
+        self.release()
+        self._use(CachedExperts(self.store, self.link, self.device, slots, eviction))
         self.gating = gating
-        self.cached = self._source = self._direct
-        self.cached = CachedExperts(self.store, self.link, self.device, slots, eviction)
-        self._source: ExpertSource = self.cached
+
+    def release(self) -> None:
+        """Give up all slots, once nothing is on its way into them; experts then only stream."""
+        self.link.drain()
+        none = [0] * self.store.n_layers
+        self._use(CachedExperts(self.store, self.link, self.device, none))
+
+    def _use(self, cached: CachedExperts) -> None:
+        self.cached = cached
+        self._source: ExpertSource = cached
         self._n_steps = self._kept = self._skipped = 0
 
     @property

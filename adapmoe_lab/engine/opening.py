@@ -26,7 +26,7 @@ ExpertDtype = str | Sequence[Sequence[str]]
 
 MOST_THREADS = 4
 WORKING_COPIES = 2
-"""Copies of an expert that reading and joining its tensors takes."""
+"""Copies of an expert, as it is computed with, that reading and packing it takes."""
 
 BAR_DELAY_S = 1.0
 """A progress bar appears only if there is something to wait for."""
@@ -93,9 +93,13 @@ def open_experts(
         return _open_prepared(checkpoint, formats, spec, plan, store)
     rows = CheckpointRows(checkpoint, formats, plan.device)
     if not plan.fits_host:
-        return DiskStore(formats, rows, _ledger_of(checkpoint, formats), plan.host_bytes)
+        ledger = _ledger_of(checkpoint, formats, plan.device)
+        return DiskStore(formats, rows, ledger, plan.host_bytes, on_close=rows.close)
+    one_plain = checkpoint.model.expert_format(0, checkpoint.model.dtype).n_bytes
     with closing(rows):
-        return _in_memory(formats, rows, plan)
+        experts = _in_memory(formats, rows, plan, WORKING_COPIES * one_plain)
+        checkpoint.index.check_unchanged()
+        return experts
 
 
 class CheckpointRows:
@@ -129,19 +133,24 @@ def _open_prepared(
     if not is_prepared(store):
         with closing(CheckpointRows(checkpoint, formats, plan.device)) as rows:
             unseen = ChecksumLedger(np.full(_shape(formats), -1), str(checkpoint.folder))
-            streamed = DiskStore(formats, rows, unseen, cache_bytes=0)
+            streamed = DiskStore(formats, rows, unseen, cache_bytes=0, on_close=rows.close)
             with _progress("Preparing experts", plan.store_bytes) as advance:
                 save_store(streamed, store, identity, advance)
     prepared = open_store(store, identity, formats)
     if plan.device.type == "cuda" and plan.fits_host:
-        return _in_memory(formats, _copy_rows(prepared), plan)
+        widest = int(prepared.expert_bytes.max())
+        return _in_memory(formats, _copy_rows(prepared), plan, widest)
     return prepared
 
 
-def _ledger_of(checkpoint: Checkpoint, formats: Formats) -> ChecksumLedger:
-    """Return the ledger of this folder's files in this layout; a copy elsewhere has its own."""
+def _ledger_of(checkpoint: Checkpoint, formats: Formats, device: torch.device) -> ChecksumLedger:
+    """Return the ledger of this folder's files as they are stored here; a copy has its own.
+
+    Packed bytes depend on what was packed from, where, and by which torch.
+    """
+    how = (checkpoint.model.dtype, device.type, torch.__version__)
     place = str(checkpoint.folder.resolve())
-    identity = digest(place, checkpoint.index.fingerprint, repr(formats))
+    identity = digest(place, checkpoint.index.fingerprint, repr(formats), *how)
     return lasting_ledger(identity, _shape(formats), str(checkpoint.folder))
 
 
@@ -153,22 +162,22 @@ def _copy_rows(source: ExpertStore) -> Callable[[int, int, torch.Tensor], None]:
 
 
 def _in_memory(
-    formats: Formats, write: Callable[[int, int, torch.Tensor], None], plan: MemoryPlan
+    formats: Formats,
+    write: Callable[[int, int, torch.Tensor], None],
+    plan: MemoryPlan,
+    working_bytes: int,
 ) -> HostStore:
+    """Fill a store, as many experts at once as leaves their temporaries a tenth of it."""
     experts = HostStore(formats, pinned=plan.device.type == "cuda")
+    affordable = experts.n_bytes // 10 // working_bytes
+    n_threads = max(1, min(MOST_THREADS, os.cpu_count() or 1, affordable))
     try:
         with _progress("Loading experts", plan.store_bytes) as advance:
-            experts.fill(write, advance, _n_threads(experts))
+            experts.fill(write, advance, n_threads)
     except BaseException:
         experts.close()
         raise
     return experts
-
-
-def _n_threads(experts: HostStore) -> int:
-    """Return how many experts to read at once, their temporaries a tenth of the store at most."""
-    working_bytes = WORKING_COPIES * int(experts.expert_bytes.max())
-    return max(1, min(MOST_THREADS, os.cpu_count() or 1, experts.n_bytes // 10 // working_bytes))
 
 
 @contextmanager

@@ -85,7 +85,8 @@ class PackedMatrix:
                 f"x must be [n, {self.shape[1]}], as many columns as the matrix has inputs; "
                 f"got {list(x.shape)}."
             )
-        if self._has_kernels and 0 < x.shape[0] <= KERNEL_TOKENS:
+        is_traced = torch.is_grad_enabled() and x.requires_grad  # the kernel has no gradient
+        if self._has_kernels and not is_traced and 0 < x.shape[0] <= KERNEL_TOKENS:
             from adapmoe_lab.engine import packed_kernels
 
             return packed_kernels.packed_matmul(self, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ def save_store(
             "free; name a folder on a larger disk."
         )
     _remove_leftovers(folder)
-    partial = folder.parent / f".{folder.name}.{os.getpid()}"
+    partial = folder.parent / _partial_name(folder, os.getpid())
     partial.mkdir()
     try:
         experts = _write_blob(store, partial / BLOB, after_expert)
@@ -106,11 +107,6 @@ def open_store(folder: Path, identity: str, formats: Formats) -> PreparedStore:
         CheckpointError: it is of other weights, another layout or version, or damaged.
     """
     index = _read_index(folder)
-    if index["schema_version"] != VERSION:
-        raise CheckpointError(
-            f"{folder} has schema version {index['schema_version']}, this adapmoe-lab reads "
-            f"{VERSION}; prepare the store again."
-        )
     if index["identity"] != identity:
         raise CheckpointError(
             f"{folder} was prepared from other weights ({index['identity']}) than those of the "
@@ -150,11 +146,18 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not is_prepared(folder):
         raise FileNotFoundError(f"{folder} holds no prepared store ({INDEX} is missing).")
     try:
-        return json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except ValueError as error:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        version = index["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / INDEX} is damaged ({error}); prepare the store again."
         ) from error
+    if version != VERSION:
+        raise CheckpointError(
+            f"{folder} has schema version {version}, this adapmoe-lab reads {VERSION}; prepare "
+            "the store again."
+        )
+    return index
 
 
 def _write_blob(
@@ -184,13 +187,20 @@ def _write_blob(
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes that are gone left of the same store."""
-    for partial in folder.parent.glob(f".{folder.name}.*"):
-        process = partial.suffix.removeprefix(".")
-        if process.isdigit() and not (
-            psutil.pid_exists(int(process)) and int(process) != os.getpid()
+    """Remove what saves of the same store that were killed on this machine left behind."""
+    start = _partial_name(folder, "")
+    for partial in folder.parent.iterdir():
+        process = partial.name.removeprefix(start)
+        if (
+            partial.name.startswith(start)
+            and process.isdigit()
+            and not psutil.pid_exists(int(process))
         ):
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial_name(folder: Path, process: int | str) -> str:
+    return f".{folder.name}.partial-{platform.node()}-{process}"
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -140,13 +140,19 @@ class DiskStore(ExpertStore):
     """
 
     def __init__(
-        self, formats: Formats, write: RowWriter, ledger: ChecksumLedger, cache_bytes: int
+        self,
+        formats: Formats,
+        write: RowWriter,
+        ledger: ChecksumLedger,
+        cache_bytes: int,
+        on_close: Callable[[], object],
     ) -> None:
-        """Read through `write`, keeping at most `cache_bytes` of rows."""
+        """Read through `write`, keeping at most `cache_bytes` of rows; `on_close` ends reading."""
         super().__init__(formats)
         self._write = write
         self._ledger = ledger
         self._cache_bytes = cache_bytes
+        self._on_close = on_close
         self._cached: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
         self._used_bytes = 0
 
@@ -172,7 +178,8 @@ class DiskStore(ExpertStore):
         return row
 
     def close(self) -> None:
-        """Forget the rows that were kept."""
+        """Forget the rows that were kept, and close the files."""
+        self._on_close()
         self._cached.clear()
         self._used_bytes = 0
 
@@ -198,5 +205,7 @@ def _pin(owner: HostStore, slabs: list[torch.Tensor]) -> weakref.finalize:
 
 
 def _unpin(slabs: list[torch.Tensor]) -> None:
+    if slabs:
+        torch.cuda.synchronize()  # no copy may still read what is unpinned
     while slabs:
         torch.cuda.cudart().cudaHostUnregister(slabs.pop().data_ptr())

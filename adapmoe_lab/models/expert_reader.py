@@ -77,11 +77,6 @@ class ExpertReader:
         self._sources = self._plan()
         self._check_complete()
 
-    @property
-    def comes_as_mxfp4(self) -> bool:
-        """Whether matrices are stored as microscaling blocks."""
-        return any(name.endswith(MXFP4_PARTS[0]) for name in self._sources[0][0])
-
     def read(
         self,
         layer: int,
@@ -101,7 +96,7 @@ class ExpertReader:
         read: dict[str, torch.Tensor | Mxfp4Matrix] = {}
         packed: dict[str, torch.Tensor] = {}
         for target, sources in self._sources[layer][expert].items():
-            if target in into and self._are_its_bytes(sources, dtype):
+            if target in into and self._are_its_bytes(sources, dtype, into[target].shape):
                 read[target] = self._filled(into[target], sources, expert)
             elif sources[0].pattern is not None:
                 read[target] = self._converted(layer, expert, target, sources, dtype)
@@ -113,7 +108,23 @@ class ExpertReader:
             if target not in read:
                 blocks, scales = (packed[target + part] for part in MXFP4_PARTS)
                 read[target] = Mxfp4Matrix(blocks, scales)
+        for name, value in read.items():
+            self._check_shape(layer, name, value)
         return {name: read[name] for name in self._layers[layer].parameter_names}
+
+    def _check_shape(self, layer: int, name: str, value: torch.Tensor | Mxfp4Matrix) -> None:
+        experts = self._layers[layer].experts
+        wanted = tuple(getattr(experts, name).shape[1:])
+        shape = tuple(value.shape)
+        if isinstance(value, Mxfp4Matrix):
+            n_rows, n_columns = wanted[::-1] if experts.is_transposed else wanted
+            wanted = (n_rows, -(-n_columns // 32) * 32)
+        if shape != wanted:
+            raise CheckpointError(
+                f"{self.index.folder} holds {name} of {self._layers[layer].path} as {shape}, its "
+                f"configuration makes it {wanted}; config.json and the files are of different "
+                "models."
+            )
 
     def sample_digest(self) -> str:
         """Identify the experts by some bytes from the middle of each."""
@@ -145,6 +156,8 @@ class ExpertReader:
         }
         return {
             name: self._read(_Source(entry, None, False), 0, dtype)
+            if TORCH_DTYPES.get(entry.dtype) == torch.float8_e4m3fn
+            else self._raw(entry, None)
             for name, entry in others.items()
         }
 
@@ -171,6 +184,12 @@ class ExpertReader:
             entry = self.index.entry(key)
             match = EXPERT_NUMBER.search(key)
             if match is not None:
+                if int(match[1]) >= self._layers[number].n_experts:
+                    raise CheckpointError(
+                        f"{key} is of more experts than the {self._layers[number].n_experts} that "
+                        f"the configuration in {self.index.folder} gives a layer; config.json and "
+                        "the files are of different models."
+                    )
                 plan[number][int(match[1])][target].append(_Source(entry, pattern, False))
                 continue
             n_experts = self._layers[number].n_experts
@@ -213,9 +232,13 @@ class ExpertReader:
         value = made[full_name]
         return (value[0] if isinstance(value, list) else value)[0]
 
-    def _are_its_bytes(self, sources: list[_Source], dtype: torch.dtype) -> bool:
+    def _are_its_bytes(self, sources: list[_Source], dtype: torch.dtype, shape: torch.Size) -> bool:
         """Whether a tensor's bytes are those of its sources, one after the other."""
         if any(TORCH_DTYPES.get(source.entry.dtype) != dtype for source in sources):
+            return False
+        shapes = [source.entry.shape[source.is_fused :] for source in sources]
+        n_rows = sum(rows for rows, *_ in shapes)
+        if {(n_rows, *others) for _, *others in shapes} != {tuple(shape)}:
             return False
         pattern = sources[0].pattern
         if pattern is None:

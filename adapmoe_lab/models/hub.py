@@ -59,15 +59,8 @@ def local_folder(name: str | Path, revision: str | None = None, progress: bool =
         NotEnoughDiskError: the disk has no room for what is missing.
         ValueError: the model is not stored as safetensors, or a folder is given a revision.
     """
-    folder = _folder_named(name)
-    if folder is None:
-        return _hub_folder(_hub_id(name), revision, progress)
-    if revision is not None:
-        raise ValueError(
-            f"revision={revision!r} chooses a version of a hub model, and {name!r} is a folder; "
-            "leave it out."
-        )
-    return folder
+    folder = _folder_named(name, revision)
+    return folder if folder is not None else _hub_folder(_hub_id(name), revision, progress)
 
 
 def config_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -75,7 +68,7 @@ def config_folder(name: str | Path, revision: str | None = None) -> Path:
 
     Raises: as `local_folder`.
     """
-    folder = _folder_named(name)
+    folder = _folder_named(name, revision)
     if folder is not None:
         return folder
     repo = _hub_id(name)
@@ -88,16 +81,19 @@ def config_folder(name: str | Path, revision: str | None = None) -> Path:
         raise explained(error, repo, revision, _in_cache(repo, revision)) from error
 
 
-def _folder_named(name: str | Path) -> Path | None:
+def _folder_named(name: str | Path, revision: str | None) -> Path | None:
     """Return the folder a name stands for; None if it can only be a hub id."""
-    if name == "demo":
-        return demo_folder()
-    path = Path(name).expanduser()
+    path = demo_folder() if name == "demo" else Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
             raise FileNotFoundError(
                 f"{path} holds no config.json, so it is not a model folder; give the folder that "
                 "save_pretrained wrote, a hub id such as 'mistralai/Mixtral-8x7B-v0.1', or 'demo'."
+            )
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} chooses a version of a hub model, and {name!r} is a "
+                "folder; leave it out."
             )
         return path
     if path.suffix == ".gguf":

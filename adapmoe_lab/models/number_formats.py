@@ -36,6 +36,11 @@ class Mxfp4Matrix:
     blocks: torch.Tensor
     scales: torch.Tensor
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Output and input channels, the last group's padding included."""
+        return self.blocks.shape[0], 2 * self.blocks.shape[1] * self.blocks.shape[2]
+
 
 ExpertTensors = Mapping[str, torch.Tensor | Mxfp4Matrix]
 

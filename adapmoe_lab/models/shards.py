@@ -172,7 +172,8 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         )
     for file in {str(file) for file in weight_map.values()}:
         parts = PurePosixPath(file).parts
-        if not file.endswith(".safetensors") or parts[0] == "/" or ".." in parts:
+        is_elsewhere = parts[0] == "/" or ".." in parts or "\\" in file or ":" in file
+        if not file.endswith(".safetensors") or is_elsewhere:
             raise CheckpointError(
                 f"{path} places tensors in {file!r}; expected .safetensors files inside the "
                 "checkpoint's folder. Do not use this checkpoint."

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -45,7 +45,15 @@ def load_skeleton(
             state_dict=weights,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             local_files_only=True,
+        )
+    if weights is not None and (folder / "generation_config.json").is_file():
+        hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    for name, stored, made in sorted(report["mismatched_keys"]):
+        raise CheckpointError(
+            f"{folder} holds {name} as {tuple(stored)}, its configuration makes it {tuple(made)}; "
+            "config.json and the files are of different models."
         )
     missing = sorted(report["missing_keys"])
     if missing:

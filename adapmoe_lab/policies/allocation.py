@@ -15,13 +15,16 @@ N_STAGING = 2
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def budget_bytes(expert_memory: str | float | None, spec: MoESpec) -> int:
+def budget_bytes(
+    expert_memory: str | float | None, spec: MoESpec, argument: str = "expert_memory"
+) -> int:
     """Return a memory budget in bytes.
 
     Args:
         expert_memory: bytes, a size such as `"8GiB"`, a share of all experts' stored bytes such
             as `"40%"`, or None for all experts.
         spec: the model whose experts are meant.
+        argument: what an error calls the budget.
 
     Raises:
         ValueError: the text is not a size.
@@ -33,7 +36,7 @@ def budget_bytes(expert_memory: str | float | None, spec: MoESpec) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[KMG]?i?B)\s*", expert_memory)
     if match is None or match[2] not in {"%", *UNITS}:
         raise ValueError(
-            f"expert_memory={expert_memory!r} is not a size: give bytes, or text such as "
+            f"{argument}={expert_memory!r} is not a size: give bytes, or text such as "
             "'8GiB', '300MB' or '40%'."
         )
     number, unit = float(match[1]), match[2]
@@ -71,7 +74,7 @@ def uniform_plan(
         slots = np.full(n_layers, n_experts)
     elif room < min_slots * all_layers:
         n_slots = max(0, room // widest)
-        short = min_slots * n_layers - n_slots
+        short = -(-(min_slots * all_layers - room) // widest)
         raise ValueError(
             f"{n_slots} slots cannot give {n_layers} layers {min_slots} each; raise the "
             f"budget by {short} experts ({short * widest / 2**20:.1f} MiB, staging of "

@@ -39,7 +39,7 @@ class TunedConfig:
     Attributes:
         model: identity of the model, as `model_identity` gives it.
         gating: cuts per layer, or None to skip nothing.
-        plan: slots per layer, or None to keep every expert on the device.
+        plan: slots per layer, or None for those the model was loaded with.
         eviction: name of the eviction policy.
         precision: precision of the stored experts, or None for the one they were saved in.
         hardware: the machine the numbers were predicted for.

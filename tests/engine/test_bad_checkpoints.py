@@ -128,3 +128,21 @@ def test_several_devices(device):
 def test_a_config_of_a_model_of_another_depth(folder, load_tiny):
     other = load_tiny(expert_memory="60%").config
     refused(folder, RecordError, "was tuned for .*3 layers x 4 experts.*2 layers x 8", config=other)
+
+
+@pytest.mark.parametrize("expert_dtype", ["auto", "int4"])
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("moe_intermediate_size", 24, r"down_proj of .* as \(64, 48\), .* makes it \(64, 24\)"),
+        ("moe_intermediate_size", 96, r"down_proj of .* as \(64, 48\), .* makes it \(64, 96\)"),
+        ("num_local_experts", 6, r"gate\.weight as|of more experts than the 6"),
+        ("num_local_experts", 9, r"no down_proj for expert 8|gate\.weight as"),
+        ("vocab_size", 11, r"embed_tokens\.weight as|lm_head\.weight as"),
+    ],
+)
+def test_a_config_of_another_size(folder, expert_dtype, field, value, expected):
+    config = json.loads((folder / "config.json").read_text())
+    assert field in config
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    refused(folder, CheckpointError, expected, expert_dtype=expert_dtype)

@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import psutil
 import pytest
 import torch
 from checkpoints import save_tiny_mixtral
@@ -117,3 +118,17 @@ def test_what_does_not_fit_says_what_does(folder):
         load(folder, expert_memory="90%", host_memory="60%", device="cpu", link="none")
     with pytest.raises(ValueError, match=r"0 slots cannot give 3 layers 1 each; raise the budget"):
         load(folder, host_memory="10%", device="cpu", link="none")
+
+
+@torch.no_grad()
+def test_packed_experts_are_recorded_apart_by_what_they_were_packed_from(folder):
+    load_on_disk(folder, expert_dtype="int4", host_memory="55%").hf(IDS)
+    load_on_disk(folder, expert_dtype="int4", host_memory="55%", dtype="bfloat16").hf(IDS)
+
+
+def test_detaching_closes_the_files(folder):
+    model = load_on_disk(folder)
+    model.hf(IDS)
+    model.detach()
+    opened = [file.path for file in psutil.Process().open_files()]
+    assert not [path for path in opened if path.endswith(".safetensors")]

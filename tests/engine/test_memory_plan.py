@@ -1,15 +1,19 @@
 """The memory plan: the numbers it gives are those that are then taken."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from adapmoe_lab.engine import memory
+from adapmoe_lab.engine import memory, offload
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.memory import memory_needs, plan_memory
 from adapmoe_lab.models.checkpoint import look_at_model
 from adapmoe_lab.models.outline import describe
-from adapmoe_lab.policies.allocation import N_STAGING
+from adapmoe_lab.policies.allocation import N_STAGING, slots_plan
+from adapmoe_lab.records import GatingTable, TunedConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MIB = 2**20
@@ -97,3 +101,49 @@ def test_a_longer_context_takes_more(outline):
     short, long = (memory_needs(outline, 2, CPU, tokens) for tokens in (256, 512))
     assert long.kv_cache == 2 * short.kv_cache == 2 * 256 * 8 * 2 * 4 * 32 * 2
     assert memory_needs(outline, 2, CPU, 256, 2).kv_cache == long.kv_cache
+
+
+def test_nothing_that_fits_is_refused_with_the_numbers(plan):
+    with pytest.raises(MemoryError, match=r"of 20\.0MiB free .*smaller max_context_tokens"):
+        plan(GPU, 20)
+
+
+def test_a_budget_that_is_too_small_says_by_how_much(plan):
+    with pytest.raises(ValueError, match=r"raise the budget by (\d+) experts") as refusal:
+        plan(GPU, 1000, expert_memory="1MiB")
+    n_more = int(re.search(r"by (\d+) experts", str(refusal.value))[1])
+    one = plan(GPU, 1000).slots.slot_bytes[0]
+    assert plan(GPU, 1000, expert_memory=int(MIB + n_more * one)).slots.n_slots == 8
+
+
+def test_a_wrong_size_is_named_by_its_argument(plan):
+    with pytest.raises(ValueError, match="host_memory='12 gigs' is not a size"):
+        plan(GPU, 1000, host_memory="12 gigs")
+
+
+def test_a_config_without_a_plan_keeps_the_slots_the_model_was_loaded_with():
+    model = load("demo", link="none", expert_memory="40%", announce=lambda _: None)
+    with model.running(TunedConfig.untuned(model.spec)):
+        slots = [cache.n_slots for cache in model.engine.cached.caches]
+    assert slots == model.memory.slots.slots.tolist()
+    assert max(slots) < 8
+
+
+def test_slots_that_do_not_fit_leave_the_model_as_it_was(monkeypatch):
+    model = load("demo", link="none", expert_memory="40%", announce=lambda _: None)
+    before, gating = model.config, model.engine.gating
+    cuts = GatingTable.per_layer([0.7] * 8, 2)
+    make = offload.CachedExperts
+
+    def out_of_memory(store, link, device, slots, *eviction):
+        if max(slots) == 8:
+            raise MemoryError("no room")
+        return make(store, link, device, slots, *eviction)
+
+    monkeypatch.setattr(offload, "CachedExperts", out_of_memory)
+    greedy = replace(before, plan=slots_plan(model.spec, 8), gating=cuts)
+    with pytest.raises(MemoryError, match="no room"), model.running(greedy):
+        raise AssertionError("it must not run")
+    assert model.config is before
+    assert model.engine.gating is gating
+    assert model.engine.cached.caches[0].n_slots == before.plan.slots[0]

@@ -99,8 +99,9 @@ def test_a_blob_cut_short_is_refused(tiny_checkpoint, prepared):
         load_with(tiny_checkpoint, prepared)
 
 
-def test_a_damaged_index_is_refused(tiny_checkpoint, prepared):
-    (prepared / INDEX).write_text("{")
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_index_is_refused(tiny_checkpoint, prepared, content):
+    (prepared / INDEX).write_text(content)
     with pytest.raises(CheckpointError, match=r"experts\.json is damaged"):
         load_with(tiny_checkpoint, prepared)
 
@@ -179,7 +180,7 @@ def test_killed_loads_and_saves_never_leave_a_wrong_store(tmp_path):
         server.stdin.close()
     assert min(n_whole, n_killed) > 0, "the kills missed the moments that matter"
     left = next(path for path in tmp_path.glob(".store*.*"))
-    folder = tmp_path / left.stem.removeprefix(".")
+    folder = tmp_path / left.name.partition(".partial-")[0].removeprefix(".")
     load_with(checkpoint, None).save_experts(folder)
     assert not list(tmp_path.glob(f".{folder.name}.*")), "what a killed save left was not removed"
 

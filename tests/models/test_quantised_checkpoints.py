@@ -42,6 +42,19 @@ def test_fp8_blocks_are_dequantised(tmp_path):
     torch.testing.assert_close(model.hf(IDS).logits, logits(plain), rtol=0, atol=2e-5)
 
 
+def test_what_is_not_fp8_is_read_as_plain_checkpoints_are(tmp_path):
+    """Router biases that transformers keeps in float32, and the settings of generation."""
+    packed, plain = save_fp8_deepseek(tmp_path)
+    for folder in (packed, plain):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    loaded = [load(f, dtype="bfloat16", device="cpu", link="none").hf for f in (packed, plain)]
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    biases = [dict(hf.named_buffers())[name] for hf in loaded]
+    assert biases[0].dtype == biases[1].dtype
+    assert torch.equal(*biases)
+    assert loaded[0].generation_config.eos_token_id == [5, 7]
+
+
 @torch.no_grad()
 def test_mxfp4_experts_stay_packed(tmp_path):
     packed, plain = save_mxfp4_gpt_oss(tmp_path)
