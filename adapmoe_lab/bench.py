@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity
 from adapmoe_lab.records import LatencyReport, Measurement, TunedConfig
-from adapmoe_lab.records.files import written_atomically
+from adapmoe_lab.records.files import save_json
 from adapmoe_lab.tuning.tune import tune
 
 Say = Callable[[str], None]
@@ -65,8 +64,7 @@ class BenchReport:
     def save(self, path: str | Path) -> Path:
         """Write the report as JSON, whole or not at all, and return its path."""
         path = Path(path)
-        with written_atomically(path) as file:
-            file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
+        save_json(path, asdict(self))
         return path
 
     def table(self) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.device import device_name
-from adapmoe_lab.engine.memory import in_words, memory_needs
+from adapmoe_lab.engine.memory import HEADROOM, in_words, memory_needs
 from adapmoe_lab.models.outline import ModelOutline, configured_top_k
 from adapmoe_lab.models.support import family_class, find_family
 from adapmoe_lab.policies.allocation import N_STAGING
@@ -25,8 +25,6 @@ PACKAGES = ("adapmoe-lab", "torch", "transformers", "jupyterlab", "ipywidgets", 
 BFLOAT16_BYTES = 2
 COPY_BYTES = 64 * 2**20
 N_COPIES = 9
-HEADROOM = 0.9
-"""Share of free memory that weights may take; the rest is for activations and other programs."""
 
 
 @dataclass(frozen=True)

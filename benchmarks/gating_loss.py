@@ -20,7 +20,7 @@ import numpy as np
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.records import LossReport, TunedConfig
-from adapmoe_lab.records.files import written_atomically
+from adapmoe_lab.records.files import save_json
 from adapmoe_lab.tuning.tune import GATING_RULES
 
 DOMAINS = ("books_children_en", "books_fiction_en", "python_stdlib", "novels_de")
@@ -67,8 +67,7 @@ def main() -> int:
         "baseline": baseline.to_json(),
         "rows": rows,
     }
-    with written_atomically(options.out) as file:
-        file.write((json.dumps(document, indent=1) + "\n").encode())
+    save_json(options.out, document)
     return 0
 
 

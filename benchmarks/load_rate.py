@@ -26,7 +26,7 @@ from adapmoe_lab.assets import demo_folder
 from adapmoe_lab.engine.hardware import measurement_conditions, probe_hardware
 from adapmoe_lab.engine.loading import LabModel, load
 from adapmoe_lab.engine.pace import decode_step_times
-from adapmoe_lab.records.files import written_atomically
+from adapmoe_lab.records.files import save_json
 
 GIB = 2**30
 N_EXPERTS, TOP_K, HIDDEN, WIDTH, N_HEADS, N_KV_HEADS = 8, 2, 4096, 14336, 32, 8
@@ -183,8 +183,7 @@ def main() -> int:
                 torch.cuda.empty_cache()
     if options.out is not None:
         record = {"file_bytes": file_bytes, "read_bytes_per_s": rates, "runs": runs}
-        with written_atomically(options.out) as file:
-            file.write(json.dumps(record, indent=1).encode())
+        save_json(options.out, record)
     return 0
 
 

@@ -9,7 +9,6 @@ a CUDA graph so that Python's launches do not count, and divided by the number o
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch.nn import functional
 
 from adapmoe_lab.engine.packed import PackedMatrix
 from adapmoe_lab.engine.quantise import quantise
-from adapmoe_lab.records.files import written_atomically
+from adapmoe_lab.records.files import save_json
 from adapmoe_lab.records.precision import PRECISIONS
 
 SHAPES = ((28672, 4096), (4096, 14336), (2048, 2048), (1536, 2048))
@@ -114,8 +113,7 @@ def main() -> int:
             rows.append(row)
             print(_line(row), flush=True)
     document = {"conditions": _conditions(), "copy_bytes_per_s": rate, "rows": rows}
-    with written_atomically(options.out) as file:
-        file.write((json.dumps(document, indent=1) + "\n").encode())
+    save_json(options.out, document)
     return 0
 
 

@@ -10,7 +10,6 @@ same bytes as the solver that loading uses.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.engine.packed import PackedMatrix
 from adapmoe_lab.engine.quantise import quantise
-from adapmoe_lab.records.files import written_atomically
+from adapmoe_lab.records.files import save_json
 
 PRECISIONS = ("bfloat16", "int8", "int4", "mxfp4", "int3", "int2")
 
@@ -81,8 +80,7 @@ def main() -> int:
         "baseline": baseline.to_json(),
         "rows": rows,
     }
-    with written_atomically(options.out) as file:
-        file.write((json.dumps(document, indent=1) + "\n").encode())
+    save_json(options.out, document)
     return 0
 
 

@@ -131,11 +131,11 @@ def _open_prepared(
     """Open a prepared store, written first if it is not there; pin it if a GPU is to read it."""
     identity = store_identity(checkpoint, spec)
     if not is_prepared(store):
-        with closing(CheckpointRows(checkpoint, formats, plan.device)) as rows:
-            unseen = ChecksumLedger(np.full(_shape(formats), -1), str(checkpoint.folder))
-            streamed = DiskStore(formats, rows, unseen, cache_bytes=0, on_close=rows.close)
-            with _progress("Preparing experts", plan.store_bytes) as advance:
-                save_store(streamed, store, identity, advance)
+        rows = CheckpointRows(checkpoint, formats, plan.device)
+        unseen = ChecksumLedger(np.full(_shape(formats), -1), str(checkpoint.folder))
+        streamed = DiskStore(formats, rows, unseen, cache_bytes=0, on_close=rows.close)
+        with closing(streamed), _progress("Preparing experts", plan.store_bytes) as advance:
+            save_store(streamed, store, identity, advance)
     prepared = open_store(store, identity, formats)
     if plan.device.type == "cuda" and plan.fits_host:
         widest = int(prepared.expert_bytes.max())

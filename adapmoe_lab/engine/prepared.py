@@ -15,9 +15,9 @@ import psutil
 import torch
 
 from adapmoe_lab.engine.ledger import ChecksumLedger, checksum
-from adapmoe_lab.engine.store import ROW_ALIGNMENT, ExpertStore, Formats
+from adapmoe_lab.engine.store import ExpertStore, Formats, row_stride
 from adapmoe_lab.models.shard_file import CheckpointError
-from adapmoe_lab.records.precision import aligned
+from adapmoe_lab.records.files import written_atomically
 
 VERSION = 1
 BLOB, INDEX = "experts.bin", "experts.json"
@@ -87,7 +87,8 @@ def save_store(
             "blob_bytes": needed,
             "experts": experts,
         }
-        _write_synced(partial / INDEX, json.dumps(index).encode())
+        with written_atomically(partial / INDEX) as file:
+            file.write(json.dumps(index).encode())
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -165,12 +166,12 @@ def _write_blob(
 ) -> list[list[dict[str, Any]]]:
     """Write the rows in (layer, expert) order and return what the index says of each."""
     experts: list[list[dict[str, Any]]] = [[] for _ in range(store.n_layers)]
-    with path.open("wb") as file:
+    with written_atomically(path) as file:
         for layer, expert in store.numbers():
             row, layout = store.row(layer, expert), store.formats[layer][expert]
             offset = file.tell()
             file.write(memoryview(row.numpy()))
-            file.write(bytes(aligned(row.numel(), ROW_ALIGNMENT) - row.numel()))
+            file.write(bytes(row_stride(layout) - row.numel()))
             experts[layer].append(
                 {
                     "offset": offset,
@@ -181,8 +182,6 @@ def _write_blob(
             )
             if after_expert is not None:
                 after_expert(row.numel())
-        file.flush()
-        os.fsync(file.fileno())
     return experts
 
 
@@ -203,18 +202,8 @@ def _partial_name(folder: Path, process: int | str) -> str:
     return f".{folder.name}.partial-{platform.node()}-{process}"
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _blob_bytes(store: ExpertStore) -> int:
-    return sum(
-        aligned(store.formats[layer][expert].n_bytes, ROW_ALIGNMENT)
-        for layer, expert in store.numbers()
-    )
+    return sum(row_stride(layout) for layer in store.formats for layout in layer)
 
 
 def _in_words(precisions: list[list[str]]) -> str:

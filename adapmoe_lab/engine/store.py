@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from adapmoe_lab.engine.ledger import ChecksumLedger
 from adapmoe_lab.engine.rows import expert_views, plain_tensors
@@ -28,12 +27,25 @@ RowWriter = Callable[[int, int, torch.Tensor], None]
 """Writes the bytes of expert (layer, expert) into a row uint8 [n] on the host."""
 
 
+def row_stride(layout: ExpertFormat) -> int:
+    """Return the bytes from the start of an expert's row to that of the next."""
+    return aligned(layout.n_bytes, ROW_ALIGNMENT)
+
+
 class ExpertStore(ABC):
-    """The experts of every layer, each a contiguous row of bytes on the host."""
+    """The experts of every layer, each a contiguous row of bytes on the host.
+
+    Attributes:
+        formats: the layout of every expert, [L][E].
+        expert_bytes: stored bytes of every expert, int64 [L, E].
+    """
 
     def __init__(self, formats: Formats) -> None:
         """Describe the experts of a store; a subclass says where they lie."""
         self.formats = tuple(tuple(layer) for layer in formats)
+        self.expert_bytes = np.array(
+            [[expert.n_bytes for expert in layer] for layer in self.formats], dtype=np.int64
+        )
 
     @abstractmethod
     def row(self, layer: int, expert: int) -> torch.Tensor:
@@ -52,18 +64,13 @@ class ExpertStore(ABC):
         return len(self.formats[layer])
 
     @property
-    def expert_bytes(self) -> NDArray[np.int64]:
-        """Stored bytes of every expert, int64 [L, E]."""
-        return np.array([[expert.n_bytes for expert in layer] for layer in self.formats])
-
-    @property
     def n_bytes(self) -> int:
         """Stored bytes of all experts."""
         return int(self.expert_bytes.sum())
 
     def slot_bytes(self, layer: int) -> int:
         """Bytes of a slot that any expert of the layer fits into."""
-        return max(expert.n_bytes for expert in self.formats[layer])
+        return int(self.expert_bytes[layer].max())
 
     def numbers(self) -> Iterator[tuple[int, int]]:
         """Yield the (layer, expert) numbers of every expert, in stored order."""
@@ -95,7 +102,7 @@ class HostStore(ExpertStore):
         super().__init__(formats)
         self._offsets, sizes = [], []
         for layer in self.formats:
-            ends = np.cumsum([0, *(aligned(expert.n_bytes, ROW_ALIGNMENT) for expert in layer)])
+            ends = np.cumsum([0, *map(row_stride, layer)])
             self._offsets.append(ends.tolist())
             sizes.append(int(ends[-1]))
         self._slabs = [torch.empty(size, dtype=torch.uint8) for size in sizes]

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import BinaryIO
 
@@ -49,6 +49,20 @@ class _Source:
     entry: TensorEntry
     pattern: str | None
     is_fused: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Axes of what one expert takes of it."""
+        return self.entry.shape[self.is_fused :]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of what one expert takes of it."""
+        return self.entry.n_bytes // (self.entry.shape[0] if self.is_fused else 1)
+
+    def offset(self, expert: int) -> int:
+        """Bytes from the start of the file to what an expert takes of it."""
+        return self.entry.offset + self.is_fused * expert * self.n_bytes
 
 
 class ExpertReader:
@@ -132,11 +146,10 @@ class ExpertReader:
         for layer in self._sources:
             for expert, found in enumerate(layer):
                 source = next(iter(found.values()))[0]
-                entry = source.entry
-                n_bytes = entry.n_bytes // (entry.shape[0] if source.is_fused else 1)
-                start = entry.offset + source.is_fused * expert * n_bytes + n_bytes // 2
-                sample = torch.empty(min(SAMPLE_BYTES, n_bytes - n_bytes // 2), dtype=torch.uint8)
-                self._read_at(entry, start, sample)
+                middle = source.n_bytes // 2
+                n_bytes = min(SAMPLE_BYTES, source.n_bytes - middle)
+                sample = torch.empty(n_bytes, dtype=torch.uint8)
+                self._read_bytes(source.entry, source.offset(expert) + middle, sample)
                 sha.update(sample.numpy().tobytes())
         return sha.hexdigest()
 
@@ -150,15 +163,15 @@ class ExpertReader:
             for source in sources
         }
         others = {
-            name: self.index.entry(name)
+            name: _Source(self.index.entry(name), None, is_fused=False)
             for name in self.index.names
             if name not in of_experts and not name.endswith(FP8_SCALE)
         }
         return {
-            name: self._read(_Source(entry, None, False), 0, dtype)
-            if TORCH_DTYPES.get(entry.dtype) == torch.float8_e4m3fn
-            else self._raw(entry, None)
-            for name, entry in others.items()
+            name: self._read(source, 0, dtype)
+            if TORCH_DTYPES.get(source.entry.dtype) == torch.float8_e4m3fn
+            else self._raw(source, 0)
+            for name, source in others.items()
         }
 
     def _plan(self) -> list[list[dict[str, list[_Source]]]]:
@@ -236,7 +249,7 @@ class ExpertReader:
         """Whether a tensor's bytes are those of its sources, one after the other."""
         if any(TORCH_DTYPES.get(source.entry.dtype) != dtype for source in sources):
             return False
-        shapes = [source.entry.shape[source.is_fused :] for source in sources]
+        shapes = [source.shape for source in sources]
         n_rows = sum(rows for rows, *_ in shapes)
         if {(n_rows, *others) for _, *others in shapes} != {tuple(shape)}:
             return False
@@ -255,10 +268,9 @@ class ExpertReader:
     def _filled(self, out: torch.Tensor, sources: list[_Source], expert: int) -> torch.Tensor:
         flat, start = out.view(-1).view(torch.uint8), 0
         for source in sources:
-            n_bytes = source.entry.n_bytes // (source.entry.shape[0] if source.is_fused else 1)
-            number = expert if source.is_fused else None
-            self._read_bytes(source.entry, number, flat[start : start + n_bytes])
-            start += n_bytes
+            end = start + source.n_bytes
+            self._read_bytes(source.entry, source.offset(expert), flat[start:end])
+            start = end
         return out
 
     def _rule(self, pattern: str) -> WeightConverter:
@@ -266,31 +278,26 @@ class ExpertReader:
 
     def _read(self, source: _Source, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor, or one expert's part of a fused one, in the precision asked for."""
-        tensor = self._raw(source.entry, expert if source.is_fused else None)
+        tensor = self._raw(source, expert)
         if tensor.dtype == torch.float8_e4m3fn:
-            scales = self.index.entry(source.entry.name + FP8_SCALE)
-            scale = self._raw(scales, expert if source.is_fused else None)
-            return dequantise_fp8(tensor, scale).to(dtype)
+            scales = replace(source, entry=self.index.entry(source.entry.name + FP8_SCALE))
+            return dequantise_fp8(tensor, self._raw(scales, expert)).to(dtype)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    def _raw(self, entry: TensorEntry, expert: int | None) -> torch.Tensor:
-        shape, n_bytes = entry.shape, entry.n_bytes
-        if expert is not None:
-            shape, n_bytes = shape[1:], n_bytes // shape[0]
+    def _raw(self, source: _Source, expert: int) -> torch.Tensor:
+        """Return what an expert takes of a tensor, as the file has it."""
+        entry = source.entry
         if entry.dtype not in TORCH_DTYPES:
             raise CheckpointError(
                 f"{entry.name} is stored as {entry.dtype}; weights can be read from "
                 f"{', '.join(TORCH_DTYPES)}."
             )
-        buffer = torch.empty(n_bytes, dtype=torch.uint8)
-        self._read_bytes(entry, expert, buffer)
-        return buffer.view(TORCH_DTYPES[entry.dtype]).view(shape)
+        buffer = torch.empty(source.n_bytes, dtype=torch.uint8)
+        self._read_bytes(entry, source.offset(expert), buffer)
+        return buffer.view(TORCH_DTYPES[entry.dtype]).view(source.shape)
 
-    def _read_bytes(self, entry: TensorEntry, expert: int | None, out: torch.Tensor) -> None:
-        """Fill `out` uint8 [n] with a tensor's bytes, or one expert's part of a fused one's."""
-        self._read_at(entry, entry.offset + (expert or 0) * out.numel(), out)
-
-    def _read_at(self, entry: TensorEntry, offset: int, out: torch.Tensor) -> None:
+    def _read_bytes(self, entry: TensorEntry, offset: int, out: torch.Tensor) -> None:
+        """Fill `out` uint8 [n] from where it lies in a tensor's file."""
         n_bytes = out.numel()
         with self._lock:
             if entry.file not in self._files:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from adapmoe_lab.models.families import MoELayer, find_moe_layers
+from adapmoe_lab.models.families import find_moe_layers
 from adapmoe_lab.models.outline import DTYPES, ModelOutline
 from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.models.support import UnsupportedModelError, supported
@@ -146,7 +146,7 @@ def _built_without_experts(classes: set[type[nn.Module]]) -> Iterator[None]:
 def _without_expert_parameters(init: Callable[..., None]) -> Callable[..., None]:
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        for name in MoELayer("", self, self).parameter_names:
+        for name, _ in list(self.named_parameters(recurse=False)):
             del self._parameters[name]
         self._is_hf_initialized = True  # there is nothing left for transformers to initialise
 

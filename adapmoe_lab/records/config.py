@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from adapmoe_lab.records.cache_plan import CachePlan
-from adapmoe_lab.records.files import RecordError, check_version, written_atomically
+from adapmoe_lab.records.files import RecordError, check_version, save_json
 from adapmoe_lab.records.gating_table import GatingTable
 from adapmoe_lab.records.hardware import HardwareProfile
 from adapmoe_lab.records.spec import MoESpec
@@ -124,9 +124,7 @@ class TunedConfig:
     def save(self, path: str | Path) -> Path:
         """Write the config as JSON, whole or not at all, and return its path."""
         path = Path(path)
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
-        with written_atomically(path) as file:
-            file.write(text.encode())
+        save_json(path, self.to_json(), allow_nan=False)
         return path
 
     @classmethod

@@ -39,6 +39,18 @@ def written_atomically(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def json_bytes(document: Any, allow_nan: bool = True) -> bytes:
+    """Return a document as the JSON text that records are kept in: indented, one last newline."""
+    return (json.dumps(document, indent=1, allow_nan=allow_nan) + "\n").encode()
+
+
+def save_json(path: Path, document: Any, allow_nan: bool = True) -> None:
+    """Write a document as JSON, whole or not at all."""
+    content = json_bytes(document, allow_nan)
+    with written_atomically(path) as file:
+        file.write(content)
+
+
 def save_arrays(
     path: Path, kind: str, version: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray]
 ) -> None:

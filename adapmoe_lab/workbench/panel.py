@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity as measure_sensitivity
 from adapmoe_lab.records import HardwareProfile, RoutingTrace, SensitivityProfile, TunedConfig
+from adapmoe_lab.records.files import json_bytes
 from adapmoe_lab.simulation.simulate import Simulation
 from adapmoe_lab.views import figures
 from adapmoe_lab.views.widgets import DownloadButton, Job, LatestWins, LiveFigure
@@ -143,7 +143,7 @@ class Workbench(ipywidgets.VBox):
         prediction = self._bench.predict(draft)
         self._show(draft, prediction)
         self._draw_tradeoff(draft, prediction)
-        self.download_button.content = (json.dumps(self.config.to_json(), indent=1) + "\n").encode()
+        self.download_button.content = json_bytes(self.config.to_json())
         self.error.value = ""
         self._measuring.touch()
 
