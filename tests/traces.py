@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from adapmoe_lab.records import MoESpec, RoutingTrace
+from adapmoe_lab.records import MoESpec, RoutingTrace, SensitivityProfile
 
 
 def make_spec(n_layers: int = 3, n_experts: int = 8, top_k: int = 2) -> MoESpec:
@@ -49,4 +49,29 @@ def make_trace(
         step_ids=step_ids,
         is_decode=np.full(n_tokens, tokens_per_step == 1),
         labels=("first", "second"),
+    )
+
+
+def make_sensitivity(
+    spec: MoESpec | None = None, fisher=(9.0, 3.0, 1.0), increase_scale: float = 0.01
+) -> SensitivityProfile:
+    """Return a profile with curves in proportion to `fisher` and the squared share dropped."""
+    spec = spec if spec is not None else make_spec()
+    fisher = np.asarray(fisher, dtype=float)
+    cuts = np.linspace(1 / max(2, spec.top_k), 1.0, 33)
+    increase = np.outer(fisher, (1 - cuts) ** 2) * increase_scale
+    return SensitivityProfile(
+        model_fingerprint=spec.fingerprint(),
+        estimator="fisher",
+        stand_in="nothing",
+        n_tokens=100,
+        n_sequences=2,
+        cost=fisher,
+        standard_error=fisher / 10,
+        fisher=fisher,
+        fisher_se=fisher / 10,
+        cuts=cuts,
+        increase_nats=increase,
+        increase_se=increase / 10,
+        skipped=np.tile(np.linspace(1 - 1 / spec.top_k, 0, 33), (len(fisher), 1)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from adapmoe_lab.engine.clock import Clock
+from adapmoe_lab.engine.expert_sum import GradientObserver, LayerRun, StreamedExpertSum
 from adapmoe_lab.engine.link import Link
 from adapmoe_lab.engine.sources import CachedExperts, ExpertSource, StoredExperts
 from adapmoe_lab.engine.store import ExpertStore
-from adapmoe_lab.models.experts import run_expert
+from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.policies.gating import gated_weights, keep_by_cuts
 from adapmoe_lab.records import GatingTable, Traffic
 
@@ -76,6 +77,7 @@ class OffloadEngine:
         self.costs = VirtualCosts()
         self.gating: GatingTable | None = None
         self.observers: list[Observer] = []
+        self.gradient_observers: list[GradientObserver] = []
         self._direct = StoredExperts(store, device)
         self.release()
 
@@ -142,9 +144,27 @@ class OffloadEngine:
         finally:
             self.observers.remove(observer)
 
+    @contextmanager
+    def gradients_observed_by(self, observer: GradientObserver) -> Iterator[None]:
+        """Show an observer what the backward pass of these forwards finds in each layer."""
+        self.gradient_observers.append(observer)
+        try:
+            yield
+        finally:
+            self.gradient_observers.remove(observer)
+
     def unpaced(self) -> AbstractContextManager[None]:
         """Return a context in which an emulated link holds nothing."""
         return self.link.unpaced()
+
+    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Weights]]:
+        """Yield each expert from wherever it comes; on a virtual clock, running it takes time.
+
+        So the engine is an `ExpertSource` itself.
+        """
+        for arrival in self._source.arrivals(layer, experts):
+            yield arrival
+            self.clock.spend(self.costs.expert_s)
 
     def run_layer(
         self,
@@ -163,24 +183,19 @@ class OffloadEngine:
             if self.gating.renormalise:
                 scaled = gated_weights(weights, keep, renormalise=True)
                 top_k_weights = torch.from_numpy(scaled).to(top_k_weights)
-        contributions = torch.zeros(
-            (*indices.shape, hidden.shape[-1]),
-            dtype=torch.promote_types(hidden.dtype, top_k_weights.dtype),
-            device=hidden.device,
-        )
-        needed = set(indices[keep].tolist())
-        for expert, expert_weights in self._source.arrivals(layer, needed):
-            tokens, columns = np.nonzero((indices == expert) & keep)
-            at = (_as_index(tokens, hidden), _as_index(columns, hidden))
-            produced = run_expert(experts, expert_weights, hidden[at[0]])
-            contributions[at] = produced * top_k_weights[at].unsqueeze(-1)
-            self.clock.spend(self.costs.expert_s)
+        run = LayerRun(layer, experts, indices, keep)
+        if torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad):
+            output, parts = StreamedExpertSum.apply(
+                hidden, top_k_weights, run, self, self._direct, tuple(self.gradient_observers)
+            )
+        else:
+            parts = run.contributions(self, hidden, top_k_weights)
+            output = parts.sum(dim=1).to(hidden.dtype)
         self._n_steps += layer == 0
         self._kept += int(keep.sum())
         self._skipped += int(keep.size - keep.sum())
-        output = contributions.sum(dim=1).to(hidden.dtype)
         if self.observers:
-            passed = LayerPass(layer, hidden, indices, weights, keep, contributions, output)
+            passed = LayerPass(layer, hidden, indices, weights, keep, parts, output)
             for observer in self.observers:
                 observer(passed)
         return output
@@ -194,7 +209,3 @@ def _on_host(
         both = torch.stack([index.double(), weights.detach().double()]).cpu().numpy()
         return both[0].astype(np.int64), both[1].astype(np.float32)
     return index.numpy(), weights.detach().float().numpy()
-
-
-def _as_index(positions: NDArray[np.int64], like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(positions).to(like.device)

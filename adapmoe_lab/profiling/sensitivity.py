@@ -1,8 +1,8 @@
-"""What skipping experts costs: Fisher information, and a second-order estimate in nats."""
+"""What skipping experts costs, layer by layer: estimated from gradients, or measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,163 +10,213 @@ import torch
 from numpy.typing import NDArray
 
 from adapmoe_lab.engine.loading import LabModel
-from adapmoe_lab.engine.offload import LayerPass
 from adapmoe_lab.evaluation.loss import token_sequences
-from adapmoe_lab.policies.gating import keep_by_cuts
-from adapmoe_lab.records import GatingTable, SensitivityProfile, TunedConfig
+from adapmoe_lab.profiling.estimators import ESTIMATORS, MEASURED
+from adapmoe_lab.profiling.gradient_terms import GradientTerms, gradient_terms
+from adapmoe_lab.profiling.loss_change import LossChanges, jackknife, loss_changes
+from adapmoe_lab.records import OFF, GatingTable, SensitivityProfile, TunedConfig
+from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
 
 Progress = Callable[[int, int, str], None]
+Floats = NDArray[np.float64]
 
 N_CUTS = 33
-REFERENCE_SKIPPED_FRACTION = 0.2
+ANCHORS = (0.2, 0.4, 0.6, 0.9)
+ABLATED = (0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
+"""Where to measure, as shares of the experts that can be skipped at all."""
 
 
 def sensitivity(
     model: LabModel,
     texts: Sequence[str],
     *,
+    estimator: str = "directional",
+    renormalise: bool = False,
     max_tokens: int = 256,
-    calibrate: bool = True,
+    anchored: bool = True,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
     """Measure how much the loss depends on each layer's experts.
 
-    `cost` is AdapMoE's S_l, the trace of the Fisher information of the summed next-token loss
-    with respect to layer l's expert output y: the mean over tokens of ||dL/dy||^2
-    (arXiv 2408.10284, section 4.1). Beside it, with g = dL/dy and dy what a cut would drop,
-    mean (g . dy)^2 / 2 estimates the loss increase of every cut on a grid, one layer at a time.
-    With `calibrate` all layers skip at once at one reference cut, and the ratio of the measured
-    increase to the estimated one is kept as `scale`. What is measured there is the Kullback-Leibler
-    divergence from the ungated model: the loss increase averaged over what the model itself holds
-    possible, which one text's own next tokens would only sample.
+    Every profile has AdapMoE's S_l, the trace of the Fisher information of the summed next-token
+    loss with respect to layer l's expert output (arXiv 2408.10284, section 4.1), and a curve for
+    each layer: the loss increase at every cut, as the estimator sees it. With `anchored` all layers
+    skip at once at a few cuts, and what is measured there corrects the sum of the curves.
 
     Args:
-        model: the model; experts are read from host memory, its configuration plays no part.
+        model: the model; experts are read from the store, its configuration plays no part.
         texts: calibration texts the model has not memorised, one sequence each.
+        estimator: one of `profiling.estimators`: from gradients, `fisher`, `fisher-change`,
+            `directional` or `second-order`; measured one layer at a time, `ablation` or
+            `divergence`, which take about 6 L forward passes per text.
+        renormalise: whether the weights of the experts kept are scaled up for those skipped.
         max_tokens: longer texts are cut to this many tokens.
-        calibrate: whether to anchor the estimate to a measured divergence.
+        anchored: whether to correct the estimate by what all layers together are measured to do.
         progress: called with (done, total, text); what it raises stops the run.
+
+    Raises:
+        ValueError: the estimator is unknown, or a text is too short.
     """
+    return sensitivities(
+        model,
+        texts,
+        [estimator],
+        renormalise=renormalise,
+        max_tokens=max_tokens,
+        anchored=anchored,
+        progress=progress,
+    )[estimator]
+
+
+def sensitivities(
+    model: LabModel,
+    texts: Sequence[str],
+    estimators: Iterable[str] = (*ESTIMATORS, *MEASURED),
+    *,
+    renormalise: bool = False,
+    max_tokens: int = 256,
+    anchored: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, SensitivityProfile]:
+    """Measure the sensitivity in several ways on the same texts; see `sensitivity`."""
+    names = list(estimators)
+    known = (*ESTIMATORS, *MEASURED)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"estimator={name!r} is unknown; expected one of {', '.join(known)}.")
     sequences = token_sequences(model, texts, max_tokens)
-    cuts = np.linspace(1 / model.spec.top_k, 1.0, N_CUTS)
-    squares, increases, top_shares = [], [], []
-    with model.running(_ungated(model)), model.engine.reading_store():
+    cuts = np.linspace(1 / max(2, model.spec.top_k), 1.0, N_CUTS)
+    from_gradients = [name for name in names if name in ESTIMATORS]
+    terms = _gradient_pass(model, sequences, from_gradients, cuts, renormalise, progress)
+    assembly = _Assembly(model, sequences, cuts, terms, renormalise)
+    profiles = {
+        name: assembly.estimated(name, number) for number, name in enumerate(from_gradients)
+    }
+    ablations = assembly.ablations() if set(names) & set(MEASURED) else []
+    anchors = assembly.anchors() if anchored else []
+    if model.spec.top_k == 1 or not ablations + anchors:
+        return profiles
+    changes = loss_changes(
+        model, sequences, [*ablations, *anchors], progress, "measuring what skipping costs"
+    )
+    for name in names:
+        if name in MEASURED:
+            profiles[name] = assembly.measured(name, changes.of_tables(slice(len(ablations))))
+    if anchored:
+        at_anchors = changes.of_tables(slice(len(ablations), None))
+        profiles = {
+            name: _anchored(profile, anchors, at_anchors) for name, profile in profiles.items()
+        }
+    return {name: profiles[name] for name in names}
+
+
+def _gradient_pass(
+    model: LabModel,
+    sequences: Sequence[torch.Tensor],
+    names: Sequence[str],
+    cuts: Floats,
+    renormalise: bool,
+    progress: Progress | None,
+) -> list[GradientTerms]:
+    found = []
+    with model.running(TunedConfig.untuned(model.spec)), model.engine.reading_store():
         for done, ids in enumerate(sequences):
             if progress is not None:
                 progress(done, len(sequences), "measuring sensitivity")
-            square, increase, share = _one_sequence(model, ids, cuts)
-            squares.append(square)
-            increases.append(increase)
-            top_shares.append(share)
-    n_tokens = np.array([len(ids) for ids in sequences])
-    cost, cost_se = _mean_over_sequences(np.array(squares), n_tokens)
-    increase, increase_se = _mean_over_sequences(np.array(increases), n_tokens)
-    profile = SensitivityProfile(
-        model_fingerprint=model.spec.fingerprint(),
-        estimator="fisher",
-        cost=cost,
-        standard_error=cost_se,
-        n_tokens=int(n_tokens.sum()),
-        n_sequences=len(sequences),
-        cuts=cuts,
-        increase_nats=increase,
-        increase_se=increase_se,
-    )
-    if not calibrate or model.spec.top_k == 1:
-        return profile
-    cut = float(np.quantile(np.concatenate(top_shares), 1 - _reference_quantile(model)))
-    return _calibrated(profile, model, sequences, cut, progress)
+            found.append(gradient_terms(model, ids, names, cuts, renormalise))
+    return found
 
 
-def _ungated(model: LabModel) -> TunedConfig:
-    return TunedConfig.untuned(model.spec)
+class _Assembly:
+    """Turns what was found on every text into profiles, with errors over texts."""
+
+    def __init__(
+        self,
+        model: LabModel,
+        sequences: Sequence[torch.Tensor],
+        cuts: Floats,
+        terms: Sequence[GradientTerms],
+        renormalise: bool,
+    ) -> None:
+        self._spec = model.spec
+        self._cuts, self._terms, self._renormalise = cuts, terms, renormalise
+        self._n_tokens = np.array([len(ids) for ids in sequences])
+        self._squares = np.array([text.squares for text in terms])
+        weights = self._n_tokens / self._n_tokens.sum()
+        self._skipped = np.tensordot(weights, [text.skipped for text in terms], axes=1)  # [L, B]
+
+    def estimated(self, name: str, number: int) -> SensitivityProfile:
+        """Return the profile of an estimator that uses gradients."""
+        terms = np.array([text.terms[number] for text in self._terms])
+
+        def curves(weights: Floats) -> Floats:
+            mean = np.tensordot(weights, terms, axes=1)  # [L, B]
+            scale = weights @ self._squares if ESTIMATORS[name].times_fisher else 1.0
+            return (mean.T * scale).T
+
+        increase, increase_se = jackknife(curves, self._n_tokens)
+        return self._profile(name, self._cuts, increase, increase_se)
+
+    def ablations(self) -> list[GatingTable]:
+        """Return a table for every layer and cut to measure, in that order."""
+        tables = []
+        for layer in range(self._spec.n_layers):
+            for cut in self._cuts_to_measure(ABLATED):
+                cuts = np.full(self._spec.n_layers, OFF)
+                cuts[layer] = cut
+                tables.append(self._table(cuts))
+        return tables
+
+    def measured(self, name: str, changes: LossChanges) -> SensitivityProfile:
+        """Return the profile whose curves were measured under `ablations`."""
+        increase, increase_se = (
+            values.reshape(self._spec.n_layers, -1) for values in getattr(changes, f"mean_{name}")
+        )
+        return self._profile(name, self._cuts_to_measure(ABLATED), increase, increase_se)
+
+    def anchors(self) -> list[GatingTable]:
+        """Return tables with one cut for all layers, those that skip least first."""
+        cuts = self._cuts_to_measure(ANCHORS)[::-1]
+        return [self._table(np.full(self._spec.n_layers, cut)) for cut in cuts]
+
+    def _table(self, cuts: Floats) -> GatingTable:
+        return GatingTable.per_layer(cuts, self._spec.top_k, self._renormalise)
+
+    def _cuts_to_measure(self, shares: Sequence[float]) -> Floats:
+        """Return ascending cuts that skip these shares of all that can be skipped."""
+        most = (self._spec.top_k - 1) / self._spec.top_k
+        skipped = self._skipped.mean(axis=0)[::-1]  # ascends where cuts descend
+        return np.interp([most * share for share in shares[::-1]], skipped, self._cuts[::-1])
+
+    def _profile(
+        self, name: str, cuts: Floats, increase: Floats, increase_se: Floats
+    ) -> SensitivityProfile:
+        fisher, fisher_se = jackknife(lambda weights: weights @ self._squares, self._n_tokens)
+        is_fisher = name == "fisher"
+        return SensitivityProfile(
+            model_fingerprint=self._spec.fingerprint(),
+            estimator=name,
+            stand_in=RENORMALISED if self._renormalise else NOTHING,
+            n_tokens=int(self._n_tokens.sum()),
+            n_sequences=len(self._n_tokens),
+            cost=fisher if is_fisher else increase[:, 0],
+            standard_error=fisher_se if is_fisher else increase_se[:, 0],
+            fisher=fisher,
+            fisher_se=fisher_se,
+            cuts=cuts,
+            increase_nats=increase,
+            increase_se=increase_se,
+            skipped=np.array([np.interp(cuts, self._cuts, row) for row in self._skipped]),
+        )
 
 
-def _reference_quantile(model: LabModel) -> float:
-    """Share of tokens whose best expert alone reaches the reference cut."""
-    top_k = model.spec.top_k
-    return min(1.0, REFERENCE_SKIPPED_FRACTION * top_k / (top_k - 1))
-
-
-def _calibrated(
-    profile: SensitivityProfile,
-    model: LabModel,
-    sequences: Sequence[torch.Tensor],
-    cut: float,
-    progress: Progress | None,
+def _anchored(
+    profile: SensitivityProfile, tables: Sequence[GatingTable], changes: LossChanges
 ) -> SensitivityProfile:
-    """Return the profile with its scale set by one measured divergence."""
-    uniform = np.full(profile.n_layers, cut)
-    table = GatingTable.per_layer(uniform, model.spec.top_k)
-    divergences = []
-    with torch.no_grad(), model.running(_ungated(model)), model.engine.reading_store():
-        for done, ids in enumerate(sequences):
-            if progress is not None:
-                progress(done, len(sequences), "anchoring the estimate")
-            divergences.append(_divergence(model, ids, table))
-    n_tokens = np.array([len(ids) for ids in sequences])
-    measured, error = _mean_over_sequences(np.array(divergences), n_tokens)
-    estimated = float(profile.increase(uniform)[0].sum())
-    if estimated <= 0:
-        return profile
-    return replace(profile, scale=float(measured) / estimated, scale_se=float(error) / estimated)
-
-
-def _divergence(model: LabModel, ids: torch.Tensor, table: GatingTable) -> float:
-    """Return the mean divergence in nats of the next-token distribution under a gating table."""
-    inputs = {"input_ids": ids[None].to(model.engine.device), "use_cache": False}
-    whole = model.hf(**inputs).logits[0].float().log_softmax(-1)
-    with model.engine.gated_by(table):
-        gated = model.hf(**inputs).logits[0].float().log_softmax(-1)
-    return float((whole.exp() * (whole - gated)).sum(-1).mean())
-
-
-class _GradientTap:
-    """Keeps every layer's expert output, and what each choice contributed to it."""
-
-    def __init__(self) -> None:
-        self.passes: list[LayerPass] = []
-
-    def __call__(self, layer_pass: LayerPass) -> None:
-        layer_pass.output.retain_grad()
-        self.passes.append(layer_pass)
-
-
-def _one_sequence(
-    model: LabModel, ids: torch.Tensor, cuts: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
-    """Return ||dL/dy||^2 [L], the estimated increase [L, B], both token means, and top shares."""
-    tap = _GradientTap()
-    embedded = model.hf.get_input_embeddings()(ids[None].to(model.engine.device))
-    with torch.enable_grad(), model.engine.observed_by(tap):
-        logits = model.hf(inputs_embeds=embedded.requires_grad_(), use_cache=False).logits[0]
-        targets = ids[1:].to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits[:-1].float(), targets, reduction="sum")
-        loss.backward()
-    squares, increases, top_shares = [], [], []
-    for passed in tap.passes:
-        gradient = passed.output.grad.float()  # pyright: ignore[reportOptionalMemberAccess]
-        along = torch.einsum("td,tkd->tk", gradient, passed.contributions.detach().float())
-        effects = along.cpu().double().numpy()
-        squares.append(float((gradient**2).sum(dim=1).mean()))
-        dropped = [(effects * ~keep_by_cuts(passed.weights, _row(c, effects))) for c in cuts]
-        increases.append([0.5 * float((d.sum(axis=1) ** 2).mean()) for d in dropped])
-        top_shares.append((passed.weights / passed.weights.sum(axis=1, keepdims=True)).max(axis=1))
-    return np.array(squares), np.array(increases), np.concatenate(top_shares)
-
-
-def _row(cut: float, effects: NDArray[np.float64]) -> NDArray[np.float32]:
-    return np.full(effects.shape[1] - 1, cut, dtype=np.float32)
-
-
-def _mean_over_sequences(
-    values: NDArray[np.float64], n_tokens: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the token-weighted mean over the first axis and its standard error."""
-    weights = (n_tokens / n_tokens.sum()).reshape(-1, *[1] * (values.ndim - 1))
-    mean = (weights * values).sum(axis=0)
-    n = len(values)
-    if n < 2:
-        return mean, np.full(mean.shape, np.nan)
-    variance = (weights**2 * (values - mean) ** 2).sum(axis=0) * n / (n - 1)
-    return mean, np.sqrt(variance)
+    """Return the profile corrected by what was measured with all layers skipping."""
+    divergence, divergence_se = changes.mean_divergence
+    excess, excess_se = changes.excess
+    estimated = [profile.total_increase(table.cuts[:, 0])[0] for table in tables]
+    anchors = np.stack([estimated, divergence, divergence_se], axis=1)
+    rising = np.flatnonzero(np.diff(np.maximum.accumulate([0.0, *estimated])) > 0)
+    return replace(profile, anchors=anchors[rising], excess=excess, excess_se=excess_se)

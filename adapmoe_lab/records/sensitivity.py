@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,58 +10,92 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adapmoe_lab.records.files import RecordError, frozen_array, load_arrays, save_arrays
+from adapmoe_lab.records.gating_table import OFF
 
 KIND = "sensitivity-profile"
-SCHEMA_VERSION = 1
-ARRAYS = ("cost", "standard_error", "cuts", "increase_nats", "increase_se")
-SCALARS = ("model_fingerprint", "estimator", "n_tokens", "n_sequences", "scale", "scale_se")
+SCHEMA_VERSION = 2
+ARRAYS = (
+    "cost",
+    "standard_error",
+    "fisher",
+    "fisher_se",
+    "cuts",
+    "increase_nats",
+    "increase_se",
+    "skipped",
+    "anchors",
+)
+SCALARS = (
+    "model_fingerprint",
+    "estimator",
+    "stand_in",
+    "n_tokens",
+    "n_sequences",
+    "excess",
+    "excess_se",
+)
+NOTHING = "nothing"
+RENORMALISED = "renormalised"
 
 
 @dataclass(frozen=True, eq=False)
 class SensitivityProfile:
-    """Sensitivity of the loss to each layer's experts, with standard errors over sequences.
+    """What skipping costs, layer by layer, with standard errors over sequences.
 
     Attributes:
         model_fingerprint: the model it was measured on.
-        estimator: name of the estimator of `cost`.
-        cost: float64 [L], loss cost per layer; for `fisher`, mean ||dL/dy_l||^2 over tokens.
-        standard_error: float64 [L], of `cost`.
+        estimator: name of the estimator, see `profiling.estimators`.
+        stand_in: what took the place of a skipped expert: `nothing`, `renormalised`, or the
+            fingerprint of the surrogates.
         n_tokens: tokens used.
         n_sequences: sequences used.
-        cuts: float64 [B], ascending cuts on the share.
-        increase_nats: float64 [L, B], second-order estimate of the loss increase in nats per
-            token when that layer alone skips at `cuts[b]`, without renormalisation.
+        cost: float64 [L], the estimator's sensitivity of each layer.
+        standard_error: float64 [L], of `cost`.
+        fisher: float64 [L], AdapMoE's S_l, mean ||dL/dy_l||^2 over tokens, whatever the estimator.
+        fisher_se: float64 [L], its standard error.
+        cuts: float64 [B], ascending cuts on the cumulative share.
+        increase_nats: float64 [L, B], estimated loss increase in nats per token when that layer
+            alone skips at `cuts[b]`.
         increase_se: float64 [L, B], its standard error.
-        scale: measured over estimated increase at one reference gating; 1 if not measured.
-        scale_se: standard error of `scale`; 0 if not measured.
+        skipped: float64 [L, B], share of the layer's expert activations that `cuts[b]` skips.
+        anchors: float64 [A, 3], settings in which all layers skipped at once, by what the curves
+            add up to: that sum, the Kullback-Leibler divergence from the ungated model measured
+            there, and its standard error, in nats per token. None if the estimate is not anchored.
+        excess: measured loss increase over measured divergence, at all anchors together: above one
+            where the model is surer of its predictions than it should be on these texts.
+        excess_se: its standard error.
     """
 
     model_fingerprint: str
     estimator: str
-    cost: NDArray[np.float64]
-    standard_error: NDArray[np.float64]
+    stand_in: str
     n_tokens: int
     n_sequences: int
+    cost: NDArray[np.float64]
+    standard_error: NDArray[np.float64]
+    fisher: NDArray[np.float64]
+    fisher_se: NDArray[np.float64]
     cuts: NDArray[np.float64]
     increase_nats: NDArray[np.float64]
     increase_se: NDArray[np.float64]
-    scale: float = 1.0
-    scale_se: float = 0.0
+    skipped: NDArray[np.float64]
+    anchors: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 3)))
+    excess: float = 1.0
+    excess_se: float = 0.0
 
     def __post_init__(self) -> None:
         """Freeze the arrays and check their shapes."""
         n_layers, n_cuts = len(self.cost), len(self.cuts)
-        for name, shape in (
-            ("cost", (n_layers,)),
-            ("standard_error", (n_layers,)),
-            ("cuts", (n_cuts,)),
-            ("increase_nats", (n_layers, n_cuts)),
-            ("increase_se", (n_layers, n_cuts)),
-        ):
+        shapes = dict.fromkeys(("cost", "standard_error", "fisher", "fisher_se"), (n_layers,))
+        shapes |= dict.fromkeys(("increase_nats", "increase_se", "skipped"), (n_layers, n_cuts))
+        shapes |= {"cuts": (n_cuts,), "anchors": (None, 3)}
+        for name, shape in shapes.items():
             array = frozen_array(name, getattr(self, name), np.float64, shape)
             object.__setattr__(self, name, array)
         if n_cuts < 2 or (np.diff(self.cuts) <= 0).any():
             raise RecordError("cuts must hold at least two values in ascending order.")
+        if (np.diff(self.anchors[:, 0]) <= 0).any():
+            raise RecordError("anchors must ascend in what the curves add up to.")
 
     @property
     def n_layers(self) -> int:
@@ -71,15 +105,53 @@ class SensitivityProfile:
     def increase(self, cuts: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the predicted loss increase of each layer [L] at one cut per layer [L].
 
-        In nats per token, scaled by the measured reference; second value: standard errors.
+        In nats per token; the second value is its standard errors.
         """
+        mean, error, factor, factor_se = self._corrected(cuts)
+        return mean * factor, np.hypot(error * factor, mean * factor_se)
+
+    def total_increase(self, cuts: ArrayLike) -> tuple[float, float]:
+        """Return the predicted loss increase of all layers at one cut per layer [L].
+
+        In nats per token, with its standard error: layers err independently of each other, the
+        correction that they share does not.
+        """
+        mean, error, factor, factor_se = self._corrected(cuts)
+        total, of_curves = float(mean.sum()), float(np.sqrt((error**2).sum()))
+        return total * factor, float(np.hypot(of_curves * factor, total * factor_se))
+
+    def cuts_skipping(self, skipped: ArrayLike) -> NDArray[np.float64]:
+        """Return the cut per layer [L] that skips these shares [L] of a layer's activations."""
+        pairs = zip(np.asarray(skipped, dtype=np.float64), self.skipped[:, ::-1], strict=True)
+        cuts = np.array([np.interp(share, row, self.cuts[::-1]) for share, row in pairs])
+        return np.where(np.asarray(skipped) > 0, cuts, OFF)
+
+    def _corrected(
+        self, cuts: ArrayLike
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], float, float]:
         cuts = np.asarray(cuts, dtype=np.float64)
-        layers = range(self.n_layers)
-        mean = np.array([np.interp(cuts[i], self.cuts, self.increase_nats[i]) for i in layers])
-        error = np.array([np.interp(cuts[i], self.cuts, self.increase_se[i]) for i in layers])
-        off = cuts > 1
-        mean, error = np.where(off, 0.0, mean), np.where(off, 0.0, error)
-        return mean * self.scale, np.hypot(error * self.scale, mean * self.scale_se)
+        mean, error = (self._curve(v, cuts) for v in (self.increase_nats, self.increase_se))
+        return mean, error, *self.correction(float(mean.sum()))
+
+    def correction(self, total: float) -> tuple[float, float]:
+        """Return what to multiply curves that add up to `total` by, and its standard error.
+
+        Between anchors the ratio of measured to estimated changes linearly with the estimate;
+        beyond them it stays.
+        """
+        if not len(self.anchors):
+            return 1.0, 0.0
+        estimated, measured, error = self.anchors.T
+        ratio = float(np.interp(total, estimated, measured / estimated))
+        ratio_se = float(np.interp(total, estimated, error / estimated))
+        return ratio * self.excess, float(np.hypot(ratio_se * self.excess, ratio * self.excess_se))
+
+    def _curve(self, values: NDArray[np.float64], cuts: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the value of each layer's curve at its cut; beyond the grid's end, nothing."""
+        ends = [np.append(row, 0.0) for row in values]
+        grid = np.append(self.cuts, max(1.0, self.cuts[-1]) + 1e-9)
+        at = np.array([np.interp(cut, grid, row) for cut, row in zip(cuts, ends, strict=True)])
+        return np.where(cuts > 1, 0.0, at)
 
     def save(self, path: str | Path) -> Path:
         """Write the profile to one .npz file, whole or not at all, and return its path."""

@@ -82,7 +82,7 @@ def simulate(
         if config.plan is not None
         else np.full(trace.spec.n_layers, trace.spec.stored_expert_bytes)
     )
-    loss, loss_se = _predicted_loss(config.gating, sensitivity)
+    loss, loss_se = _predicted_loss(config.gating, keep, sensitivity)
     ms_per_token = None
     if hardware is not None:
         load_s = np.array([hardware.load_s(n) for n in slot_bytes])
@@ -102,11 +102,14 @@ def simulate(
 
 
 def _predicted_loss(
-    gating: GatingTable | None, sensitivity: SensitivityProfile | None
+    gating: GatingTable | None, keep: NDArray[np.bool_], sensitivity: SensitivityProfile | None
 ) -> tuple[float | None, float | None]:
     if sensitivity is None:
         return None, None
     if gating is None:
         return 0.0, 0.0
-    increase, error = sensitivity.increase(gating.cuts[:, 0])
-    return float(increase.sum()), float(np.sqrt((error**2).sum()))
+    if gating.is_one_cut_per_layer:
+        cuts = gating.cuts[:, 0]
+    else:
+        cuts = sensitivity.cuts_skipping(1 - keep.mean(axis=(0, 2)))
+    return sensitivity.total_increase(cuts)

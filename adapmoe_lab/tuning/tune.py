@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,8 @@ import numpy as np
 from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
-from adapmoe_lab.policies.gating import adapmoe_cuts, curve_cuts, uniform_cuts
+from adapmoe_lab.policies.thresholds import RULES, largest_skipped_fraction
 from adapmoe_lab.records import (
-    GatingTable,
     HardwareProfile,
     MoESpec,
     RoutingTrace,
@@ -24,17 +22,6 @@ from adapmoe_lab.records import (
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 
 MAX_STEPS_BACK = 4
-
-GatingRule = Callable[[RoutingTrace, SensitivityProfile, float], GatingTable]
-
-GATING_RULES: Mapping[str, GatingRule] = MappingProxyType(
-    {
-        "uniform": lambda trace, _, skipped_fraction: uniform_cuts(trace, skipped_fraction),
-        "adapmoe": adapmoe_cuts,
-        "curve": curve_cuts,
-    }
-)
-"""Rules that choose cuts for a skipped fraction, by the name `tune` takes."""
 
 
 def tune(
@@ -75,20 +62,18 @@ def tune(
         ValueError: the method is unknown, trace and sensitivity are of different models, or the
             router chooses a single expert.
     """
-    if method not in GATING_RULES:
-        raise ValueError(
-            f"method={method!r} is unknown; expected one of {', '.join(GATING_RULES)}."
-        )
+    if method not in RULES:
+        raise ValueError(f"method={method!r} is unknown; expected one of {', '.join(RULES)}.")
     if sensitivity.model_fingerprint != trace.spec.fingerprint():
         raise ValueError(
             "The trace and the sensitivity were recorded on different models; record both on one."
         )
     check_skippable(trace.spec)
-    rule = GATING_RULES[method]
+    rule = RULES[method](trace, sensitivity)
     is_fixed = skipped_fraction is not None
     if skipped_fraction is None:
         skipped_fraction = largest_skipped_fraction(
-            trace, sensitivity, rule, max_loss_increase_nats
+            rule, sensitivity, trace.spec.top_k, max_loss_increase_nats
         )
     plan = uniform_plan(trace.spec, budget_bytes(expert_memory, trace.spec))
     ungated = TunedConfig(
@@ -99,7 +84,7 @@ def tune(
     )
 
     def skipping(fraction: float) -> TunedConfig:
-        table = rule(trace, sensitivity, fraction) if fraction > 0 else None
+        table = rule.table(fraction) if fraction > 0 else None
         return replace(ungated, gating=table)
 
     config, measured = skipping(skipped_fraction), None
@@ -167,19 +152,3 @@ def prediction_summary(simulation: Simulation) -> dict[str, Any]:
         "loss_increase_nats": simulation.loss_increase_nats,
         "loss_increase_se": simulation.loss_increase_se,
     }
-
-
-def largest_skipped_fraction(
-    trace: RoutingTrace,
-    sensitivity: SensitivityProfile,
-    rule: GatingRule,
-    max_loss_increase_nats: float,
-) -> float:
-    """Return the largest skipped fraction whose predicted loss increase is allowed."""
-    low, high = 0.0, (trace.spec.top_k - 1) / trace.spec.top_k
-    for _ in range(20):
-        middle = (low + high) / 2
-        cuts = rule(trace, sensitivity, middle).cuts[:, 0]
-        allowed = float(sensitivity.increase(cuts)[0].sum()) <= max_loss_increase_nats
-        low, high = (middle, high) if allowed else (low, middle)
-    return low

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.policies.thresholds import RULES, largest_skipped_fraction
 from adapmoe_lab.records import (
     OFF,
     GatingTable,
@@ -20,12 +21,7 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.simulation.simulate import Simulation, simulate
-from adapmoe_lab.tuning.tune import (
-    GATING_RULES,
-    check_skippable,
-    largest_skipped_fraction,
-    prediction_summary,
-)
+from adapmoe_lab.tuning.tune import check_skippable, prediction_summary
 
 N_QUICK_TOKENS = 192
 N_FULL_TOKENS = 3000
@@ -70,13 +66,15 @@ class Bench:
         self.sensitivity = sensitivity
         self.hardware = hardware
         self._quick = trace.first(N_QUICK_TOKENS)
+        self._rules = {name: rule(self.trace, sensitivity) for name, rule in RULES.items()}
         self._baselines: dict[int, Simulation] = {}
         self._tradeoffs: dict[tuple[str, int], list[Simulation]] = {}
 
     def suggestion(self, method: str, slots_per_layer: int) -> Draft:
         """Return the draft that skips the most within `SUGGESTED_LOSS_NATS` of predicted loss."""
-        rule = GATING_RULES[method]
-        fraction = largest_skipped_fraction(self.trace, self.sensitivity, rule, SUGGESTED_LOSS_NATS)
+        fraction = largest_skipped_fraction(
+            self._rules[method], self.sensitivity, self.trace.spec.top_k, SUGGESTED_LOSS_NATS
+        )
         return self.draft(method, fraction, slots_per_layer)
 
     def draft(self, method: str, skipped_fraction: float, slots_per_layer: int) -> Draft:
@@ -84,7 +82,7 @@ class Bench:
         if skipped_fraction <= 0:
             cuts = np.full(self.trace.spec.n_layers, OFF)
         else:
-            table = GATING_RULES[method](self.trace, self.sensitivity, skipped_fraction)
+            table = self._rules[method].table(skipped_fraction)
             cuts = table.cuts[:, 0].astype(np.float64)
         return Draft(cuts, slots_per_layer, method)
 

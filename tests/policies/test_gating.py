@@ -9,15 +9,14 @@ from hypothesis.extra import numpy as hnp
 from traces import make_spec, make_trace
 
 from adapmoe_lab.policies.gating import (
-    adapmoe_cut,
-    adapmoe_cuts,
-    curve_cuts,
+    fixed_k,
     gated_weights,
     keep_by_cuts,
     kept_experts,
-    uniform_cuts,
+    score_ratio,
+    top_p,
 )
-from adapmoe_lab.records import OFF, GatingTable, SensitivityProfile
+from adapmoe_lab.records import OFF, GatingTable, RecordError
 
 weights_arrays = hnp.arrays(
     np.float32,
@@ -54,16 +53,34 @@ def test_equals_the_definition_away_from_ties(weights, cuts):
     np.testing.assert_array_equal(keep_by_cuts(weights, row), keep_by_definition(weights, row))
 
 
-@given(weights_arrays, st.floats(0, 2))
-def test_numpy_and_torch_agree_to_the_last_bit(weights, cut):
-    row = np.full(weights.shape[1] - 1, cut, dtype=np.float32)
-    from_torch = keep_by_cuts(torch.from_numpy(weights.copy()), row)
-    np.testing.assert_array_equal(keep_by_cuts(weights, row), from_torch.numpy())
+every_policy = pytest.mark.parametrize(
+    "policy",
+    [
+        lambda top_k, strength: top_p(1, top_k, max(0.01, 1 - strength)),
+        lambda top_k, strength: score_ratio(1, top_k, strength),
+        lambda top_k, strength: fixed_k(top_k, [max(1, round(top_k * (1 - strength)))]),
+        lambda top_k, strength: GatingTable(
+            np.linspace(strength, 1 - strength, max(0, top_k - 1), dtype=np.float32)[None]
+        ),
+    ],
+    ids=["top-p", "score-ratio", "fixed-k", "cut-per-number"],
+)
 
 
-@given(weights_arrays, st.floats(0, 2))
-def test_at_least_one_is_kept_and_never_a_smaller_share_over_a_larger(weights, cut):
-    keep = keep_by_cuts(weights, np.full(weights.shape[1] - 1, cut, dtype=np.float32))
+@every_policy
+@given(weights_arrays, st.floats(0, 1))
+def test_numpy_and_torch_agree_to_the_last_bit(policy, weights, strength):
+    table = policy(weights.shape[1], strength)
+    from_torch = keep_by_cuts(torch.from_numpy(weights.copy()), table.cuts[0], table.quantity)
+    from_numpy = keep_by_cuts(weights, table.cuts[0], table.quantity)
+    np.testing.assert_array_equal(from_numpy, from_torch.numpy())
+
+
+@every_policy
+@given(weights_arrays, st.floats(0, 1))
+def test_at_least_one_is_kept_and_never_a_smaller_share_over_a_larger(policy, weights, strength):
+    table = policy(weights.shape[1], strength)
+    keep = keep_by_cuts(weights, table.cuts[0], table.quantity)
     assert keep.any(axis=1).all()
     for kept, row in zip(keep, weights, strict=True):
         if not kept.all():
@@ -100,50 +117,36 @@ def test_renormalising_preserves_the_sum():
     np.testing.assert_array_equal(gated_weights(weights, keep, renormalise=False)[0], [1.75, 0])
 
 
-def sensitivity_of(cost):
-    cost = np.asarray(cost, dtype=float)
-    grid = np.linspace(0.5, 1.0, 33)
-    increase = cost[:, None] * (1 - grid) ** 2 * 0.01
-    return SensitivityProfile(
-        "x", "fisher", cost, cost * 0, 100, 2, grid, increase, np.zeros_like(increase)
-    )
+def test_fixed_k_keeps_the_k_best_of_each_layer():
+    trace = make_trace(make_spec(top_k=4), n_tokens=50)
+    keep = kept_experts(trace, fixed_k(4, [1, 4, 2]))
+    assert keep.sum(axis=2).tolist() == [[1, 4, 2]] * 50
+    for layer, n in enumerate([1, 4, 2]):
+        ranks = np.argsort(np.argsort(-trace.weights[:, layer], axis=1), axis=1)
+        np.testing.assert_array_equal(keep[:, layer], ranks < n)
 
 
-@pytest.mark.parametrize("top_k", [2, 4])
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.4])
-def test_every_rule_meets_the_skipped_fraction(fraction, top_k):
-    trace = make_trace(make_spec(top_k=top_k), n_tokens=1000)
-    sensitivity = sensitivity_of([9.0, 3.0, 1.0])
-    if top_k == 4:
-        grid = np.linspace(0.25, 1.0, 33)
-        values = {n: getattr(sensitivity, n) for n in sensitivity.__dataclass_fields__}
-        sensitivity = SensitivityProfile(**{**values, "cuts": grid})
-    for table in (
-        uniform_cuts(trace, fraction),
-        adapmoe_cuts(trace, sensitivity, fraction),
-        curve_cuts(trace, sensitivity, fraction),
-    ):
-        skipped = 1 - kept_experts(trace, table).mean()
-        assert skipped == pytest.approx(fraction, abs=0.003)
+def test_score_ratio_compares_with_the_best_alone():
+    weights = np.array([[0.4, 0.1, 0.21, 0.19]], dtype=np.float32)
+    table = score_ratio(1, 4, 0.5)
+    assert keep_by_cuts(weights, table.cuts[0], table.quantity).tolist() == [
+        [True, False, True, False]
+    ]
+    assert keep_by_cuts(weights, score_ratio(1, 4, 0.0).cuts[0], table.quantity).all()
 
 
-def test_impossible_fraction_is_refused():
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.0\.5 for top-2 .*got 0\.6"):
-        uniform_cuts(make_trace(), 0.6)
+def test_top_p_keeps_the_fewest_that_hold_p():
+    weights = np.array([[0.1, 0.5, 0.25, 0.15]], dtype=np.float32)
+    for p, kept in ((0.4, 1), (0.7, 2), (0.8, 3), (1.0, 4)):
+        assert keep_by_cuts(weights, top_p(1, 4, p).cuts[0]).sum() == kept
 
 
-def test_adapmoe_rule_is_its_formula():
-    sensitivity = np.array([46.7, 1.0, 0.02])
-    cuts = adapmoe_cut(0.005, sensitivity)
-    shares = np.linspace(0.5, 1, 1001)
-    for cut, s in zip(cuts, sensitivity, strict=True):
-        np.testing.assert_array_equal(shares >= cut, (1 - shares) ** 2 * s <= 0.005)
-    assert (adapmoe_cut(0.0, sensitivity) == OFF).all()
-
-
-def test_curve_rule_spends_where_it_costs_least():
-    trace = make_trace(n_tokens=2000)
-    sensitivity = sensitivity_of([9.0, 3.0, 1.0])
-    curve = sensitivity.increase(curve_cuts(trace, sensitivity, 0.2).cuts[:, 0])[0].sum()
-    uniform = sensitivity.increase(uniform_cuts(trace, 0.2).cuts[:, 0])[0].sum()
-    assert curve < uniform
+def test_impossible_policies_are_refused():
+    with pytest.raises(ValueError, match=r"n_kept must lie in 1\.\.4, .*got \[2, 0\]"):
+        fixed_k(4, [2, 0])
+    with pytest.raises(ValueError, match=r"p must lie in 0\.\.1, .*got 1\.5"):
+        top_p(2, 4, 1.5)
+    with pytest.raises(ValueError, match=r"ratio must lie in 0\.\.1, .*got -1"):
+        score_ratio(2, 4, -1)
+    with pytest.raises(RecordError, match="Gating on 'entropy' is unknown; expected one of cumul"):
+        GatingTable(np.ones((2, 1)), quantity="entropy")

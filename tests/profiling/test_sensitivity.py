@@ -1,4 +1,4 @@
-"""Fisher information and the second-order estimate against finite differences and ablation."""
+"""Sensitivity against finite differences, brute force, and itself under other residency."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.evaluation.loss import evaluate_loss
-from adapmoe_lab.profiling.sensitivity import sensitivity
-from adapmoe_lab.records import GatingTable, TunedConfig
+from adapmoe_lab.models.recomputing import recomputing_layers
+from adapmoe_lab.profiling.sensitivity import sensitivities, sensitivity
+from adapmoe_lab.records import OFF, GatingTable, TunedConfig
 
 TEXT = "abc def"
 
@@ -20,79 +21,223 @@ def finite_difference_fisher(checkpoint, ids, step=3e-3):
     """
     hf = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
     hf.set_experts_implementation("eager")
-    n_layers, width = len(hf.model.layers), hf.config.hidden_size
-    nudge = torch.zeros(len(ids), width, dtype=torch.float64)
+    n_layers, width, n_tokens = len(hf.model.layers), hf.config.hidden_size, len(ids)
+    nudges = torch.zeros(2 * width, n_tokens, width, dtype=torch.float64)  # one per sequence
     where = {"layer": -1}
     for number, layer in enumerate(hf.model.layers):
 
         def add(_, __, output, number=number):
-            return output + nudge.view_as(output) if where["layer"] == number else output
+            return output + nudges.view_as(output) if where["layer"] == number else output
 
         layer.mlp.experts.register_forward_hook(add)
 
     @torch.no_grad()
-    def loss():
-        logits = hf(ids[None]).logits[0, :-1]
-        return float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+    def losses():
+        logits = hf(ids.repeat(2 * width, 1)).logits[:, :-1]
+        following = ids[1:].repeat(2 * width, 1)
+        return torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), following, reduction="none"
+        ).sum(1)
 
     squares = np.zeros(n_layers)
     for layer in range(n_layers):
         where["layer"] = layer
-        for token in range(len(ids)):
-            for channel in range(width):
-                nudge[token, channel] = step
-                above = loss()
-                nudge[token, channel] = -step
-                squares[layer] += ((above - loss()) / (2 * step)) ** 2
-                nudge[token, channel] = 0
-    return squares / len(ids)
+        for token in range(n_tokens):
+            nudges.zero_()
+            nudges[:width, token] = step * torch.eye(width, dtype=torch.float64)
+            nudges[width:, token] = -step * torch.eye(width, dtype=torch.float64)
+            above, below = losses().split(width)
+            squares[layer] += float((((above - below) / (2 * step)) ** 2).sum())
+    return squares / n_tokens
 
 
 def test_fisher_equals_finite_differences(tiny_checkpoint, load_tiny):
     model = load_tiny()
-    profile = sensitivity(model, [TEXT], calibrate=False)
+    profile = sensitivity(model, [TEXT], anchored=False)
     expected = finite_difference_fisher(tiny_checkpoint, model.encode(TEXT))
-    np.testing.assert_allclose(profile.cost, expected, rtol=1e-3)
+    np.testing.assert_allclose(profile.fisher, expected, rtol=1e-3)
     assert profile.n_tokens == len(TEXT)
 
 
 def test_cache_and_gating_play_no_part(load_tiny, texts):
     model = load_tiny()
-    expected = sensitivity(model, texts, calibrate=False)
+    expected = sensitivity(model, texts, anchored=False)
     model.apply(TunedConfig(
         model=TunedConfig.model_identity(model.spec),
         gating=GatingTable.per_layer([0.6] * 3, 2),
     ))  # fmt: skip
-    again = sensitivity(model, texts, calibrate=False)
+    again = sensitivity(model, texts, anchored=False)
     np.testing.assert_allclose(again.cost, expected.cost, rtol=1e-6)
     assert model.config.gating is not None
 
 
 def test_standard_errors_are_over_sequences(load_tiny, texts):
     model = load_tiny()
-    whole = sensitivity(model, texts, calibrate=False)
-    parts = [sensitivity(model, [text], calibrate=False) for text in texts]
+    whole = sensitivity(model, texts, anchored=False)
+    parts = [sensitivity(model, [text], anchored=False) for text in texts]
     n_tokens = np.array([part.n_tokens for part in parts])
-    costs = np.array([part.cost for part in parts])
-    np.testing.assert_allclose(whole.cost, (n_tokens @ costs) / n_tokens.sum(), rtol=1e-6)
-    weights = n_tokens / n_tokens.sum()
-    variance = (weights[:, None] ** 2 * (costs - whole.cost) ** 2).sum(0) * 3 / 2
-    np.testing.assert_allclose(whole.standard_error, np.sqrt(variance), rtol=1e-6)
-    assert np.isnan(parts[0].standard_error).all()
+    costs = np.array([part.fisher for part in parts])
+    np.testing.assert_allclose(whole.fisher, (n_tokens @ costs) / n_tokens.sum(), rtol=1e-6)
+    n = len(texts)
+    left_out = np.array([
+        np.delete(n_tokens, i) @ np.delete(costs, i, axis=0) / np.delete(n_tokens, i).sum()
+        for i in range(n)
+    ])  # fmt: skip
+    spread = ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0)
+    np.testing.assert_allclose(whole.fisher_se, np.sqrt(spread * (n - 1) / n), rtol=1e-6)
+    assert np.isnan(parts[0].fisher_se).all()
 
 
-def test_calibration_anchors_the_estimate_to_a_measured_increase(load_tiny, texts):
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_estimates_equal_a_plain_computation_from_the_unmodified_model(
+    tiny_checkpoint, load_tiny, renormalise
+):
+    """Gradients and expert outputs of plain transformers, and every token on its own."""
     model = load_tiny()
+    found = sensitivities(
+        model, [TEXT], ["fisher", "fisher-change", "directional", "second-order"],
+        renormalise=renormalise, anchored=False,
+    )  # fmt: skip
+    hf = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    hf.set_experts_implementation("eager")
+    ids = model.encode(TEXT)
+    outputs, routed = {}, {}
+    for number, layer in enumerate(hf.model.layers):
+
+        def keep_output(module, inputs, output, number=number):
+            output.retain_grad()
+            outputs[number], routed[number] = output, (module, *inputs)
+
+        layer.mlp.experts.register_forward_hook(keep_output)
+    logits = hf(ids[None]).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").backward()
+    for number in range(3):
+        gradient = outputs[number].grad.detach().double()
+        module, hidden, index, weights = (
+            value.detach() if isinstance(value, torch.Tensor) else value for value in routed[number]
+        )
+        estimates = dict.fromkeys(found, 0.0)
+        change_squared = 0.0
+        cut_number = 10
+        cut = found["fisher"].cuts[cut_number]
+        for t in range(len(ids)):
+            parts = [
+                module(
+                    hidden[t : t + 1], index[t : t + 1, k : k + 1], weights[t : t + 1, k : k + 1]
+                )[0]
+                .detach()
+                .double()
+                for k in range(2)
+            ]
+            best, other = (0, 1) if weights[t, 0] >= weights[t, 1] else (1, 0)
+            share = float(weights[t, best] / weights[t].sum())
+            if share < cut:
+                continue
+            change = -parts[other]
+            if renormalise:
+                change = change + (1 - share) / share * parts[best]
+            along = float(gradient[t] @ change)
+            estimates["fisher"] += (1 - share) ** 2
+            change_squared += float(change @ change)
+            estimates["directional"] += along**2 / 2
+            estimates["second-order"] += along + along**2 / 2
+        fisher = float((gradient**2).sum(dim=1).mean())
+        estimates["fisher"] *= fisher
+        estimates["fisher-change"] = fisher * change_squared / (2 * hidden.shape[1])
+        for name, total in estimates.items():
+            got = found[name].increase_nats[number, cut_number]
+            assert got == pytest.approx(total / len(ids), rel=2e-3, abs=1e-9), name
+
+
+def test_ablation_is_the_measured_difference_of_two_runs(load_tiny, texts):
+    model = load_tiny()
+    profile = sensitivity(model, texts, estimator="ablation", anchored=False)
+    baseline = evaluate_loss(model, TunedConfig.untuned(model.spec), texts)
+    cuts = np.full(3, OFF)
+    cuts[1] = profile.cuts[0]
+    skipping = TunedConfig(
+        model=TunedConfig.model_identity(model.spec), gating=GatingTable.per_layer(cuts, 2)
+    )
+    increase, _ = evaluate_loss(model, skipping, texts).increase_over(baseline)
+    assert profile.increase_nats[1, 0] == pytest.approx(increase, rel=1e-3)
+    assert profile.increase(cuts)[0][[0, 2]].tolist() == [0, 0]
+
+
+def test_divergence_is_that_of_the_two_distributions(load_tiny, texts):
+    model = load_tiny()
+    profile = sensitivity(model, texts[:1], estimator="divergence", anchored=False)
+    ids = model.encode(texts[0])[None]
+    table = GatingTable.per_layer([OFF, OFF, profile.cuts[2]], 2)
+    with torch.no_grad():
+        whole = torch.distributions.Categorical(logits=model.hf(ids).logits[0, :-1])
+        with model.engine.gated_by(table):
+            gated = torch.distributions.Categorical(logits=model.hf(ids).logits[0, :-1])
+    expected = float(torch.distributions.kl_divergence(whole, gated).mean())
+    assert profile.increase_nats[2, 2] == pytest.approx(expected, rel=1e-3)
+
+
+def test_anchors_correct_the_sum_of_the_curves(load_tiny, texts):
+    model = load_tiny()
+    raw = sensitivity(model, texts, anchored=False)
     profile = sensitivity(model, texts)
-    raw = sensitivity(model, texts, calibrate=False)
-    assert raw.scale == 1.0
-    assert profile.scale > 0
-    assert profile.scale != 1.0
-    assert 0 < profile.scale_se < profile.scale
     np.testing.assert_allclose(profile.increase_nats, raw.increase_nats)
-    off = np.full(3, 2.0)
-    assert profile.increase(off)[0].sum() == 0
-    assert (raw.increase(np.full(3, 0.6))[0] >= raw.increase(np.full(3, 0.9))[0]).all()
+    estimated, divergence, error = profile.anchors[-1]
+    factor, factor_se = profile.correction(estimated)
+    assert factor == pytest.approx(divergence / estimated * profile.excess)
+    assert factor_se > error / estimated * profile.excess
+    assert raw.correction(estimated) == (1.0, 0.0)
+    assert profile.total_increase(np.full(3, OFF))[0] == 0
+    cuts = np.full(3, 0.6)
+    assert profile.total_increase(cuts)[0] == pytest.approx(profile.increase(cuts)[0].sum())
+
+
+def test_one_slot_per_layer_gives_the_resident_result(load_tiny, texts):
+    resident = sensitivity(load_tiny(), texts)
+    offloaded = sensitivity(load_tiny(expert_memory="45%"), texts)
+    np.testing.assert_allclose(offloaded.fisher, resident.fisher, rtol=1e-4)
+    np.testing.assert_allclose(offloaded.increase_nats, resident.increase_nats, rtol=1e-4)
+
+
+@pytest.mark.parametrize("expert_dtype", ["int8", "int4", "mxfp4"])
+def test_quantised_stores_have_the_sensitivity_of_their_dequantised_weights(
+    tiny_checkpoint, load_tiny, expert_dtype
+):
+    packed = load_tiny(expert_dtype=expert_dtype)
+    found = sensitivity(packed, [TEXT], anchored=False).fisher
+    hf = load_tiny(expert_dtype=expert_dtype).detach()  # plain transformers, dequantised experts
+    ids, gradients = packed.encode(TEXT), {}
+    for number, layer in enumerate(hf.model.layers):
+
+        def keep_output(_, __, output, number=number):
+            output.retain_grad()
+            gradients[number] = output
+
+        layer.mlp.experts.register_forward_hook(keep_output)
+    embedded = hf.get_input_embeddings()(ids[None]).detach().requires_grad_()
+    logits = hf(inputs_embeds=embedded).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").backward()
+    expected = [float((gradients[n].grad ** 2).sum(1).mean()) for n in range(3)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_recomputing_leaves_the_layers_as_they_were(load_tiny):
+    model = load_tiny()
+    modules = list(model.hf.modules())
+    before = [dict(vars(module)) for module in modules]
+
+    def is_as_before():
+        return all(vars(m).keys() == was.keys() and m.training == was["training"]
+                   for m, was in zip(modules, before, strict=True))  # fmt: skip
+
+    with recomputing_layers(model.hf):
+        assert not is_as_before()
+        assert not any(m.training for m in modules if isinstance(m, torch.nn.Linear))
+    assert is_as_before()
+
+
+def test_an_unknown_estimator_is_refused(load_tiny, texts):
+    with pytest.raises(ValueError, match="estimator='hessian' is unknown; expected one of fisher,"):
+        sensitivity(load_tiny(), texts, estimator="hessian")
 
 
 def test_what_a_text_must_have(load_tiny):

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from traces import make_spec, make_trace
+from traces import make_sensitivity, make_spec, make_trace
 
-from adapmoe_lab.records import RecordError, RoutingTrace, SensitivityProfile
+from adapmoe_lab.records import RecordError, RoutingTrace
 
 
 def test_saved_trace_reads_back_equal(tmp_path):
@@ -32,10 +32,7 @@ def test_cut_file_is_refused(tmp_path, kept_bytes):
 
 
 def test_other_record_is_refused(tmp_path):
-    profile = SensitivityProfile(
-        "x", "fisher", [1.0], [0.1], 10, 2, [0.5, 1.0], [[0.1, 0.0]], [[0.0, 0.0]]
-    )
-    path = profile.save(tmp_path / "profile.npz")
+    path = make_sensitivity().save(tmp_path / "profile.npz")
     with pytest.raises(RecordError, match="holds a 'sensitivity-profile'; expected a 'routing-tr"):
         RoutingTrace.load(path)
 

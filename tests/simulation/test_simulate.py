@@ -5,7 +5,8 @@ import pytest
 from traces import make_spec, make_trace
 
 from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts, uniform_cuts
+from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.records import HardwareProfile, TunedConfig
 from adapmoe_lab.simulation.cost import layer_step_s
 from adapmoe_lab.simulation.replay import replay
@@ -58,7 +59,7 @@ def test_gating_lowers_experts_loads_and_time():
     trace = make_trace(n_tokens=600)
     hardware = HardwareProfile("cpu", "emulated:x", [1000], [0.01], 0.001, 0.0005)
     plain = replace(TunedConfig.untuned(trace.spec), plan=slots_plan(trace.spec, 4))
-    gated = replace(plain, gating=uniform_cuts(trace, 0.25))
+    gated = replace(plain, gating=UniformCut(trace).table(0.25))
     full, fewer = simulate(trace, plain, hardware), simulate(trace, gated, hardware)
     assert full.mean_experts_per_token == 2
     assert fewer.skipped_fraction == pytest.approx(0.25, abs=0.002)

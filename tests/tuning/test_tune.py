@@ -1,27 +1,22 @@
 """From trace and sensitivity to a config that keeps its promises."""
 
-import numpy as np
 import pytest
-from traces import make_spec, make_trace
+from traces import make_sensitivity, make_spec, make_trace
 
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.policies.thresholds import RULES
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity
-from adapmoe_lab.records import SensitivityProfile, TunedConfig
-from adapmoe_lab.tuning.tune import GATING_RULES, tune
+from adapmoe_lab.records import TunedConfig
+from adapmoe_lab.tuning.tune import tune
 
 
-def sensitivity_of(trace, scale=0.01):
-    grid = np.linspace(0.5, 1.0, 33)
-    increase = np.outer([3.0, 2.0, 1.0], (1 - grid) ** 2) * scale
-    cost = np.array([3.0, 2.0, 1.0])
-    return SensitivityProfile(
-        trace.spec.fingerprint(), "fisher", cost, cost / 10, 100, 2, grid, increase, increase / 10
-    )
+def sensitivity_of(trace):
+    return make_sensitivity(trace.spec, [3.0, 2.0, 1.0])
 
 
-@pytest.mark.parametrize("method", GATING_RULES)
+@pytest.mark.parametrize("method", RULES)
 def test_the_predicted_loss_stays_within_what_is_allowed(method):
     trace = make_trace(n_tokens=800)
     config = tune(trace, sensitivity_of(trace), max_loss_increase_nats=0.01, method=method)

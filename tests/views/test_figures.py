@@ -5,39 +5,26 @@ from dataclasses import replace
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from traces import make_spec, make_trace
+from traces import make_sensitivity, make_spec, make_trace
 
 from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import uniform_cuts
-from adapmoe_lab.records import OFF, SensitivityProfile, TunedConfig
+from adapmoe_lab.policies.thresholds import UniformCut
+from adapmoe_lab.records import OFF, TunedConfig
 from adapmoe_lab.simulation.simulate import simulate
 from adapmoe_lab.views import figures
 from adapmoe_lab.views.figures import theme
 
 
-def a_profile(cost=(40.0, 8.0, 1.0)):
-    cost = np.array(cost)
-    cuts = np.linspace(0.5, 1, 11)
-    increase = cost[:, None] * (1 - cuts) ** 2
-    return SensitivityProfile(
-        model_fingerprint="none",
-        estimator="fisher",
-        cost=cost,
-        standard_error=cost / 10,
-        n_tokens=2048,
-        n_sequences=8,
-        cuts=cuts,
-        increase_nats=increase,
-        increase_se=increase / 5,
-        scale=2.0,
-    )
+def a_profile(fisher=(40.0, 8.0, 1.0)):
+    profile = make_sensitivity(fisher=fisher, increase_scale=1.0)
+    return replace(profile, anchors=np.array([[1.0, 2.0, 0.1]]))  # twice what the curves say
 
 
 def a_simulation(skipped_fraction=0.2):
     trace = make_trace()
     config = TunedConfig(
         model=TunedConfig.model_identity(trace.spec),
-        gating=uniform_cuts(trace, skipped_fraction),
+        gating=UniformCut(trace).table(skipped_fraction),
         plan=slots_plan(trace.spec, 4),
     )
     return simulate(trace, config)
@@ -148,9 +135,10 @@ def test_token_text_is_shown_as_it_is_and_never_as_markup():
 
 
 def test_sensitivity_predicts_in_millinats_at_the_cuts():
-    info = figures.sensitivity_info(a_profile(), [0.5, 0.8, OFF])
-    assert info.increase_millinats == pytest.approx([1e3 * 20.0, 1e3 * 0.64, 0.0])
-    assert info.increase_se_millinats == pytest.approx([1e3 * 4.0, 1e3 * 0.128, 0.0])
+    info = figures.sensitivity_info(a_profile(), [0.5, 0.75, OFF])
+    assert info.increase_millinats == pytest.approx([1e3 * 20.0, 1e3 * 1.0, 0.0])
+    errors = [np.hypot(2.0, 1.0), np.hypot(0.1, 0.05), 0.0]  # of the curve, of the correction
+    assert info.increase_se_millinats == pytest.approx(1e3 * np.array(errors))
     one_cut = figures.sensitivity_info(a_profile(), 0.5)
     assert one_cut.cuts.tolist() == [0.5] * 3
 

@@ -1,22 +1,16 @@
 """What the workbench's controls say and what follows from it."""
 
-import numpy as np
 import pytest
-from traces import make_trace
+from traces import make_sensitivity, make_trace
 
-from adapmoe_lab.records import HardwareProfile, SensitivityProfile, TunedConfig
+from adapmoe_lab.records import HardwareProfile, TunedConfig
 from adapmoe_lab.workbench.draft import Bench
 
 
 @pytest.fixture
 def bench():
     trace = make_trace(n_tokens=600)
-    grid = np.linspace(0.5, 1.0, 33)
-    cost = np.array([3.0, 2.0, 1.0])
-    increase = np.outer(cost, (1 - grid) ** 2) * 0.01
-    sensitivity = SensitivityProfile(
-        trace.spec.fingerprint(), "fisher", cost, cost / 10, 100, 2, grid, increase, increase / 10
-    )
+    sensitivity = make_sensitivity(trace.spec, [3.0, 2.0, 1.0])
     hardware = HardwareProfile("cpu", "emulated:x", [1000], [0.01], 0.001, 0.0005)
     return Bench(trace, sensitivity, hardware)
 

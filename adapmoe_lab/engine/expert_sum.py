@@ -1,0 +1,140 @@
+"""The sum of the experts that one layer runs, and its gradient with experts still in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from adapmoe_lab.engine.sources import ExpertSource
+from adapmoe_lab.models.experts import run_expert
+
+Positions = tuple[torch.Tensor, torch.Tensor]
+"""Tokens and columns, int64 [n] each, of one expert's part in [T, K]."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGradient:
+    """What the backward pass found in one layer; what gradient observers are shown.
+
+    Attributes:
+        layer: number of the MoE layer.
+        hidden: the experts' input [T, D].
+        indices: the router's choice, int64 [T, K]; E means no expert.
+        weights: the router's weights [T, K] that the experts were summed with.
+        keep: bool [T, K], which of them were run.
+        contributions: weighted expert outputs [T, K, D], zero where nothing was run.
+        gradient: of what was differentiated, with respect to their sum [T, D].
+    """
+
+    layer: int
+    hidden: torch.Tensor
+    indices: NDArray[np.int64]
+    weights: torch.Tensor
+    keep: NDArray[np.bool_]
+    contributions: torch.Tensor
+    gradient: torch.Tensor
+
+
+GradientObserver = Callable[[LayerGradient], None]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRun:
+    """The experts that one forward pass runs in one layer, and for which tokens.
+
+    Attributes:
+        layer: number of the MoE layer.
+        module: the transformers experts module.
+        indices: the router's choice, int64 [T, K].
+        keep: bool [T, K], which of them are run.
+    """
+
+    layer: int
+    module: nn.Module
+    indices: NDArray[np.int64]
+    keep: NDArray[np.bool_]
+
+    def outputs(
+        self, source: ExpertSource, hidden: torch.Tensor
+    ) -> Iterator[tuple[Positions, torch.Tensor]]:
+        """Yield, expert by expert, where it was chosen and its outputs [n, D], not yet weighted."""
+        needed = set(self.indices[self.keep].tolist())
+        for expert, weights in source.arrivals(self.layer, needed):
+            tokens, columns = np.nonzero((self.indices == expert) & self.keep)
+            at = (_on_device_of(hidden, tokens), _on_device_of(hidden, columns))
+            yield at, run_expert(self.module, weights, hidden[at[0]])
+
+    def contributions(
+        self, source: ExpertSource, hidden: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted expert outputs [T, K, D], zero where nothing is run."""
+        parts = self.no_contributions(hidden, weights)
+        for at, produced in self.outputs(source, hidden):
+            parts[at] = produced * weights[at].unsqueeze(-1)
+        return parts
+
+    def no_contributions(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return zeros [T, K, D] in the precision that experts are summed in."""
+        dtype = torch.promote_types(hidden.dtype, weights.dtype)
+        shape = (*self.indices.shape, hidden.shape[-1])
+        return torch.zeros(shape, dtype=dtype, device=hidden.device)
+
+
+class StreamedExpertSum(torch.autograd.Function):
+    """A layer's expert sum whose backward pass reads the experts from the store once more.
+
+    Nothing of an expert is kept between the passes, so a layer never holds more than one expert
+    beside its activations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        run: LayerRun,
+        source: ExpertSource,
+        source_again: ExpertSource,
+        observers: tuple[GradientObserver, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum [T, D], and the contributions [T, K, D], which carry no gradient."""
+        ctx.save_for_backward(hidden, weights)
+        ctx.run, ctx.source, ctx.observers = run, source_again, observers
+        parts = run.contributions(source, hidden, weights)
+        ctx.mark_non_differentiable(parts)
+        return parts.sum(dim=1).to(hidden.dtype), parts
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+        """Return the gradients of hidden states and weights; show the layer to the observers."""
+        hidden, weights = ctx.saved_tensors
+        run: LayerRun = ctx.run
+        leaf = hidden.detach().requires_grad_()
+        for_hidden, for_weights = torch.zeros_like(hidden), torch.zeros_like(weights)
+        parts = run.no_contributions(hidden, weights) if ctx.observers else None
+        with torch.enable_grad():
+            for at, produced in run.outputs(ctx.source, leaf):
+                arriving = gradient[at[0]]
+                weighted = (arriving * weights[at].unsqueeze(-1)).to(produced.dtype)
+                for_hidden += torch.autograd.grad(produced, leaf, weighted)[0]
+                produced = produced.detach()
+                for_weights[at] = (arriving * produced).sum(-1).to(weights.dtype)
+                if parts is not None:
+                    parts[at] = produced * weights[at].unsqueeze(-1)
+        if parts is not None:
+            found = LayerGradient(
+                run.layer, hidden.detach(), run.indices, weights, run.keep, parts, gradient
+            )
+            for observer in ctx.observers:
+                observer(found)
+        return for_hidden, for_weights, None, None, None, None
+
+
+def _on_device_of(like: torch.Tensor, positions: NDArray[np.int64]) -> torch.Tensor:
+    return torch.from_numpy(positions).to(like.device)

@@ -1,0 +1,88 @@
+"""One backward pass per text, reduced layer by layer to what the estimators need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adapmoe_lab.engine.expert_sum import LayerGradient
+from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.models.recomputing import recomputing_layers
+from adapmoe_lab.policies.gating import keep_by_cuts
+from adapmoe_lab.profiling.estimators import ESTIMATORS, SkipEffects
+
+
+@dataclass(frozen=True, eq=False)
+class GradientTerms:
+    """Means over the tokens of one text; C estimators, L layers, B cuts.
+
+    Attributes:
+        squares: float64 [L], ||dL/dy||^2 at each layer's expert output y.
+        terms: float64 [C, L, B], each estimator's term at every cut.
+        skipped: float64 [L, B], share of the activations that every cut skips.
+    """
+
+    squares: NDArray[np.float64]
+    terms: NDArray[np.float64]
+    skipped: NDArray[np.float64]
+
+
+def gradient_terms(
+    model: LabModel,
+    ids: torch.Tensor,
+    estimators: Sequence[str],
+    cuts: NDArray[np.float64],
+    renormalise: bool,
+) -> GradientTerms:
+    """Differentiate the summed next-token loss of a text, token ids int64 [T], in nats.
+
+    Layers are recomputed on the way back and experts read from the store again, so that the device
+    holds the activations of one layer and a single expert at a time.
+    """
+    by_layer = {}
+
+    def read(found: LayerGradient) -> None:
+        by_layer[found.layer] = _terms_of(found, estimators, cuts, renormalise)
+
+    embedded = model.hf.get_input_embeddings()(ids[None].to(model.engine.device)).detach()
+    with torch.enable_grad(), recomputing_layers(model.hf):
+        with model.engine.gradients_observed_by(read):
+            hf = model.hf(inputs_embeds=embedded.requires_grad_(), use_cache=False)
+        logits = hf.logits[0, :-1].float()
+        following = ids[1:].to(logits.device)
+        torch.nn.functional.cross_entropy(logits, following, reduction="sum").backward()
+    squares, terms, skipped = zip(*(by_layer[i] for i in sorted(by_layer)), strict=True)
+    return GradientTerms(np.array(squares), np.stack(terms, axis=1), np.array(skipped))
+
+
+def _terms_of(
+    found: LayerGradient,
+    estimators: Sequence[str],
+    cuts: NDArray[np.float64],
+    renormalise: bool,
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """Return squares, terms [C, B] and skipped [B] of one layer."""
+    gradient, parts = found.gradient.float(), found.contributions.float()
+    weights = found.weights.float().cpu().numpy()
+    effects = SkipEffects(
+        weights=weights.astype(np.float64),
+        along=_on_host(torch.einsum("td,tkd->tk", gradient, parts)),
+        products=_on_host(torch.einsum("tkd,tjd->tkj", parts, parts)),
+        width=parts.shape[-1],
+        gain=float(renormalise),
+    )
+    terms, skipped = np.empty((len(estimators), len(cuts))), np.empty(len(cuts))
+    for b, cut in enumerate(cuts):
+        row = np.full(weights.shape[1] - 1, cut, dtype=np.float32)
+        dropped = found.keep & ~keep_by_cuts(weights, row)
+        skipped[b] = dropped.mean()
+        terms[:, b] = [ESTIMATORS[name].of_tokens(effects, dropped).mean() for name in estimators]
+    return float((gradient**2).sum(dim=1).mean()), terms, skipped
+
+
+def _on_host(values: torch.Tensor) -> NDArray[np.float64]:
+    return values.double().cpu().numpy()

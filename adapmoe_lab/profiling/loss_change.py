@@ -1,0 +1,117 @@
+"""How skipping changes the loss, measured: the same texts with and without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.records import GatingTable, TunedConfig
+
+Progress = Callable[[int, int, str], None]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class LossChanges:
+    """What C gating tables change on S texts, summed over the tokens each text predicts.
+
+    Attributes:
+        loss: float64 [S, C], increase of the loss of the text's own next tokens, in nats.
+        divergence: float64 [S, C], Kullback-Leibler divergence of the next-token distribution
+            from the ungated one: the increase expected over what the model itself holds possible.
+        n_predicted: int64 [S], tokens predicted.
+    """
+
+    loss: Floats
+    divergence: Floats
+    n_predicted: NDArray[np.int64]
+
+    def of_tables(self, chosen: slice) -> LossChanges:
+        """Return the changes under some of the tables."""
+        return LossChanges(self.loss[:, chosen], self.divergence[:, chosen], self.n_predicted)
+
+    @property
+    def mean_ablation(self) -> tuple[Floats, Floats]:
+        """Loss increase in nats per token, float64 [C], and its standard errors."""
+        return self._mean(self.loss)
+
+    @property
+    def mean_divergence(self) -> tuple[Floats, Floats]:
+        """Divergence in nats per token, float64 [C], and its standard errors."""
+        return self._mean(self.divergence)
+
+    @property
+    def excess(self) -> tuple[float, float]:
+        """Loss increase over divergence, all tables together, and its standard error."""
+        loss, divergence = (
+            values.sum(axis=1) / self.n_predicted for values in (self.loss, self.divergence)
+        )
+        ratio, error = jackknife(lambda w: (w @ loss) / (w @ divergence), self.n_predicted)
+        return float(ratio), float(error)
+
+    def _mean(self, summed: Floats) -> tuple[Floats, Floats]:
+        per_token = summed / self.n_predicted[:, None]
+        return jackknife(lambda weights: weights @ per_token, self.n_predicted)
+
+
+def loss_changes(
+    model: LabModel,
+    sequences: Sequence[torch.Tensor],
+    tables: Sequence[GatingTable],
+    progress: Progress | None = None,
+    doing: str = "measuring loss",
+) -> LossChanges:
+    """Run every text, token ids int64 [T], ungated and under each table."""
+    found = []
+    ungated = TunedConfig.untuned(model.spec)
+    with torch.no_grad(), model.running(ungated), model.engine.reading_store():
+        for done, ids in enumerate(sequences):
+            if progress is not None:
+                progress(done, len(sequences), doing)
+            found.append(_of_text(model, ids, tables))
+    loss, divergence = np.array(found).transpose(2, 0, 1)
+    return LossChanges(loss, divergence, np.array([len(ids) - 1 for ids in sequences]))
+
+
+def _of_text(
+    model: LabModel, ids: torch.Tensor, tables: Sequence[GatingTable]
+) -> list[tuple[float, float]]:
+    """Return loss increase and divergence of one text under each table, summed over its tokens."""
+    ids = ids.to(model.engine.device)
+
+    def log_probabilities() -> torch.Tensor:
+        logits = model.hf(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        return logits.float().log_softmax(-1)
+
+    whole = log_probabilities()
+    probabilities, following = whole.exp(), ids[1:, None].to(whole.device)
+    changes = []
+    for table in tables:
+        with model.engine.gated_by(table):
+            change = whole - log_probabilities()
+        loss = float(change.gather(1, following).double().sum())
+        changes.append((loss, float((probabilities * change).double().sum())))
+    return changes
+
+
+def jackknife(
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]], n_tokens: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return a statistic of token-weighted means, and its standard error over sequences.
+
+    `statistic` takes the weights [S] of the sequences; each is left out once. With one sequence the
+    error is not a number.
+    """
+    whole = statistic(n_tokens / n_tokens.sum())
+    n = len(n_tokens)
+    if n < 2:
+        return whole, np.full(np.shape(whole), np.nan)
+    without = np.where(np.eye(n, dtype=bool), 0, n_tokens)  # [S, S], one left out per row
+    left_out = np.array([statistic(weights / weights.sum()) for weights in without])
+    spread = ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0)
+    return whole, np.sqrt((n - 1) / n * spread)
