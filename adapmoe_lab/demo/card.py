@@ -10,6 +10,7 @@ from typing import Any
 from adapmoe_lab.demo.measurements import MEASUREMENTS_NAME
 from adapmoe_lab.demo.publish import write_lines
 from adapmoe_lab.demo.record import CURVE_NAME, RECORD_NAME
+from adapmoe_lab.models.demo_architecture import FAMILIES, DemoArchitecture
 
 CARD_NAME = "README.md"
 
@@ -30,17 +31,35 @@ def write_card(folder: Path) -> None:
 
 
 def _introduction(record: Mapping[str, Any]) -> str:
-    shape = record["architecture"]
+    shape = DemoArchitecture(**record["architecture"])
+    family = FAMILIES[shape.family].title
+    if shape == DemoArchitecture():
+        heading = "The demo model"
+        purpose = (
+            "It exists so that every page of this project works on a real trained "
+            "Mixture-of-Experts model without a download."
+        )
+        loading = (
+            "Plain transformers loads this folder too: "
+            "`AutoModelForCausalLM.from_pretrained('data/demo')`."
+        )
+    else:
+        heading = f"A {family} beside the demo model"
+        purpose = (
+            "It is trained as the demo model was, so that methods can be compared on more than "
+            "one model."
+        )
+        loading = (
+            "Its weights are not committed: the command in `data/README.md` makes them again, in "
+            "a folder that `lab.load` and plain transformers load."
+        )
     return (
-        "# The demo model\n\n"
-        f"A Mixtral of {record['n_parameters'] / 1e6:.1f}M parameters: {shape['n_layers']} layers, "
-        f"{shape['n_experts']} experts, top-{shape['top_k']}, hidden size {shape['hidden_size']}, "
-        f"byte-level BPE of {shape['vocabulary_size']} tokens, up to {shape['max_positions']} "
-        "positions, bfloat16. It exists so that every page of this project works on a real trained "
-        "Mixture-of-Experts model without a download. It writes short simple text; it knows "
-        "nothing and must not be asked for facts.\n\n"
-        "Plain transformers loads this folder too: "
-        "`AutoModelForCausalLM.from_pretrained('data/demo')`."
+        f"# {heading}\n\n"
+        f"A {family} of {record['n_parameters'] / 1e6:.1f}M parameters: {shape.n_layers} layers, "
+        f"{shape.n_experts} experts, top-{shape.top_k}, hidden size {shape.hidden_size}, "
+        f"byte-level BPE of {shape.vocabulary_size} tokens, up to {shape.max_positions} "
+        f"positions, bfloat16. {purpose} It writes short simple text; it knows nothing and must "
+        f"not be asked for facts.\n\n{loading}"
     )
 
 

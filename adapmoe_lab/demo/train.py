@@ -24,6 +24,7 @@ from adapmoe_lab.demo.tokens import encode_stream, train_tokenizer, windows
 from adapmoe_lab.demo.trainer import CurvePoint, TrainingResult, train_model
 from adapmoe_lab.models.demo_architecture import (
     END_OF_TEXT,
+    FAMILIES,
     DemoArchitecture,
     build_model,
     n_parameters,
@@ -36,7 +37,7 @@ MAX_SHARD_SIZE = "15MB"  # a repository takes files of this size without complai
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, save, measure and describe a demo model; return the exit status."""
-    options = _parser().parse_args(arguments)
+    options = argument_parser().parse_args(arguments)
     recipe = recipe_from(options)
     domains = read_corpus(options.text, options.domains)
     with staged_folder(options.out) as folder:
@@ -107,7 +108,8 @@ def _print_point(point: CurvePoint) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command; `recipe_from` reads what it gives."""
     parser = argparse.ArgumentParser(prog="python -m adapmoe_lab.demo.train", description=__doc__)
     add = parser.add_argument
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="look at no held-out text; for recipe trials",
     )
+    add("--family", choices=tuple(FAMILIES), help="of the model (default: mixtral)")
     for name, kind, meaning in _NUMBERS:
         add(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=meaning)
     return parser
@@ -140,6 +143,7 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("seed", int, "of weights, batches and dropout"),
     ("n_layers", int, "layers of the model"),
     ("n_experts", int, "experts per layer"),
+    ("top_k", int, "experts that a token uses"),
     ("hidden_size", int, "width of the model"),
     ("intermediate_size", int, "width of an expert"),
     ("vocabulary_size", int, "tokens of the byte-level BPE"),

@@ -1,12 +1,14 @@
-"""The demo model as transformers sees it: a small Mixtral and its tokenizer."""
+"""A demo model as transformers sees it: a small Mixture-of-Experts model and its tokenizer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import transformers
@@ -14,25 +16,30 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    MixtralConfig,
-    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 END_OF_TEXT = "<|endoftext|>"
 TRANSFORMERS_VERSION = transformers.__version__
-DemoModel = MixtralForCausalLM
+DemoModel = PreTrainedModel
 DemoTokenizer = PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class DemoArchitecture:
-    """The dimensions of a demo model; the defaults are those of the model that ships."""
+    """The family and dimensions of a demo model; the defaults are those of the model that ships.
 
+    `family` is a key of `FAMILIES`; `intermediate_size` is the width of one expert.
+    """
+
+    family: str = "mixtral"
     n_layers: int = 8
     n_experts: int = 8
     top_k: int = 2
@@ -44,6 +51,8 @@ class DemoArchitecture:
     max_positions: int = 1024
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}.")
         if self.hidden_size % self.n_heads or (self.hidden_size // self.n_heads) % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not split into {self.n_heads} heads of an "
@@ -52,20 +61,20 @@ class DemoArchitecture:
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k must lie in 1..{self.n_experts}, got {self.top_k}.")
 
-    def config(self, end_of_text_id: int) -> MixtralConfig:
+    def config(self, end_of_text_id: int) -> PreTrainedConfig:
         """Return the transformers configuration.
 
         It names no padding token: `nn.Embedding` would never train the row of one, and the
         end-of-text token, which stands in for padding in the tokenizer, must be trained.
         """
-        return MixtralConfig(
+        return AutoConfig.for_model(
+            self.family,
             vocab_size=self.vocabulary_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.n_layers,
             num_attention_heads=self.n_heads,
             num_key_value_heads=self.n_key_value_heads,
-            num_local_experts=self.n_experts,
             num_experts_per_tok=self.top_k,
             max_position_embeddings=self.max_positions,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
@@ -73,12 +82,46 @@ class DemoArchitecture:
             bos_token_id=end_of_text_id,
             eos_token_id=end_of_text_id,
             pad_token_id=None,
+            **FAMILIES[self.family].own_fields(self),
         )
+
+
+@dataclass(frozen=True)
+class DemoFamily:
+    """What a family's configuration has that the others' do not, and what the family is called."""
+
+    title: str
+    own_fields: Callable[[DemoArchitecture], dict[str, Any]]
+
+
+def _mixtral_fields(shape: DemoArchitecture) -> dict[str, Any]:
+    return {"num_local_experts": shape.n_experts}
+
+
+def _qwen3_moe_fields(shape: DemoArchitecture) -> dict[str, Any]:
+    return {
+        "num_experts": shape.n_experts,
+        "moe_intermediate_size": shape.intermediate_size,
+        "norm_topk_prob": True,  # Qwen's own models renormalise, the configuration's default not
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "head_dim": shape.hidden_size // shape.n_heads,
+    }
+
+
+FAMILIES: Mapping[str, DemoFamily] = MappingProxyType(
+    {
+        "mixtral": DemoFamily("Mixtral", _mixtral_fields),
+        "qwen3_moe": DemoFamily("Qwen3-MoE", _qwen3_moe_fields),
+    }
+)
+"""The families a demo model can be of, by transformers' name."""
 
 
 def build_model(architecture: DemoArchitecture, end_of_text_id: int) -> DemoModel:
     """Return an untrained model in float32, its weights drawn from torch's global generator."""
-    model = MixtralForCausalLM(architecture.config(end_of_text_id)).float()
+    config = architecture.config(end_of_text_id)
+    model = AutoModelForCausalLM.from_config(config).float()
     model.set_experts_implementation("grouped_mm")
     model.generation_config = GenerationConfig(
         bos_token_id=end_of_text_id, eos_token_id=end_of_text_id, pad_token_id=end_of_text_id
@@ -153,8 +196,8 @@ def routing_taps(model: DemoModel) -> Iterator[RoutingTaps]:
 def residual_dropout(model: DemoModel, probability: float) -> Iterator[None]:
     """Drop elements of the embeddings and of every block's output while training.
 
-    Mixtral itself has no such dropout. Hooks add it from outside, so that the checkpoint stays a
-    plain Mixtral; nothing is dropped in eval mode, and nothing stays behind on leaving.
+    The families have no such dropout. Hooks add it from outside, so that the checkpoint stays one
+    of its family; nothing is dropped in eval mode, and nothing stays behind on leaving.
     """
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"the dropout probability must lie in [0, 1), got {probability}.")
