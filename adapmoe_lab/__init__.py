@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivity
     from adapmoe_lab.records import RoutingTrace, SensitivityProfile, TunedConfig
+    from adapmoe_lab.records.published import published_adapmoe
     from adapmoe_lab.simulation.simulate import simulate
     from adapmoe_lab.tuning.tune import tune
     from adapmoe_lab.workbench.panel import Workbench
@@ -38,6 +39,7 @@ _HOMES = {
     "measure_latency": "evaluation.latency",
     "probe_hardware": "engine.hardware",
     "profile": "profiling.routing",
+    "published_adapmoe": "records.published",
     "read_texts": "evaluation.texts",
     "run_bench": "bench",
     "sensitivity": "profiling.sensitivity",
@@ -58,6 +60,7 @@ __all__ = [
     "measure_latency",
     "probe_hardware",
     "profile",
+    "published_adapmoe",
     "read_texts",
     "run_bench",
     "sensitivity",

@@ -136,6 +136,15 @@ def adapmoe_cut(threshold: float, sensitivity: ArrayLike) -> NDArray[np.float64]
     return np.maximum(0.0, 1 - np.sqrt(threshold / np.maximum(sensitivity, 1e-300)))
 
 
+def single_expert_layers(cuts: ArrayLike, top_k: int = 2) -> NDArray[np.bool_]:
+    """Return the layers [L] in which a cut on the share [L] leaves every token one expert.
+
+    The best of K shares is at least 1/K, so a cut that is no higher is always reached. Under
+    AdapMoE's rule with K = 2 these are the layers with S_l <= 4 T.
+    """
+    return np.asarray(cuts, dtype=np.float64) <= 1 / top_k
+
+
 def cumulative_shares(trace: RoutingTrace) -> NDArray[np.float64]:
     """Return the share held by the best m experts, m = 1..K-1, float64 [T, L, K-1]."""
     ranked = -np.sort(-trace.shares.astype(np.float64), axis=2)

@@ -10,6 +10,7 @@ from adapmoe_lab.records.latency import LatencyReport
 from adapmoe_lab.records.loss import LossReport
 from adapmoe_lab.records.measurement import IncomparableError, Measurement
 from adapmoe_lab.records.precision import PRECISIONS, Precision, precision_named
+from adapmoe_lab.records.published import PublishedAdapMoE, PublishedRun
 from adapmoe_lab.records.routing import RoutingTrace
 from adapmoe_lab.records.sensitivity import SensitivityProfile
 from adapmoe_lab.records.spec import MoESpec
@@ -30,6 +31,8 @@ __all__ = [
     "Measurement",
     "MoESpec",
     "Precision",
+    "PublishedAdapMoE",
+    "PublishedRun",
     "RecordError",
     "RoutingTrace",
     "SensitivityProfile",
