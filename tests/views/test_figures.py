@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
+import adapmoe_lab as lab
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.records import OFF, TunedConfig
@@ -41,6 +42,7 @@ def every_figure():
     texts = [f" <b>{i}" for i in range(100)]
     measured = figures.MeasuredPoint(30.0, (29.0, 32.0), 0.004, 0.001, "tuned")
     curve = [a_prediction(40.0, 0.0, 0.0), a_prediction(25.0, 0.02, 0.25)]
+    published = lab.published_adapmoe()
     return {
         "expert_use": figures.plot_expert_use(figures.expert_use_info(trace)),
         "heterogeneity": figures.plot_load_heterogeneity(figures.load_heterogeneity_info(trace)),
@@ -51,6 +53,10 @@ def every_figure():
         ),
         "tradeoff": figures.plot_tradeoff(
             figures.tradeoff_info(curve, curve[1], [measured], budget_nats=0.01)
+        ),
+        "published_cuts": figures.plot_published_cuts(figures.published_cuts_info(published)),
+        "published_accuracy": figures.plot_published_accuracy(
+            figures.published_accuracy_info(published)
         ),
     }
 
@@ -206,6 +212,16 @@ def test_every_axis_says_what_it_shows_and_in_which_unit():
         },
         "layer_bars": {**layers, "yaxis": "experts per token", "yaxis2": "hit rate"},
         "tradeoff": {"xaxis": "time per output token (ms)", "yaxis": millinats},
+        "published_cuts": {
+            **layers,
+            "yaxis": "published sensitivity S",
+            "yaxis2": "cut on the best share",
+        },
+        "published_accuracy": {
+            "xaxis": "expert activations skipped",
+            "xaxis2": "tokens run with one expert (the paper's percentage)",
+            "yaxis": "MMLU accuracy",
+        },
     }
 
 

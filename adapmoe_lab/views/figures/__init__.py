@@ -7,6 +7,17 @@ from adapmoe_lab.views.figures.load_heterogeneity import (
     load_heterogeneity_info,
     plot_load_heterogeneity,
 )
+from adapmoe_lab.views.figures.published_accuracy import (
+    AccuracyCurve,
+    PublishedAccuracyInfo,
+    plot_published_accuracy,
+    published_accuracy_info,
+)
+from adapmoe_lab.views.figures.published_cuts import (
+    PublishedCutsInfo,
+    plot_published_cuts,
+    published_cuts_info,
+)
 from adapmoe_lab.views.figures.sensitivity import (
     SensitivityInfo,
     plot_sensitivity,
@@ -25,10 +36,13 @@ from adapmoe_lab.views.figures.tradeoff import (
 )
 
 __all__ = [
+    "AccuracyCurve",
     "ExpertUseInfo",
     "LayerBarsInfo",
     "LoadHeterogeneityInfo",
     "MeasuredPoint",
+    "PublishedAccuracyInfo",
+    "PublishedCutsInfo",
     "SensitivityInfo",
     "TokenRoutingInfo",
     "TradeoffInfo",
@@ -38,9 +52,13 @@ __all__ = [
     "plot_expert_use",
     "plot_layer_bars",
     "plot_load_heterogeneity",
+    "plot_published_accuracy",
+    "plot_published_cuts",
     "plot_sensitivity",
     "plot_token_routing",
     "plot_tradeoff",
+    "published_accuracy_info",
+    "published_cuts_info",
     "sensitivity_info",
     "token_routing_info",
     "tradeoff_info",

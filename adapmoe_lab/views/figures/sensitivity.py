@@ -76,7 +76,7 @@ def plot_sensitivity(info: SensitivityInfo) -> go.Figure:
         xaxis=theme.layer_axis(n_layers, domain=left),
         yaxis={
             "title": {"text": COST_TITLES.get(info.estimator, f"cost ({info.estimator})")},
-            **(_log_axis(info.cost) if info.log_scale else {"rangemode": "tozero"}),
+            **(theme.log_axis(info.cost) if info.log_scale else {"rangemode": "tozero"}),
         },
         xaxis2=theme.layer_axis(n_layers, domain=right, anchor="y2"),
         yaxis2={
@@ -110,14 +110,6 @@ def _increase(info: SensitivityInfo) -> go.Bar:
         marker={"color": theme.ORANGE},
         hovertemplate="layer %{x}, %{customdata}<br><b>%{y:+.2f}</b> millinats<extra></extra>",
     )
-
-
-def _log_axis(values: NDArray[np.float64]) -> dict[str, object]:
-    """Return a logarithmic axis with plain numbers, fewer of them the more decades it spans."""
-    first, last = np.floor(np.log10(values.min())), np.ceil(np.log10(values.max()))
-    within = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = [m * 10.0**decade for decade in np.arange(first, last + 1) for m in within]
-    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _error_bars(errors: NDArray[np.float64]) -> dict[str, object]:

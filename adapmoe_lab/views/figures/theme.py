@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import ArrayLike, NDArray
+from plotly.colors import sample_colorscale
 
 FONT_FAMILY = (
     "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
@@ -19,6 +22,10 @@ BLUE, ORANGE, GREEN = "#2a7fba", "#d9662b", "#1b9e77"
 """Told apart under every common colour blindness: the prediction, the choice, the measurement."""
 BAND = "rgba(42, 127, 186, 0.14)"
 """A standard error around a blue line."""
+LINES_AND_BANDS = ((BLUE, BAND), (ORANGE, "rgba(217, 102, 43, 0.14)"))
+"""Colours of lines with a standard error, each with its band's."""
+CHANCE_BAND = "rgba(128, 138, 150, 0.28)"
+"""Where values lie that chance alone explains."""
 DASHED = {"color": INK, "width": 1, "dash": "dash"}
 """A line that marks a limit."""
 
@@ -100,6 +107,31 @@ def layer_axis(n_layers: int, **settings: Any) -> dict[str, Any]:
         "dtick": every,
         **settings,
     }
+
+
+def log_axis(values: NDArray[np.float64]) -> dict[str, Any]:
+    """Return a logarithmic axis with plain numbers, fewer of them the more decades it spans."""
+    first, last = np.floor(np.log10(values.min())), np.ceil(np.log10(values.max()))
+    within = (1, 2, 5) if last - first <= 2 else (1,)
+    ticks = [m * 10.0**decade for decade in np.arange(first, last + 1) for m in within]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def band(x: ArrayLike, low: ArrayLike, high: ArrayLike, **settings: Any) -> go.Scatter:
+    """Return the filled region between two lines over the same places."""
+    return go.Scatter(
+        x=np.concatenate([np.asarray(x), np.asarray(x)[::-1]]),
+        y=np.concatenate([np.asarray(high), np.asarray(low)[::-1]]),
+        fill="toself",
+        line={"width": 0},
+        mode="lines",
+        **{"hoverinfo": "skip", "showlegend": False, "fillcolor": BAND, **settings},
+    )
+
+
+def ordered(n: int) -> list[str]:
+    """Return n colours for lines in an order, light to dark."""
+    return sample_colorscale([[0.0, "#7db3dc"], [1.0, "#1c5f96"]], np.linspace(0, 1, n).tolist())
 
 
 def heatmap_height(n_rows: int) -> int:

@@ -133,16 +133,7 @@ def _budget_line(millinats: float) -> dict[str, object]:
 def _band(info: TradeoffInfo) -> go.Scatter:
     low = info.loss_millinats - info.loss_se_millinats
     high = info.loss_millinats + info.loss_se_millinats
-    return go.Scatter(
-        x=np.concatenate([info.ms_per_token, info.ms_per_token[::-1]]),
-        y=np.concatenate([high, low[::-1]]),
-        fill="toself",
-        fillcolor=theme.BAND,
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-        showlegend=False,
-    )
+    return theme.band(info.ms_per_token, low, high)
 
 
 def _curve(info: TradeoffInfo) -> go.Scatter:
