@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from adapmoe_lab.models.demo_architecture import DemoModel, RoutingTaps
+from adapmoe_lab.simulation.routing_patterns import (
+    expert_use,
+    locality,
+    locality_by_chance,
+    overlap,
+)
 
 
 @dataclass(frozen=True)
@@ -26,27 +31,26 @@ class RoutingStatistics:
     expert_use: np.ndarray
     next_router_recall: np.ndarray
     locality: np.ndarray
-    top_k: int
     n_tokens: int
 
     @classmethod
     def of_pass(cls, model: DemoModel, taps: RoutingTaps, n_sequences: int) -> RoutingStatistics:
         """Read the taps after one forward pass over `n_sequences` sequences of equal length."""
-        top_k = model.config.num_experts_per_tok
-        chosen = [_chosen(taps.logits[index], top_k) for index in range(len(taps.logits))]  # [T, E]
-        recall = [torch.tensor(float("nan"))]
-        for index in range(1, len(chosen)):
-            router = model.model.layers[index].mlp.gate
-            guess = functional.linear(taps.inputs[index - 1].flatten(0, 1), router.weight)
-            recall.append(_overlap(_chosen(guess, top_k), chosen[index], top_k))
-        by_sequence = [c.unflatten(0, (n_sequences, -1)) for c in chosen]  # [B, S, E]
-        locality = [_overlap(c[:, 1:], c[:, :-1], top_k) for c in by_sequence]
+        config = model.config
+        n_layers, top_k = len(taps.logits), config.num_experts_per_tok
+        chosen = np.stack([_best(taps.logits[i], top_k) for i in range(n_layers)], axis=1)
+        guesses = [
+            _best(functional.linear(taps.inputs[i - 1].flatten(0, 1), layer.mlp.gate.weight), top_k)
+            for i, layer in enumerate(model.model.layers)
+            if i > 0
+        ]
+        recall = overlap(chosen[:, 1:], np.stack(guesses, axis=1))
+        starts = np.arange(n_sequences) * (len(chosen) // n_sequences)
         return cls(
-            expert_use=torch.stack([c.mean(0) for c in chosen]).double().cpu().numpy(),
-            next_router_recall=np.array([value.item() for value in recall]),
-            locality=np.array([value.item() for value in locality]),
-            top_k=top_k,
-            n_tokens=len(chosen[0]),
+            expert_use=expert_use(chosen, config.num_local_experts),
+            next_router_recall=np.concatenate([[np.nan], recall]),
+            locality=locality(chosen, starts),
+            n_tokens=len(chosen),
         )
 
     @classmethod
@@ -61,15 +65,8 @@ class RoutingStatistics:
                 [p.next_router_recall for p in parts], axis=0, weights=weights
             ),
             locality=np.average([p.locality for p in parts], axis=0, weights=weights),
-            top_k=parts[0].top_k,
             n_tokens=sum(part.n_tokens for part in parts),
         )
-
-    @property
-    def locality_by_chance(self) -> np.ndarray:
-        """[L]: locality of tokens that choose alike but independently: K x sum of squares."""
-        shares = self.expert_use / self.top_k
-        return self.top_k * (shares**2).sum(1)
 
     def as_dict(self) -> dict[str, object]:
         """Return the statistics as JSON values, rounded to four digits; None where undefined."""
@@ -80,16 +77,10 @@ class RoutingStatistics:
             "expert_use": self.expert_use.round(4).tolist(),
             "next_router_recall": recall,
             "locality": self.locality.round(4).tolist(),
-            "locality_by_chance": self.locality_by_chance.round(4).tolist(),
+            "locality_by_chance": locality_by_chance(self.expert_use).round(4).tolist(),
         }
 
 
-def _chosen(logits: Tensor, top_k: int) -> Tensor:
-    """Return float32[T, E]: 1 where the router chooses the expert."""
-    return torch.zeros_like(logits, dtype=torch.float32).scatter_(
-        1, logits.float().topk(top_k).indices, 1.0
-    )
-
-
-def _overlap(guess: Tensor, truth: Tensor, top_k: int) -> Tensor:
-    return (guess * truth).sum(-1).mean() / top_k
+def _best(logits: Tensor, top_k: int) -> np.ndarray:
+    """Return int64 [T, K]: the experts the router [T, E] chooses."""
+    return logits.float().topk(top_k).indices.cpu().numpy()

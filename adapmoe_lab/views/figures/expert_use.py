@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from adapmoe_lab.records import RoutingTrace
+from adapmoe_lab.simulation.routing_patterns import expert_use
 from adapmoe_lab.views.figures import theme
 
 
@@ -32,21 +33,11 @@ class ExpertUseInfo:
 def expert_use_info(trace: RoutingTrace) -> ExpertUseInfo:
     """Count how many tokens the router sends to each expert, before gating."""
     return ExpertUseInfo(
-        use=expert_use(trace),
+        use=expert_use(trace.expert_indices, trace.spec.n_experts),
         uniform_use=trace.spec.top_k / trace.spec.n_experts,
         n_tokens=trace.n_tokens,
         model_id=trace.spec.model_id,
     )
-
-
-def expert_use(trace: RoutingTrace) -> NDArray[np.float64]:
-    """Return the fraction of tokens routed to each expert, float64 [L, E]."""
-    n_experts = trace.spec.n_experts
-    layers = range(trace.spec.n_layers)
-    counts = [
-        np.bincount(trace.expert_indices[:, layer].ravel(), minlength=n_experts) for layer in layers
-    ]
-    return np.stack(counts) / trace.n_tokens
 
 
 def plot_expert_use(info: ExpertUseInfo) -> go.Figure:

@@ -9,8 +9,13 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from adapmoe_lab.records import RoutingTrace
+from adapmoe_lab.simulation.routing_patterns import (
+    effective_experts,
+    expert_use,
+    locality,
+    locality_by_chance,
+)
 from adapmoe_lab.views.figures import theme
-from adapmoe_lab.views.figures.expert_use import expert_use
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,30 +44,14 @@ def load_heterogeneity_info(trace: RoutingTrace) -> LoadHeterogeneityInfo:
     Raises:
         ValueError: no sequence has two tokens, so nothing can repeat.
     """
-    use, top_k = expert_use(trace), trace.spec.top_k
-    load = use / top_k  # [L, E], a row sums to one
-    entropy = -(load * np.log(np.where(load > 0, load, 1.0))).sum(axis=1)
+    use = expert_use(trace.expert_indices, trace.spec.n_experts)
     return LoadHeterogeneityInfo(
-        effective_experts=np.exp(entropy),
+        effective_experts=effective_experts(use),
         n_experts=trace.spec.n_experts,
-        locality=_locality(trace),
-        locality_by_chance=(use**2).sum(axis=1) / top_k,
+        locality=locality(trace.expert_indices, trace.sequence_starts),
+        locality_by_chance=locality_by_chance(use),
         n_tokens=trace.n_tokens,
     )
-
-
-def _locality(trace: RoutingTrace) -> NDArray[np.float64]:
-    follows = np.ones(trace.n_tokens, dtype=np.bool_)
-    follows[trace.sequence_starts] = False
-    tokens = np.flatnonzero(follows)
-    if not len(tokens):
-        raise ValueError(
-            "Locality compares each token with the one before it, but every sequence of this "
-            "trace has a single token. Profile longer texts."
-        )
-    now, before = trace.expert_indices[tokens], trace.expert_indices[tokens - 1]
-    repeated = (now[:, :, :, None] == before[:, :, None, :]).any(axis=3)  # [N, L, K]
-    return repeated.mean(axis=(0, 2))
 
 
 def plot_load_heterogeneity(info: LoadHeterogeneityInfo) -> go.Figure:
