@@ -43,6 +43,7 @@ def every_figure():
     measured = figures.MeasuredPoint(30.0, (29.0, 32.0), 0.004, 0.001, "tuned")
     curve = [a_prediction(40.0, 0.0, 0.0), a_prediction(25.0, 0.02, 0.25)]
     published = lab.published_adapmoe()
+    kinds = replace(trace, sequence_starts=[0, 50, 100, 150], labels=["<i>", "b", "<i>", "b"])
     return {
         "expert_use": figures.plot_expert_use(figures.expert_use_info(trace)),
         "heterogeneity": figures.plot_load_heterogeneity(figures.load_heterogeneity_info(trace)),
@@ -54,6 +55,12 @@ def every_figure():
         "tradeoff": figures.plot_tradeoff(
             figures.tradeoff_info(curve, curve[1], [measured], budget_nats=0.01)
         ),
+        "use_against_chance": figures.plot_use_against_chance(
+            figures.use_against_chance_info(trace)
+        ),
+        "co_activation": figures.plot_co_activation(figures.co_activation_info(trace, 0)),
+        "locality": figures.plot_locality(figures.locality_info(trace)),
+        "specialisation": figures.plot_specialisation(figures.specialisation_info(kinds)),
         "published_cuts": figures.plot_published_cuts(figures.published_cuts_info(published)),
         "published_accuracy": figures.plot_published_accuracy(
             figures.published_accuracy_info(published)
@@ -212,6 +219,20 @@ def test_every_axis_says_what_it_shows_and_in_which_unit():
         },
         "layer_bars": {**layers, "yaxis": "experts per token", "yaxis2": "hit rate"},
         "tradeoff": {"xaxis": "time per output token (ms)", "yaxis": millinats},
+        "use_against_chance": {"xaxis": "layer", "yaxis": "use / even use"},
+        "co_activation": dict.fromkeys(("xaxis", "xaxis2", "yaxis", "yaxis2"), "expert"),
+        "locality": {
+            "xaxis": "layer",
+            "xaxis2": "distance in tokens",
+            "yaxis": "repeated experts",
+            "yaxis2": "repeated experts",
+        },
+        "specialisation": {
+            "xaxis": "layer",
+            "xaxis2": "expert",
+            "yaxis": "information (bits)",
+            "yaxis2": "kind of text",
+        },
         "published_cuts": {
             **layers,
             "yaxis": "published sensitivity S",

@@ -1,11 +1,21 @@
 """Figures in two steps: `x_info` computes from a record, `plot_x` only draws."""
 
+from adapmoe_lab.views.figures.co_activation import (
+    CoActivationInfo,
+    co_activation_info,
+    plot_co_activation,
+)
 from adapmoe_lab.views.figures.expert_use import ExpertUseInfo, expert_use_info, plot_expert_use
 from adapmoe_lab.views.figures.layer_bars import LayerBarsInfo, layer_bars_info, plot_layer_bars
 from adapmoe_lab.views.figures.load_heterogeneity import (
     LoadHeterogeneityInfo,
     load_heterogeneity_info,
     plot_load_heterogeneity,
+)
+from adapmoe_lab.views.figures.locality import (
+    LocalityInfo,
+    locality_info,
+    plot_locality,
 )
 from adapmoe_lab.views.figures.published_accuracy import (
     AccuracyCurve,
@@ -23,6 +33,11 @@ from adapmoe_lab.views.figures.sensitivity import (
     plot_sensitivity,
     sensitivity_info,
 )
+from adapmoe_lab.views.figures.specialisation import (
+    SpecialisationInfo,
+    plot_specialisation,
+    specialisation_info,
+)
 from adapmoe_lab.views.figures.token_routing import (
     TokenRoutingInfo,
     plot_token_routing,
@@ -34,32 +49,49 @@ from adapmoe_lab.views.figures.tradeoff import (
     plot_tradeoff,
     tradeoff_info,
 )
+from adapmoe_lab.views.figures.use_against_chance import (
+    UseAgainstChanceInfo,
+    plot_use_against_chance,
+    use_against_chance_info,
+)
 
 __all__ = [
     "AccuracyCurve",
+    "CoActivationInfo",
     "ExpertUseInfo",
     "LayerBarsInfo",
     "LoadHeterogeneityInfo",
+    "LocalityInfo",
     "MeasuredPoint",
     "PublishedAccuracyInfo",
     "PublishedCutsInfo",
     "SensitivityInfo",
+    "SpecialisationInfo",
     "TokenRoutingInfo",
     "TradeoffInfo",
+    "UseAgainstChanceInfo",
+    "co_activation_info",
     "expert_use_info",
     "layer_bars_info",
     "load_heterogeneity_info",
+    "locality_info",
+    "plot_co_activation",
     "plot_expert_use",
     "plot_layer_bars",
     "plot_load_heterogeneity",
+    "plot_locality",
     "plot_published_accuracy",
     "plot_published_cuts",
     "plot_sensitivity",
+    "plot_specialisation",
     "plot_token_routing",
     "plot_tradeoff",
+    "plot_use_against_chance",
     "published_accuracy_info",
     "published_cuts_info",
     "sensitivity_info",
+    "specialisation_info",
     "token_routing_info",
     "tradeoff_info",
+    "use_against_chance_info",
 ]

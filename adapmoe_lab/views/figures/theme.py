@@ -29,6 +29,9 @@ CHANCE_BAND = "rgba(128, 138, 150, 0.28)"
 DASHED = {"color": INK, "width": 1, "dash": "dash"}
 """A line that marks a limit."""
 
+KEY_ROW = {"x": 0, "xanchor": "left", "y": 0.86, "traceorder": "normal"}
+"""A legend in a row of its own below the subtitle, for figures of 360 pixels and more."""
+
 SEQUENTIAL = ((0.0, "#e3edf5"), (0.5, "#6fa8d3"), (1.0, "#0f4c81"))
 BELOW, MIDDLE, ABOVE = ("#1f5f99", "#8fbbdc"), "#eceff1", ("#f0b48a", "#c4501b")
 
@@ -99,10 +102,15 @@ def draw(
 
 def layer_axis(n_layers: int, **settings: Any) -> dict[str, Any]:
     """Return an axis with one place per layer, labelled often enough and no more."""
-    every = next(n for n in (1, 2, 4, 8, 16, 32) if n_layers <= 16 * n or n == 32)
+    return numbered_axis("layer", n_layers, **settings)
+
+
+def numbered_axis(noun: str, n: int, n_labels: int = 16, **settings: Any) -> dict[str, Any]:
+    """Return an axis with places 0..n-1 of what the noun names, `n_labels` of them labelled."""
+    every = next(step for step in (1, 2, 4, 8, 16, 32) if n <= n_labels * step or step == 32)
     return {
-        "title": {"text": "layer"},
-        "range": [-0.5, n_layers - 0.5],
+        "title": {"text": noun},
+        "range": [-0.5, n - 0.5],
         "tick0": 0,
         "dtick": every,
         **settings,
@@ -119,13 +127,19 @@ def log_axis(values: NDArray[np.float64]) -> dict[str, Any]:
 
 def band(x: ArrayLike, low: ArrayLike, high: ArrayLike, **settings: Any) -> go.Scatter:
     """Return the filled region between two lines over the same places."""
+    x, low, high = np.asarray(x), np.asarray(low), np.asarray(high)
+    looks = {
+        "fillcolor": BAND,
+        "line": {"width": 0},
+        "mode": "lines",
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
     return go.Scatter(
-        x=np.concatenate([np.asarray(x), np.asarray(x)[::-1]]),
-        y=np.concatenate([np.asarray(high), np.asarray(low)[::-1]]),
+        x=np.concatenate([x, x[::-1]]),
+        y=np.concatenate([high, low[::-1]]),
         fill="toself",
-        line={"width": 0},
-        mode="lines",
-        **{"hoverinfo": "skip", "showlegend": False, "fillcolor": BAND, **settings},
+        **{**looks, **settings},
     )
 
 
@@ -165,3 +179,18 @@ def diverging(middle: float) -> list[tuple[float, str]]:
 def side_by_side(gap: float = 0.16) -> tuple[list[float], list[float]]:
     """Return the horizontal domains of two equal panels."""
     return [0.0, (1 - gap) / 2], [(1 + gap) / 2, 1.0]
+
+
+def panel_title(domain: Sequence[float], text: str) -> dict[str, Any]:
+    """Return the heading of one of several panels, an annotation above its left end."""
+    return {
+        "text": text,
+        "x": domain[0],
+        "xref": "paper",
+        "xanchor": "left",
+        "y": 1,
+        "yref": "paper",
+        "yanchor": "bottom",
+        "yshift": 4,
+        "showarrow": False,
+    }
