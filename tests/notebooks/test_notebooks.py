@@ -3,7 +3,6 @@
 import ast
 import json
 import time
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -11,7 +10,10 @@ from nbclient import NotebookClient
 
 from adapmoe_lab.assets import notebooks_folder
 
-PROMISED_S = 120
+PROMISED_S = {"00_tour": 120, "01_routing": 60}
+"""Seconds each notebook says it takes on two cores."""
+LEAVES = {"00_tour": ["tuned.json"], "01_routing": []}
+"""Files each notebook leaves behind, beside the recordings."""
 NOTEBOOKS = sorted(notebooks_folder().glob("*.ipynb"))
 
 
@@ -39,10 +41,10 @@ def test_it_defines_nothing_and_picks_its_model_first(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom(path, tmp_path):
-    """Two minutes are promised; a shared machine may take twice as long."""
+    """A shared machine may take twice as long as promised."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     start = time.monotonic()
     client.execute()
-    assert time.monotonic() - start < 2 * PROMISED_S
-    assert Path(tmp_path / "tuned.json").exists()
+    assert time.monotonic() - start < 2 * PROMISED_S[path.stem]
+    assert sorted(file.name for file in tmp_path.glob("*.json")) == LEAVES[path.stem]
