@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adapmoe_lab.profiling.sensitivity import sensitivity
     from adapmoe_lab.records import RoutingTrace, SensitivityProfile, TunedConfig
     from adapmoe_lab.records.published import published_adapmoe
+    from adapmoe_lab.records import RoutingTrace, SensitivityProfile, Surrogates, TunedConfig
     from adapmoe_lab.simulation.simulate import simulate
     from adapmoe_lab.tuning.tune import tune
     from adapmoe_lab.workbench.panel import Workbench
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "RoutingTrace": "records",
     "SensitivityProfile": "records",
+    "Surrogates": "records",
     "TunedConfig": "records",
     "Workbench": "workbench.panel",
     "calibration_labels": "evaluation.texts",
@@ -50,6 +52,7 @@ _HOMES = {
 __all__ = [
     "RoutingTrace",
     "SensitivityProfile",
+    "Surrogates",
     "TunedConfig",
     "Workbench",
     "calibration_labels",

@@ -14,6 +14,7 @@ from adapmoe_lab.records.published import PublishedAdapMoE, PublishedRun
 from adapmoe_lab.records.routing import RoutingTrace
 from adapmoe_lab.records.sensitivity import SensitivityProfile
 from adapmoe_lab.records.spec import MoESpec
+from adapmoe_lab.records.surrogates import Surrogates
 from adapmoe_lab.records.targets import LinkTarget, load_targets
 from adapmoe_lab.records.traffic import Traffic
 
@@ -36,6 +37,7 @@ __all__ = [
     "RecordError",
     "RoutingTrace",
     "SensitivityProfile",
+    "Surrogates",
     "Traffic",
     "TunedConfig",
     "load_targets",

@@ -19,7 +19,7 @@ class CachePlan:
     Attributes:
         slots: int64 [L], experts a layer can hold on the device; zero streams every expert.
         slot_bytes: int64 [L], bytes of one slot (the layer's widest stored expert).
-        budget_bytes: bytes the plan was made for, staging included.
+        budget_bytes: bytes the plan was made for, staging and surrogates included.
         method: how the slots were divided.
         expected_loads: float64 [L] expected loads per token, where the method predicts them.
     """

@@ -14,6 +14,8 @@ from adapmoe_lab.records.files import RecordError, check_version, save_json
 from adapmoe_lab.records.gating_table import GatingTable
 from adapmoe_lab.records.hardware import HardwareProfile
 from adapmoe_lab.records.spec import MoESpec
+from adapmoe_lab.records.surrogates import KIND as SURROGATES
+from adapmoe_lab.records.surrogates import Surrogates
 
 KIND = "tuned-config"
 SCHEMA_VERSION = 1
@@ -27,7 +29,7 @@ SECTIONS = (
     "hardware",
     "evidence",
 )
-NOT_RUNNABLE = ("compensation", "prefetch")
+NOT_RUNNABLE = ("prefetch",)
 EVICTION_POLICIES = ("lru",)
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = MappingProxyType({})
 
@@ -39,6 +41,7 @@ class TunedConfig:
     Attributes:
         model: identity of the model, as `model_identity` gives it.
         gating: cuts per layer, or None to skip nothing.
+        compensation: what stands in for skipped experts, or None for nothing.
         plan: slots per layer, or None for those the model was loaded with.
         eviction: name of the eviction policy.
         precision: precision of the stored experts, or None for the one they were saved in.
@@ -48,6 +51,7 @@ class TunedConfig:
 
     model: Mapping[str, Any]
     gating: GatingTable | None = None
+    compensation: Surrogates | None = None
     plan: CachePlan | None = None
     eviction: str = "lru"
     precision: str | None = None
@@ -64,6 +68,8 @@ class TunedConfig:
                 f"The gating table is for {self.gating.n_layers} layers and top-"
                 f"{self.gating.top_k}; the model has {n_layers} layers and top-{top_k}."
             )
+        if self.compensation is not None:
+            self._check_compensation(self.compensation)
         if self.plan and len(self.plan.slots) != n_layers:
             raise RecordError(
                 f"The cache plan has {len(self.plan.slots)} layers; the model has {n_layers}."
@@ -71,6 +77,24 @@ class TunedConfig:
         if self.eviction not in EVICTION_POLICIES:
             known = ", ".join(EVICTION_POLICIES)
             raise RecordError(f"Eviction policy {self.eviction!r} is unknown; expected: {known}.")
+
+    def _check_compensation(self, surrogates: Surrogates) -> None:
+        """Refuse surrogates of another model, and two rules for the kept weights."""
+        shape = surrogates.n_layers, surrogates.n_experts
+        wanted = self.model["n_layers"], self.model["n_experts"]
+        if (surrogates.model_fingerprint, shape) != (self.model["fingerprint"], wanted):
+            raise RecordError(
+                f"The surrogates were fitted to a model of {shape[0]} layers x {shape[1]} experts, "
+                f"fingerprint {surrogates.model_fingerprint}; the config is for "
+                f"{self.model['id']!r}, {wanted[0]} layers x {wanted[1]} experts, fingerprint "
+                f"{self.model['fingerprint']}. Fit surrogates to this model."
+            )
+        if self.gating and self.gating.renormalise and surrogates.gain.any():
+            raise RecordError(
+                "The gating table renormalises the kept weights and the surrogates scale them by "
+                "a gain of their own. Use GatingTable(..., renormalise=False), or surrogates "
+                "with a gain of 0."
+            )
 
     @classmethod
     def untuned(cls, spec: MoESpec) -> TunedConfig:
@@ -105,14 +129,17 @@ class TunedConfig:
         """Return the config with entries added to its evidence."""
         return replace(self, evidence={**self.evidence, **entries})
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the whole version-1 document; sections that are off are null."""
+    def to_json(self, name: str = "tuned") -> dict[str, Any]:
+        """Return the whole version-1 document; sections that are off are null.
+
+        Tensors are named as `save` writes them beside `name`.json.
+        """
         return {
             "kind": KIND,
             "schema_version": SCHEMA_VERSION,
             "model": dict(self.model),
             "gating": self.gating.to_json() if self.gating else None,
-            "compensation": None,
+            "compensation": _described(self.compensation, name) if self.compensation else None,
             "plan": self.plan.to_json() if self.plan else None,
             "eviction": {"policy": self.eviction},
             "prefetch": None,
@@ -122,9 +149,16 @@ class TunedConfig:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write the config as JSON, whole or not at all, and return its path."""
+        """Write the config as JSON, whole or not at all, and return its path.
+
+        The surrogates go into `NAME.<sha256[:12]>.safetensors` beside it, before the JSON that
+        names them.
+        """
         path = Path(path)
-        save_json(path, self.to_json(), allow_nan=False)
+        document = self.to_json(path.stem)
+        if self.compensation:
+            self.compensation.save(path.with_name(document["compensation"]["file"]))
+        save_json(path, document, allow_nan=False)
         return path
 
     @classmethod
@@ -133,7 +167,8 @@ class TunedConfig:
 
         Raises:
             FileNotFoundError: there is no such file.
-            RecordError: cut short, not a config, of an unknown version, or with wrong values.
+            RecordError: cut short, not a config, of an unknown version, with wrong values, or
+                with tensors beside it that are missing or not those that were saved.
         """
         path = Path(path)
         if not path.exists():
@@ -169,9 +204,11 @@ class TunedConfig:
                 )
         try:
             gating, plan, hardware = (document[name] for name in ("gating", "plan", "hardware"))
+            compensation = document["compensation"]
             return cls(
                 model=document["model"],
                 gating=GatingTable.from_json(gating) if gating else None,
+                compensation=_read_compensation(compensation, path) if compensation else None,
                 plan=CachePlan.from_json(plan) if plan else None,
                 eviction=(document["eviction"] or {"policy": "lru"})["policy"],
                 precision=(document["precision"] or {}).get("experts"),
@@ -180,3 +217,36 @@ class TunedConfig:
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise RecordError(f"{path} has a section of the wrong form: {error!r}.") from error
+
+
+def _described(surrogates: Surrogates, name: str) -> dict[str, Any]:
+    """Return the section that names the surrogates' file, with what a reader wants to know."""
+    return {
+        "kind": SURROGATES,
+        "file": f"{name}.{surrogates.sha256[:12]}.safetensors",
+        "sha256": surrogates.sha256,
+        "method": surrogates.method,
+        "ranks": list(surrogates.ranks),
+        "gain": surrogates.gain.tolist(),
+        "n_values": surrogates.n_bytes(1),
+    }
+
+
+def _read_compensation(section: Mapping[str, Any], path: Path) -> Surrogates:
+    """Read the surrogates that a config's section names, from beside the config."""
+    if section["kind"] != SURROGATES:
+        raise RecordError(
+            f"{path} asks for compensation by {section['kind']!r}; expected {SURROGATES!r}."
+        )
+    file = path.with_name(Path(section["file"]).name)
+    if file.name != section["file"]:
+        raise RecordError(
+            f"{path} names the tensors {section['file']!r}; they must lie beside it, without a "
+            "folder in their name."
+        )
+    if not file.exists():
+        raise RecordError(
+            f"{path} needs {file.name} beside it, which is not there. Copy both files together, "
+            "or export the config again."
+        )
+    return Surrogates.load(file, section["sha256"])

@@ -43,7 +43,7 @@ class RoutingTrace:
         step_ids: int64 [T], ascending; tokens of one forward pass share a step.
         is_decode: bool [T], whether the token was run on its own after a prompt.
         labels: one label per sequence.
-        recorded_under: fingerprint of the gating in force, `ungated` for none.
+        recorded_under: fingerprint of the gating and compensation in force, `ungated` for none.
     """
 
     spec: MoESpec
