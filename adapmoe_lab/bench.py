@@ -23,7 +23,7 @@ from adapmoe_lab.tuning.tune import tune
 
 Say = Callable[[str], None]
 
-VARIED = ("gating",)
+VARIED = ("gating", "compensation")
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class StreamedExpertSum(torch.autograd.Function):
         ctx.run, ctx.source, ctx.observers = run, source_again, observers
         parts = run.contributions(source, hidden, weights)
         ctx.mark_non_differentiable(parts)
-        return parts.sum(dim=1).to(hidden.dtype), parts
+        return parts.sum(dim=1), parts
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:

@@ -100,7 +100,9 @@ class LabModel:
         _check_precision(config, self.spec)
         plan = config.plan if config.plan is not None else self.memory.slots
         with self._in_use:
-            self.engine.configure(config.gating, plan.slots.tolist(), config.eviction)
+            self.engine.configure(
+                config.gating, plan.slots.tolist(), config.eviction, config.compensation
+            )
             self.config = config
 
     @contextmanager
@@ -212,8 +214,8 @@ def load(
         dtype: precision to compute in: `"auto"`, `"bfloat16"`, `"float16"` or `"float32"`.
         expert_dtype: precision to store and move experts in: `"auto"` as they come, `"bfloat16"`,
             `"int8"`, `"int4"`, `"int3"`, `"int2"`, or one name per expert, [L][E].
-        expert_memory: room for experts on the device: bytes, `"8GiB"` or `"40%"`; None for what is
-            left.
+        expert_memory: room for experts on the device, with staging and surrogates: bytes,
+            `"8GiB"` or `"40%"`; None for what is left.
         host_memory: host memory for experts, their slots included on the CPU; None for what is
             free. Experts beyond it stay in their files and are read when they are needed.
         store: folder of a prepared store, opened if it is there, else written first.
@@ -257,6 +259,7 @@ def load(
         expert_memory=expert_memory,
         host_memory=host_memory,
         slots=config.plan if config is not None else None,
+        surrogate_bytes=_surrogate_bytes(config, checkpoint),
     )
     announce(f"{spec.model_id} {plan}")
 
@@ -270,7 +273,7 @@ def load(
     clock = clock if clock is not None else RealClock()
     try:
         hook = ExpertsHook(hf, layers)
-        engine = OffloadEngine(experts, _unpaced_link(where, clock), clock, where)
+        engine = OffloadEngine(experts, _unpaced_link(where, clock), clock, where, hf.dtype)
         hook.attach(engine)
         model = LabModel(checkpoint, spec, hook, engine, plan)
         if target is not None:
@@ -280,6 +283,13 @@ def load(
         experts.close()
         raise
     return model
+
+
+def _surrogate_bytes(config: TunedConfig | None, checkpoint: Checkpoint) -> int:
+    """Return the device bytes of a config's surrogates, in the precision that is computed in."""
+    if config is None or config.compensation is None:
+        return 0
+    return config.compensation.n_bytes(DTYPES[checkpoint.model.dtype].itemsize)
 
 
 def _check_precision(config: TunedConfig, spec: MoESpec) -> None:

@@ -64,6 +64,7 @@ class MemoryPlan:
         needs: what is taken beside the experts.
         slots: the experts' room on the device.
         slot_bytes: bytes of that room, staging included.
+        surrogate_bytes: bytes of what stands in for skipped experts.
         device_bytes: free bytes on the device that were planned with.
         store_bytes: bytes of all experts.
         host_bytes: bytes of host memory for the store; less than `store_bytes` leaves it on disk.
@@ -73,6 +74,7 @@ class MemoryPlan:
     needs: MemoryNeeds
     slots: CachePlan
     slot_bytes: int
+    surrogate_bytes: int
     device_bytes: int
     store_bytes: int
     host_bytes: int
@@ -87,10 +89,11 @@ class MemoryPlan:
         store = "in host memory" if self.fits_host else "on disk"
         if not self.fits_host and self.host_bytes > 0:
             store += f", the last {in_words(self.host_bytes)} read kept in host memory"
+        beside = f"surrogates: {in_words(self.surrogate_bytes)}; " if self.surrogate_bytes else ""
         return (
             f"on {device_name(self.device)}, {in_words(self.device_bytes)} to plan with: "
             f"{self.needs}\nexpert slots: {self.slots.n_slots} of {in_words(self.slot_bytes)} "
-            f"together; all experts: {in_words(self.store_bytes)} {store}"
+            f"together; {beside}all experts: {in_words(self.store_bytes)} {store}"
         )
 
 
@@ -130,6 +133,7 @@ def plan_memory(
     expert_memory: str | float | None = None,
     host_memory: str | float | None = None,
     slots: CachePlan | None = None,
+    surrogate_bytes: int = 0,
 ) -> MemoryPlan:
     """Decide how many experts get a slot, and whether the rest waits in memory or on disk.
 
@@ -138,9 +142,11 @@ def plan_memory(
         needs: what it takes beside its experts.
         expert_bytes: stored bytes of every expert, int64 [L, E].
         device: where it computes.
-        expert_memory: room for experts on the device; None takes what is left.
+        expert_memory: room for experts and their surrogates on the device; None takes what is
+            left.
         host_memory: host memory for experts, slots included on the CPU; None takes what is free.
         slots: the slots of a tuned config, which then decide.
+        surrogate_bytes: bytes of what stands in for skipped experts.
 
     Raises:
         MemoryError: it does not fit; the text has the numbers and the most that does.
@@ -156,14 +162,14 @@ def plan_memory(
         if expert_memory is not None:
             room = budget_bytes(expert_memory, spec)
         else:
-            every_slot = expert_bytes.shape[1] * int(slot_bytes.sum())
+            every_slot = expert_bytes.shape[1] * int(slot_bytes.sum()) + surrogate_bytes
             on_host = store_bytes if device.type == "cpu" else 0
             room = every_slot if every_slot + on_host <= left else left
-            least = int(slot_bytes.sum() + N_STAGING * slot_bytes.max())
+            least = int(slot_bytes.sum() + N_STAGING * slot_bytes.max()) + surrogate_bytes
             if room < min(least, every_slot) and host is None:
                 raise MemoryError(_does_not_fit(spec, device, needs, free, least, left))
-        slots = uniform_plan(spec, room, slot_bytes=slot_bytes)
-    taken = planned_bytes(slots, expert_bytes)
+        slots = uniform_plan(spec, room, slot_bytes=slot_bytes, surrogate_bytes=surrogate_bytes)
+    taken = planned_bytes(slots, expert_bytes) + surrogate_bytes
     if taken > max(left, 0):
         raise MemoryError(_does_not_fit(spec, device, needs, free, taken, left))
     if device.type == "cpu":
@@ -175,7 +181,8 @@ def plan_memory(
         device=device,
         needs=needs,
         slots=slots,
-        slot_bytes=taken,
+        slot_bytes=taken - surrogate_bytes,
+        surrogate_bytes=surrogate_bytes,
         device_bytes=int(HEADROOM * free),
         store_bytes=store_bytes,
         host_bytes=max(0, host_left),

@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from adapmoe_lab.engine.clock import Clock
+from adapmoe_lab.engine.compensation import Compensation
 from adapmoe_lab.engine.expert_sum import GradientObserver, LayerRun, StreamedExpertSum
 from adapmoe_lab.engine.link import Link
 from adapmoe_lab.engine.sources import CachedExperts, ExpertSource, StoredExperts
 from adapmoe_lab.engine.store import ExpertStore
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.policies.gating import gated_weights, keep_by_cuts
-from adapmoe_lab.records import GatingTable, Traffic
+from adapmoe_lab.records import GatingTable, Surrogates, Traffic
+from adapmoe_lab.records.files import digest
+from adapmoe_lab.records.routing import UNGATED
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,7 @@ class LayerPass:
         weights: the router's own weights, float32 [T, K], before gating.
         keep: bool [T, K], which of them were run.
         contributions: weighted expert outputs [T, K, D], zero where nothing was run.
-        output: their sum [T, D], as the model goes on with it.
+        output: their sum [T, D], compensated for what was not run, as the model goes on with it.
     """
 
     layer: int
@@ -68,36 +71,71 @@ class OffloadEngine:
     any point leaves the caches consistent.
     """
 
-    def __init__(self, store: ExpertStore, link: Link, clock: Clock, device: torch.device) -> None:
-        """Serve the experts of `store` on `device` over `link`, without slots and gating."""
+    def __init__(
+        self,
+        store: ExpertStore,
+        link: Link,
+        clock: Clock,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Serve the experts of `store` on `device` over `link`, without slots and gating.
+
+        `dtype` is the precision the model computes in.
+        """
         self.store = store
         self.link = link
         self.clock = clock
         self.device = device
+        self.dtype = dtype
         self.costs = VirtualCosts()
         self.gating: GatingTable | None = None
+        self.compensation: Compensation | None = None
         self.observers: list[Observer] = []
         self.gradient_observers: list[GradientObserver] = []
         self._direct = StoredExperts(store, device)
         self.release()
 
     def configure(
-        self, gating: GatingTable | None, slots: list[int], eviction: str = "lru"
+        self,
+        gating: GatingTable | None,
+        slots: list[int],
+        eviction: str = "lru",
+        surrogates: Surrogates | None = None,
     ) -> None:
         """Set the gating and start afresh with empty caches of the given slots [L].
 
-        The old caches are freed before the new ones are allocated; if there is no room for those,
+        `surrogates` stand in for what the gating drops; those already on the device stay there.
+        The old caches are freed before anything new is allocated; if there is no room for that,
         the engine is left without slots and under its old gating.
         """
         self.release()
+        compensation = self._on_device(surrogates)
         self._use(CachedExperts(self.store, self.link, self.device, slots, eviction))
-        self.gating = gating
+        self.gating, self.compensation = gating, compensation
 
     def release(self) -> None:
         """Give up all slots, once nothing is on its way into them; experts then only stream."""
         self.link.drain()
         none = [0] * self.store.n_layers
         self._use(CachedExperts(self.store, self.link, self.device, none))
+
+    def _on_device(self, surrogates: Surrogates | None) -> Compensation | None:
+        if surrogates is None:
+            return None
+        present = self.compensation
+        if present is not None and present.surrogates is surrogates:
+            return present
+        return Compensation(surrogates, self.device, self.dtype)
+
+    @property
+    def skipping(self) -> str:
+        """Identify what is skipped and what stands in for it; `UNGATED` if nothing is skipped."""
+        if self.gating is None:
+            return UNGATED
+        if self.compensation is None:
+            return self.gating.fingerprint()
+        return digest(self.gating.fingerprint(), self.compensation.surrogates.fingerprint())
 
     def _use(self, cached: CachedExperts) -> None:
         self.cached = cached
@@ -179,7 +217,7 @@ class OffloadEngine:
         indices, weights = _on_host(top_k_index, top_k_weights)
         keep = indices < self.store.n_experts(layer)
         if self.gating is not None:
-            keep &= keep_by_cuts(weights, self.gating.cuts[layer])
+            keep &= keep_by_cuts(weights, self.gating.cuts[layer], self.gating.quantity)
             if self.gating.renormalise:
                 scaled = gated_weights(weights, keep, renormalise=True)
                 top_k_weights = torch.from_numpy(scaled).to(top_k_weights)
@@ -190,10 +228,14 @@ class OffloadEngine:
             )
         else:
             parts = run.contributions(self, hidden, top_k_weights)
-            output = parts.sum(dim=1).to(hidden.dtype)
+            output = parts.sum(dim=1)
         self._n_steps += layer == 0
         self._kept += int(keep.sum())
         self._skipped += int(keep.size - keep.sum())
+        if self.compensation is not None:
+            routing = indices, weights
+            output = self.compensation.complete(layer, hidden, output, routing, keep)
+        output = output.to(hidden.dtype)
         if self.observers:
             passed = LayerPass(layer, hidden, indices, weights, keep, parts, output)
             for observer in self.observers:

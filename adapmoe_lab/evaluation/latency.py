@@ -122,10 +122,12 @@ def measure_latency(
                 )
             if number > 0:
                 watch.keep()
+        surrogates = model.config.compensation
         conditions = {
             **measurement_conditions(model),
             "slots": tuple(cache.n_slots for cache in engine.cached.caches),
             "gating": engine.gating.fingerprint() if engine.gating else None,
+            "compensation": surrogates.fingerprint() if surrogates else None,
             "prompt_tokens": tuple(len(ids) for ids in encoded),
             "new_tokens": new_tokens,
         }

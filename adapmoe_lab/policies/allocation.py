@@ -50,17 +50,19 @@ def uniform_plan(
     budget: int,
     min_slots: int = 1,
     slot_bytes: NDArray[np.int64] | None = None,
+    surrogate_bytes: int = 0,
 ) -> CachePlan:
     """Divide a byte budget evenly over the layers.
 
-    The staging slots come out of the budget first, unless every expert fits. Slots left over
-    after an even division go to the first layers.
+    Surrogates come out of the budget first, then the staging slots, unless every expert fits.
+    Slots left over after an even division go to the first layers.
 
     Args:
         spec: the model whose experts are meant.
-        budget: bytes for slots and staging.
+        budget: bytes for slots, surrogates and staging.
         min_slots: slots every layer must get.
         slot_bytes: int64 [L], bytes of a slot of each layer where experts differ in precision.
+        surrogate_bytes: bytes of the surrogates that stand in for skipped experts.
 
     Raises:
         ValueError: the budget does not give every layer `min_slots`.
@@ -69,16 +71,18 @@ def uniform_plan(
     if slot_bytes is None:
         slot_bytes = np.full(n_layers, spec.stored_expert_bytes)
     widest, all_layers = int(slot_bytes.max()), int(slot_bytes.sum())
-    room = budget - N_STAGING * widest
-    if budget >= n_experts * all_layers:
+    whole_room = budget - surrogate_bytes
+    room = whole_room - N_STAGING * widest
+    if whole_room >= n_experts * all_layers:
         slots = np.full(n_layers, n_experts)
     elif room < min_slots * all_layers:
+        beside = f" and {surrogate_bytes / 2**20:.1f} MiB of surrogates" if surrogate_bytes else ""
         n_slots = max(0, room // widest)
         short = -(-(min_slots * all_layers - room) // widest)
         raise ValueError(
             f"{n_slots} slots cannot give {n_layers} layers {min_slots} each; raise the "
             f"budget by {short} experts ({short * widest / 2**20:.1f} MiB, staging of "
-            f"{N_STAGING} included) or pass min_slots=0."
+            f"{N_STAGING}{beside} included) or pass min_slots=0."
         )
     else:
         each, left = divmod(max(0, room), all_layers)

@@ -22,10 +22,13 @@ Dropped = NDArray[np.bool_]
 class SkipEffects:
     """What each expert gives T tokens of one layer, and so what dropping it would change.
 
+    The parts of a change are, for each of the K choices, what is lost by dropping it (its weighted
+    output less what stands in for it), and then the K weighted outputs themselves.
+
     Attributes:
         weights: float64 [T, K], of the router.
-        along: float64 [T, K], each weighted expert output's product with the loss gradient.
-        products: float64 [T, K, K], of the weighted expert outputs with each other.
+        along: float64 [T, 2K], each part's product with the loss gradient.
+        products: float64 [T, 2K, 2K], of the parts with each other.
         width: D, channels of the output.
         gain: how much of the dropped share goes to the experts kept; 1 renormalises.
     """
@@ -37,10 +40,11 @@ class SkipEffects:
     gain: float
 
     def change(self, dropped: Dropped) -> Floats:
-        """Return how often dropping [T, K] adds each expert's part to the output, [T, K]."""
+        """Return how often dropping [T, K] adds each part to the output, float64 [T, 2K]."""
         lost = (self.weights * dropped).sum(axis=1, keepdims=True)
         kept = (self.weights * ~dropped).sum(axis=1, keepdims=True)
-        return np.where(dropped, -1.0, self.gain * lost / kept)
+        grown = np.where(dropped, 0.0, self.gain * lost / kept)
+        return np.concatenate([-dropped.astype(np.float64), grown], axis=1)
 
 
 def _squared_lost_share(effects: SkipEffects, dropped: Dropped) -> Floats:
@@ -49,7 +53,7 @@ def _squared_lost_share(effects: SkipEffects, dropped: Dropped) -> Floats:
 
 def _squared_change(effects: SkipEffects, dropped: Dropped) -> Floats:
     change = effects.change(dropped)
-    return np.einsum("tk,tkj,tj->t", change, effects.products, change) / (2 * effects.width)
+    return np.einsum("tp,tpq,tq->t", change, effects.products, change) / (2 * effects.width)
 
 
 def _directional(effects: SkipEffects, dropped: Dropped) -> Floats:

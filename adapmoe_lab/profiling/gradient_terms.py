@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adapmoe_lab.engine.compensation import Compensation
 from adapmoe_lab.engine.expert_sum import LayerGradient
 from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.models.recomputing import recomputing_layers
@@ -41,12 +42,15 @@ def gradient_terms(
     """Differentiate the summed next-token loss of a text, token ids int64 [T], in nats.
 
     Layers are recomputed on the way back and experts read from the store again, so that the device
-    holds the activations of one layer and a single expert at a time.
+    holds the activations of one layer and a single expert at a time. What the engine's surrogates
+    would put in an expert's place counts as kept.
     """
     by_layer = {}
 
     def read(found: LayerGradient) -> None:
-        by_layer[found.layer] = _terms_of(found, estimators, cuts, renormalise)
+        by_layer[found.layer] = _terms_of(
+            found, estimators, cuts, renormalise, model.engine.compensation
+        )
 
     embedded = model.hf.get_input_embeddings()(ids[None].to(model.engine.device)).detach()
     with torch.enable_grad(), recomputing_layers(model.hf):
@@ -64,16 +68,23 @@ def _terms_of(
     estimators: Sequence[str],
     cuts: NDArray[np.float64],
     renormalise: bool,
+    compensation: Compensation | None,
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
     """Return squares, terms [C, B] and skipped [B] of one layer."""
-    gradient, parts = found.gradient.float(), found.contributions.float()
+    gradient, outputs = found.gradient.float(), found.contributions.float()
+    lost, gain = outputs, float(renormalise)
+    if compensation is not None:
+        stand_ins = compensation.stand_ins(found.layer, found.hidden, found.indices, found.weights)
+        lost = outputs - stand_ins.float()
+        gain += compensation.surrogates.gain[found.layer]
+    parts = torch.cat([lost, outputs], dim=1)  # [T, 2K, D]
     weights = found.weights.float().cpu().numpy()
     effects = SkipEffects(
         weights=weights.astype(np.float64),
-        along=_on_host(torch.einsum("td,tkd->tk", gradient, parts)),
-        products=_on_host(torch.einsum("tkd,tjd->tkj", parts, parts)),
+        along=_on_host(torch.einsum("td,tpd->tp", gradient, parts)),
+        products=_on_host(torch.einsum("tpd,tqd->tpq", parts, parts)),
         width=parts.shape[-1],
-        gain=float(renormalise),
+        gain=gain,
     )
     terms, skipped = np.empty((len(estimators), len(cuts))), np.empty(len(cuts))
     for b, cut in enumerate(cuts):

@@ -61,18 +61,20 @@ class LossChanges:
 
 def loss_changes(
     model: LabModel,
+    ungated: TunedConfig,
     sequences: Sequence[torch.Tensor],
     tables: Sequence[GatingTable],
     progress: Progress | None = None,
-    doing: str = "measuring loss",
 ) -> LossChanges:
-    """Run every text, token ids int64 [T], ungated and under each table."""
+    """Run every text, token ids int64 [T], ungated and under each table.
+
+    `ungated` is the config without its gating: what stands in for skipped experts is its own.
+    """
     found = []
-    ungated = TunedConfig.untuned(model.spec)
     with torch.no_grad(), model.running(ungated), model.engine.reading_store():
         for done, ids in enumerate(sequences):
             if progress is not None:
-                progress(done, len(sequences), doing)
+                progress(done, len(sequences), "measuring what skipping costs")
             found.append(_of_text(model, ids, tables))
     loss, divergence = np.array(found).transpose(2, 0, 1)
     return LossChanges(loss, divergence, np.array([len(ids) - 1 for ids in sequences]))

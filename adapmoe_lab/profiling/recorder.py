@@ -15,7 +15,6 @@ from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.engine.offload import LayerPass
 from adapmoe_lab.models.families import router_scores
 from adapmoe_lab.records import RoutingTrace
-from adapmoe_lab.records.routing import UNGATED
 
 NEXT_ROUTER = "next_router"
 MAX_DISTANCE = 3
@@ -45,12 +44,12 @@ class RoutingRecorder:
         self._routers = [layer.router for layer in model.layers]
         self._max_distance = max_distance
         self._steps: list[_Step] = []
-        self._gating = model.engine.gating
+        self._skipping = model.engine.skipping
 
     @contextmanager
     def recording(self) -> Iterator[RoutingRecorder]:
         """Record every forward pass inside the block."""
-        self._gating = self._model.engine.gating
+        self._skipping = self._model.engine.skipping
         handle = self._model.hf.register_forward_pre_hook(self._begin_step, with_kwargs=True)
         try:
             with self._model.engine.observed_by(self._observe):
@@ -89,7 +88,7 @@ class RoutingRecorder:
             step_ids=np.repeat(np.arange(len(self._steps)), lengths),
             is_decode=np.repeat(decode_steps, lengths),
             labels=tuple(labels) if labels else tuple(f"text {i}" for i in range(len(starts))),
-            recorded_under=self._gating.fingerprint() if self._gating else UNGATED,
+            recorded_under=self._skipping,
         )
 
     @staticmethod

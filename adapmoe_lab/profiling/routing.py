@@ -12,7 +12,6 @@ from adapmoe_lab.profiling.project import project_folder, say
 from adapmoe_lab.profiling.recorder import RoutingRecorder
 from adapmoe_lab.records import RecordError, RoutingTrace
 from adapmoe_lab.records.files import digest
-from adapmoe_lab.records.routing import UNGATED
 
 Progress = Callable[[int, int, str], None]
 
@@ -31,9 +30,9 @@ def profile(
 ) -> RoutingTrace:
     """Record the routing of texts, or reuse the recording of an earlier run.
 
-    The model runs each text in one forward pass under its present gating. The trace is kept in
-    the project folder under a name made of the model, the texts and the gating; when it is found
-    there it is read instead, and a note says so.
+    The model runs each text in one forward pass under its present gating and compensation. The
+    trace is kept in the project folder under a name made of the model, the texts and those two;
+    when it is found there it is read instead, and a note says so.
 
     Args:
         model: the model to run.
@@ -49,11 +48,10 @@ def profile(
     sequences = [model.encode(text)[:max_tokens] for text in texts]
     if any(not len(ids) for ids in sequences):
         raise ValueError("profile was given an empty text; every text needs at least one token.")
-    gating = model.engine.gating
     name = digest(
         model.spec.fingerprint(),
         model.spec.dtype,
-        gating.fingerprint() if gating else UNGATED,
+        model.engine.skipping,
         *(ids.numpy().tobytes() for ids in sequences),
         *(labels or ()),
     )

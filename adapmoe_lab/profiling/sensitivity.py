@@ -14,7 +14,7 @@ from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.profiling.estimators import ESTIMATORS, MEASURED
 from adapmoe_lab.profiling.gradient_terms import GradientTerms, gradient_terms
 from adapmoe_lab.profiling.loss_change import LossChanges, jackknife, loss_changes
-from adapmoe_lab.records import OFF, GatingTable, SensitivityProfile, TunedConfig
+from adapmoe_lab.records import OFF, GatingTable, SensitivityProfile, Surrogates, TunedConfig
 from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
 
 Progress = Callable[[int, int, str], None]
@@ -32,6 +32,7 @@ def sensitivity(
     *,
     estimator: str = "directional",
     renormalise: bool = False,
+    compensation: Surrogates | None = None,
     max_tokens: int = 256,
     anchored: bool = True,
     progress: Progress | None = None,
@@ -50,18 +51,22 @@ def sensitivity(
             `directional` or `second-order`; measured one layer at a time, `ablation` or
             `divergence`, which take about 6 L forward passes per text.
         renormalise: whether the weights of the experts kept are scaled up for those skipped.
+        compensation: what stands in for skipped experts; the surrogates' gain takes the place of
+            `renormalise`.
         max_tokens: longer texts are cut to this many tokens.
         anchored: whether to correct the estimate by what all layers together are measured to do.
         progress: called with (done, total, text); what it raises stops the run.
 
     Raises:
-        ValueError: the estimator is unknown, or a text is too short.
+        ValueError: the estimator is unknown, a text is too short, or there is both `renormalise`
+            and `compensation`.
     """
     return sensitivities(
         model,
         texts,
         [estimator],
         renormalise=renormalise,
+        compensation=compensation,
         max_tokens=max_tokens,
         anchored=anchored,
         progress=progress,
@@ -74,6 +79,7 @@ def sensitivities(
     estimators: Iterable[str] = (*ESTIMATORS, *MEASURED),
     *,
     renormalise: bool = False,
+    compensation: Surrogates | None = None,
     max_tokens: int = 256,
     anchored: bool = True,
     progress: Progress | None = None,
@@ -84,11 +90,18 @@ def sensitivities(
     for name in names:
         if name not in known:
             raise ValueError(f"estimator={name!r} is unknown; expected one of {', '.join(known)}.")
+    if renormalise and compensation is not None:
+        raise ValueError(
+            "renormalise=True and compensation exclude each other: the surrogates' gain says what "
+            "becomes of the weights kept. Leave one of them out."
+        )
     sequences = token_sequences(model, texts, max_tokens)
+    ungated = replace(TunedConfig.untuned(model.spec), compensation=compensation)
     cuts = np.linspace(1 / max(2, model.spec.top_k), 1.0, N_CUTS)
     from_gradients = [name for name in names if name in ESTIMATORS]
-    terms = _gradient_pass(model, sequences, from_gradients, cuts, renormalise, progress)
-    assembly = _Assembly(model, sequences, cuts, terms, renormalise)
+    with model.running(ungated), model.engine.reading_store():
+        terms = _gradient_pass(model, sequences, from_gradients, cuts, renormalise, progress)
+    assembly = _Assembly(model, sequences, cuts, terms, renormalise, compensation)
     profiles = {
         name: assembly.estimated(name, number) for number, name in enumerate(from_gradients)
     }
@@ -96,9 +109,7 @@ def sensitivities(
     anchors = assembly.anchors() if anchored else []
     if model.spec.top_k == 1 or not ablations + anchors:
         return profiles
-    changes = loss_changes(
-        model, sequences, [*ablations, *anchors], progress, "measuring what skipping costs"
-    )
+    changes = loss_changes(model, ungated, sequences, [*ablations, *anchors], progress)
     for name in names:
         if name in MEASURED:
             profiles[name] = assembly.measured(name, changes.of_tables(slice(len(ablations))))
@@ -119,11 +130,10 @@ def _gradient_pass(
     progress: Progress | None,
 ) -> list[GradientTerms]:
     found = []
-    with model.running(TunedConfig.untuned(model.spec)), model.engine.reading_store():
-        for done, ids in enumerate(sequences):
-            if progress is not None:
-                progress(done, len(sequences), "measuring sensitivity")
-            found.append(gradient_terms(model, ids, names, cuts, renormalise))
+    for done, ids in enumerate(sequences):
+        if progress is not None:
+            progress(done, len(sequences), "measuring sensitivity")
+        found.append(gradient_terms(model, ids, names, cuts, renormalise))
     return found
 
 
@@ -137,9 +147,13 @@ class _Assembly:
         cuts: Floats,
         terms: Sequence[GradientTerms],
         renormalise: bool,
+        compensation: Surrogates | None,
     ) -> None:
         self._spec = model.spec
         self._cuts, self._terms, self._renormalise = cuts, terms, renormalise
+        self._stand_in = RENORMALISED if renormalise else NOTHING
+        if compensation is not None:
+            self._stand_in = compensation.fingerprint()
         self._n_tokens = np.array([len(ids) for ids in sequences])
         self._squares = np.array([text.squares for text in terms])
         weights = self._n_tokens / self._n_tokens.sum()
@@ -196,7 +210,7 @@ class _Assembly:
         return SensitivityProfile(
             model_fingerprint=self._spec.fingerprint(),
             estimator=name,
-            stand_in=RENORMALISED if self._renormalise else NOTHING,
+            stand_in=self._stand_in,
             n_tokens=int(self._n_tokens.sum()),
             n_sequences=len(self._n_tokens),
             cost=fisher if is_fisher else increase[:, 0],

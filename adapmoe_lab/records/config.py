@@ -13,6 +13,7 @@ from adapmoe_lab.records.cache_plan import CachePlan
 from adapmoe_lab.records.files import RecordError, check_version, save_json
 from adapmoe_lab.records.gating_table import GatingTable
 from adapmoe_lab.records.hardware import HardwareProfile
+from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
 from adapmoe_lab.records.spec import MoESpec
 from adapmoe_lab.records.surrogates import KIND as SURROGATES
 from adapmoe_lab.records.surrogates import Surrogates
@@ -89,12 +90,18 @@ class TunedConfig:
                 f"{self.model['id']!r}, {wanted[0]} layers x {wanted[1]} experts, fingerprint "
                 f"{self.model['fingerprint']}. Fit surrogates to this model."
             )
-        if self.gating and self.gating.renormalise and surrogates.gain.any():
+        if self.gating and self.gating.renormalise:
             raise RecordError(
                 "The gating table renormalises the kept weights and the surrogates scale them by "
-                "a gain of their own. Use GatingTable(..., renormalise=False), or surrogates "
-                "with a gain of 0."
+                "a gain of their own; 1 renormalises. Use GatingTable(..., renormalise=False)."
             )
+
+    @property
+    def stand_in(self) -> str:
+        """Identify what takes a skipped expert's place, as a `SensitivityProfile` names it."""
+        if self.compensation is not None:
+            return self.compensation.fingerprint()
+        return RENORMALISED if self.gating is not None and self.gating.renormalise else NOTHING
 
     @classmethod
     def untuned(cls, spec: MoESpec) -> TunedConfig:

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.records import (
-    GatingTable,
     HardwareProfile,
     RoutingTrace,
     SensitivityProfile,
@@ -71,6 +70,9 @@ def simulate(
         hardware: measured times; without it no latency is predicted.
         sensitivity: what skipping costs; without it no loss is predicted.
         warmup_tokens: tokens replayed to fill the cache and not counted.
+
+    Raises:
+        ValueError: the sensitivity was measured with something else in place of skipped experts.
     """
     steps = trace.as_decode()
     keep = kept_experts(steps, config.gating)
@@ -82,7 +84,7 @@ def simulate(
         if config.plan is not None
         else np.full(trace.spec.n_layers, trace.spec.stored_expert_bytes)
     )
-    loss, loss_se = _predicted_loss(config.gating, keep, sensitivity)
+    loss, loss_se = _predicted_loss(config, keep, sensitivity)
     ms_per_token = None
     if hardware is not None:
         load_s = np.array([hardware.load_s(n) for n in slot_bytes])
@@ -102,14 +104,19 @@ def simulate(
 
 
 def _predicted_loss(
-    gating: GatingTable | None, keep: NDArray[np.bool_], sensitivity: SensitivityProfile | None
+    config: TunedConfig, keep: NDArray[np.bool_], sensitivity: SensitivityProfile | None
 ) -> tuple[float | None, float | None]:
     if sensitivity is None:
         return None, None
+    gating = config.gating
     if gating is None:
         return 0.0, 0.0
+    if sensitivity.stand_in != config.stand_in:
+        raise ValueError(
+            f"The sensitivity was measured with {sensitivity.stand_in} in place of skipped "
+            f"experts; the config puts {config.stand_in} there. Measure the sensitivity with the "
+            "config's compensation and renormalisation."
+        )
     if gating.is_one_cut_per_layer:
-        cuts = gating.cuts[:, 0]
-    else:
-        cuts = sensitivity.cuts_skipping(1 - keep.mean(axis=(0, 2)))
-    return sensitivity.total_increase(cuts)
+        return sensitivity.total_increase(gating.cuts[:, 0])
+    return sensitivity.total_increase(sensitivity.cuts_skipping(1 - keep.mean(axis=(0, 2))))

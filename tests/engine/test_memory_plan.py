@@ -116,6 +116,26 @@ def test_a_budget_that_is_too_small_says_by_how_much(plan):
     assert plan(GPU, 1000, expert_memory=int(MIB + n_more * one)).slots.n_slots == 8
 
 
+def test_surrogates_come_out_of_the_budget(plan):
+    one = int(plan(GPU, 1000).slots.slot_bytes[0])
+    alone = plan(GPU, 1000, expert_memory="50%")
+    beside = plan(GPU, 1000, expert_memory="50%", surrogate_bytes=8 * one)
+    assert beside.slots.n_slots == alone.slots.n_slots - 8
+    assert beside.slot_bytes + beside.surrogate_bytes == alone.slot_bytes
+    assert not alone.surrogate_bytes
+    tight = plan(GPU, 60, surrogate_bytes=8 * one)
+    assert tight.slot_bytes + tight.surrogate_bytes <= 0.9 * 60 * MIB - tight.needs.total
+    assert plan(GPU, 1000, surrogate_bytes=8 * one).slots.n_slots == 64
+    with pytest.raises(ValueError, match=r"staging of 2 and 30\.0 MiB of surrogates included"):
+        plan(GPU, 1000, expert_memory="50%", surrogate_bytes=30 * MIB)
+
+
+def test_a_configs_slots_and_surrogates_must_fit_together(plan):
+    slots = plan(GPU, 60, expert_memory="50%").slots
+    with pytest.raises(MemoryError, match="does not fit"):
+        plan(GPU, 60, slots=slots, surrogate_bytes=30 * MIB)
+
+
 def test_a_wrong_size_is_named_by_its_argument(plan):
     with pytest.raises(ValueError, match="host_memory='12 gigs' is not a size"):
         plan(GPU, 1000, host_memory="12 gigs")
