@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from adapmoe_lab.evaluation.texts import calibration_labels, calibration_texts, read_texts
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivity
-    from adapmoe_lab.records.published import published_adapmoe
     from adapmoe_lab.records import RoutingTrace, SensitivityProfile, Surrogates, TunedConfig
+    from adapmoe_lab.records.published import published_adapmoe
     from adapmoe_lab.simulation.simulate import simulate
     from adapmoe_lab.tuning.tune import tune
     from adapmoe_lab.workbench.panel import Workbench

@@ -1,8 +1,5 @@
 """The notebook on routing in a real browser: every figure is drawn, and nothing leaves."""
 
-import os
-from pathlib import Path
-
 import pytest
 from lab_page import CHROMIUM, PANEL, browser_page, lab_server, open_notebook, run_all
 
@@ -10,9 +7,6 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
 ]
-
-PICTURES = "ADAPMOE_LAB_PICTURES"
-"""Names a folder to keep pictures of the figures in."""
 
 
 def test_the_routing_notebook(tmp_path):
@@ -31,7 +25,4 @@ def test_the_routing_notebook(tmp_path):
         ]
         answer = page.locator(f"{PANEL} .jp-RenderedText").last.inner_text()
         assert "used again by the next token" in answer
-        if os.environ.get(PICTURES):
-            for number, figure in enumerate(figures.all()):
-                figure.screenshot(path=Path(os.environ[PICTURES]) / f"routing-{number}.png")
         assert outside == []
