@@ -148,5 +148,3 @@ def test_two_rules_for_the_kept_weights_are_refused(config):
     renormalising = replace(config.gating, renormalise=True)
     with pytest.raises(RecordError, match="renormalises the kept weights and the surrogates scale"):
         replace(config, gating=renormalising)
-    plain = replace(config.compensation, gain=np.zeros(3))
-    assert replace(config, gating=renormalising, compensation=plain).gating.renormalise
