@@ -25,15 +25,25 @@ class LossChanges:
         divergence: float64 [S, C], Kullback-Leibler divergence of the next-token distribution
             from the ungated one: the increase expected over what the model itself holds possible.
         n_predicted: int64 [S], tokens predicted.
+        skipped: float64 [S, C], share of the expert activations that were skipped.
     """
 
     loss: Floats
     divergence: Floats
     n_predicted: NDArray[np.int64]
+    skipped: Floats
 
     def of_tables(self, chosen: slice) -> LossChanges:
         """Return the changes under some of the tables."""
-        return LossChanges(self.loss[:, chosen], self.divergence[:, chosen], self.n_predicted)
+        loss, divergence, skipped = (
+            values[:, chosen] for values in (self.loss, self.divergence, self.skipped)
+        )
+        return LossChanges(loss, divergence, self.n_predicted, skipped)
+
+    @property
+    def skipped_fraction(self) -> Floats:
+        """Share of all expert activations that each table skipped, float64 [C]."""
+        return (self.n_predicted @ self.skipped) / self.n_predicted.sum()
 
     @property
     def mean_ablation(self) -> tuple[Floats, Floats]:
@@ -76,14 +86,15 @@ def loss_changes(
             if progress is not None:
                 progress(done, len(sequences), "measuring what skipping costs")
             found.append(_of_text(model, ids, tables))
-    loss, divergence = np.array(found).transpose(2, 0, 1)
-    return LossChanges(loss, divergence, np.array([len(ids) - 1 for ids in sequences]))
+    loss, divergence, skipped = np.array(found).transpose(2, 0, 1)
+    n_predicted = np.array([len(ids) - 1 for ids in sequences])
+    return LossChanges(loss, divergence, n_predicted, skipped)
 
 
 def _of_text(
     model: LabModel, ids: torch.Tensor, tables: Sequence[GatingTable]
-) -> list[tuple[float, float]]:
-    """Return loss increase and divergence of one text under each table, summed over its tokens."""
+) -> list[tuple[float, float, float]]:
+    """Return a text's summed loss increase, divergence, and skipping under each table."""
     ids = ids.to(model.engine.device)
 
     def log_probabilities() -> torch.Tensor:
@@ -94,10 +105,13 @@ def _of_text(
     probabilities, following = whole.exp(), ids[1:, None].to(whole.device)
     changes = []
     for table in tables:
+        before = model.engine.traffic
         with model.engine.gated_by(table):
             change = whole - log_probabilities()
         loss = float(change.gather(1, following).double().sum())
-        changes.append((loss, float((probabilities * change).double().sum())))
+        divergence = float((probabilities * change).double().sum())
+        skipped = (model.engine.traffic - before).skipped_fraction
+        changes.append((loss, divergence, skipped))
     return changes
 
 
