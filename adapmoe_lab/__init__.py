@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adapmoe_lab.evaluation.texts import calibration_labels, calibration_texts, read_texts
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivity
+    from adapmoe_lab.profiling.surrogates import fit_surrogates
     from adapmoe_lab.records import RoutingTrace, SensitivityProfile, Surrogates, TunedConfig
     from adapmoe_lab.records.published import published_adapmoe
     from adapmoe_lab.simulation.simulate import simulate
@@ -36,6 +37,7 @@ _HOMES = {
     "calibration_texts": "evaluation.texts",
     "evaluate": "evaluation.harness",
     "evaluate_loss": "evaluation.loss",
+    "fit_surrogates": "profiling.surrogates",
     "load": "engine.loading",
     "measure_latency": "evaluation.latency",
     "probe_hardware": "engine.hardware",
@@ -58,6 +60,7 @@ __all__ = [
     "calibration_texts",
     "evaluate",
     "evaluate_loss",
+    "fit_surrogates",
     "load",
     "measure_latency",
     "probe_hardware",

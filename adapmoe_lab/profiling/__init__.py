@@ -1,1 +1,1 @@
-"""What is learnt about a model by running it: routing and sensitivity."""
+"""What is learnt about a model by running it: routing, sensitivity and surrogates."""

@@ -1,0 +1,128 @@
+"""What every layer's experts are given while texts run, kept on disk so that memory stays small."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.offload import LayerPass
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerActivations:
+    """One layer's share of T recorded tokens.
+
+    Attributes:
+        hidden: the experts' input [T, D], in the precision of the model.
+        indices: the router's choice, int64 [T, K]; E means no expert.
+        weights: the router's own weights, float32 [T, K].
+        gradient: gradient [T, D] of the summed loss at the experts' output, if it was recorded.
+    """
+
+    hidden: torch.Tensor
+    indices: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    gradient: torch.Tensor | None
+
+
+class Activations:
+    """Everything that was recorded, one layer at a time; the bulk lies in files of a folder."""
+
+    def __init__(self, folder: Path, n_layers: int) -> None:
+        """Record into an empty folder."""
+        self._folder = folder
+        self._routing: list[list[tuple[NDArray, NDArray]]] = [[] for _ in range(n_layers)]
+        self._kinds: dict[str, tuple[torch.dtype, int]] = {}
+
+    def add(self, layer_pass: LayerPass) -> None:
+        """Append what a layer was given, and the gradient at its output if there is one."""
+        self._routing[layer_pass.layer].append((layer_pass.indices.copy(), layer_pass.weights))
+        self._append(layer_pass.layer, "hidden", layer_pass.hidden)
+        if layer_pass.output.requires_grad:
+            self._append(layer_pass.layer, "gradient", layer_pass.output.grad)
+
+    def layer(self, layer: int) -> LayerActivations:
+        """Read one layer back."""
+        indices, weights = zip(*self._routing[layer], strict=True)
+        return LayerActivations(
+            hidden=self._read(layer, "hidden"),
+            indices=np.concatenate(indices),
+            weights=np.concatenate(weights),
+            gradient=self._read(layer, "gradient") if "gradient" in self._kinds else None,
+        )
+
+    def _append(self, layer: int, kind: str, tensor: torch.Tensor) -> None:
+        rows = tensor.detach().cpu().contiguous()
+        self._kinds[kind] = rows.dtype, rows.shape[1]
+        with self._path(layer, kind).open("ab") as file:
+            file.write(memoryview(rows.view(torch.uint8).numpy()))
+
+    def _read(self, layer: int, kind: str) -> torch.Tensor:
+        dtype, width = self._kinds[kind]
+        content = bytearray(self._path(layer, kind).read_bytes())
+        return torch.frombuffer(content, dtype=dtype).view(-1, width)
+
+    def _path(self, layer: int, kind: str) -> Path:
+        return self._folder / f"{layer}.{kind}"
+
+
+@contextmanager
+def recorded_activations(
+    model: LabModel,
+    sequences: Sequence[torch.Tensor],
+    *,
+    gradients: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Activations]:
+    """Run token sequences under the configuration in force; forget what was recorded at the end.
+
+    Takes T x L x D numbers of disk in the temporary folder, twice that with gradients.
+
+    Args:
+        model: the model; its experts are read from the store.
+        sequences: token ids int64 [T] of each.
+        gradients: whether to record the gradient of each sequence's summed next-token loss too.
+        progress: called with (done, total, text); what it raises stops the run.
+    """
+    with tempfile.TemporaryDirectory(prefix="adapmoe-lab-") as folder:
+        activations = Activations(Path(folder), model.spec.n_layers)
+        with model.engine.reading_store():
+            for done, ids in enumerate(sequences):
+                if progress is not None:
+                    progress(done, len(sequences), "recording activations")
+                if gradients:
+                    _record_with_gradients(model, ids, activations)
+                else:
+                    _record(model, ids, activations)
+        yield activations
+
+
+def _record(model: LabModel, ids: torch.Tensor, activations: Activations) -> None:
+    with torch.no_grad(), model.engine.observed_by(activations.add):
+        model.hf(input_ids=ids[None].to(model.engine.device), use_cache=False)
+
+
+def _record_with_gradients(model: LabModel, ids: torch.Tensor, activations: Activations) -> None:
+    passes: list[LayerPass] = []
+
+    def tap(layer_pass: LayerPass) -> None:
+        layer_pass.output.retain_grad()
+        passes.append(layer_pass)
+
+    embedded = model.hf.get_input_embeddings()(ids[None].to(model.engine.device))
+    with torch.enable_grad(), model.engine.observed_by(tap):
+        logits = model.hf(inputs_embeds=embedded.requires_grad_(), use_cache=False).logits[0]
+        targets = ids[1:].to(logits.device)
+        torch.nn.functional.cross_entropy(logits[:-1].float(), targets, reduction="sum").backward()
+    for layer_pass in passes:
+        activations.add(layer_pass)
