@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adapmoe_lab.engine.expert_sum import LayerGradient
 from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.engine.offload import LayerPass
+from adapmoe_lab.profiling.backward import backpropagate
 
 Progress = Callable[[int, int, str], None]
 
@@ -44,12 +46,15 @@ class Activations:
         self._routing: list[list[tuple[NDArray, NDArray]]] = [[] for _ in range(n_layers)]
         self._kinds: dict[str, tuple[torch.dtype, int]] = {}
 
-    def add(self, layer_pass: LayerPass) -> None:
+    def add(self, seen: LayerPass | LayerGradient) -> None:
         """Append what a layer was given, and the gradient at its output if there is one."""
-        self._routing[layer_pass.layer].append((layer_pass.indices.copy(), layer_pass.weights))
-        self._append(layer_pass.layer, "hidden", layer_pass.hidden)
-        if layer_pass.output.requires_grad:
-            self._append(layer_pass.layer, "gradient", layer_pass.output.grad)
+        weights = seen.weights
+        if isinstance(weights, torch.Tensor):
+            weights = weights.detach().float().cpu().numpy()
+        self._routing[seen.layer].append((seen.indices.copy(), weights))
+        self._append(seen.layer, "hidden", seen.hidden)
+        if isinstance(seen, LayerGradient):
+            self._append(seen.layer, "gradient", seen.gradient)
 
     def layer(self, layer: int) -> LayerActivations:
         """Read one layer back."""
@@ -101,7 +106,7 @@ def recorded_activations(
                 if progress is not None:
                     progress(done, len(sequences), "recording activations")
                 if gradients:
-                    _record_with_gradients(model, ids, activations)
+                    backpropagate(model, ids, activations.add)
                 else:
                     _record(model, ids, activations)
         yield activations
@@ -110,19 +115,3 @@ def recorded_activations(
 def _record(model: LabModel, ids: torch.Tensor, activations: Activations) -> None:
     with torch.no_grad(), model.engine.observed_by(activations.add):
         model.hf(input_ids=ids[None].to(model.engine.device), use_cache=False)
-
-
-def _record_with_gradients(model: LabModel, ids: torch.Tensor, activations: Activations) -> None:
-    passes: list[LayerPass] = []
-
-    def tap(layer_pass: LayerPass) -> None:
-        layer_pass.output.retain_grad()
-        passes.append(layer_pass)
-
-    embedded = model.hf.get_input_embeddings()(ids[None].to(model.engine.device))
-    with torch.enable_grad(), model.engine.observed_by(tap):
-        logits = model.hf(inputs_embeds=embedded.requires_grad_(), use_cache=False).logits[0]
-        targets = ids[1:].to(logits.device)
-        torch.nn.functional.cross_entropy(logits[:-1].float(), targets, reduction="sum").backward()
-    for layer_pass in passes:
-        activations.add(layer_pass)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from adapmoe_lab.engine.compensation import Compensation
 from adapmoe_lab.engine.expert_sum import LayerGradient
 from adapmoe_lab.engine.loading import LabModel
-from adapmoe_lab.models.recomputing import recomputing_layers
 from adapmoe_lab.policies.gating import keep_by_cuts
+from adapmoe_lab.profiling.backward import backpropagate
 from adapmoe_lab.profiling.estimators import ESTIMATORS, SkipEffects
 
 
@@ -39,11 +39,9 @@ def gradient_terms(
     cuts: NDArray[np.float64],
     renormalise: bool,
 ) -> GradientTerms:
-    """Differentiate the summed next-token loss of a text, token ids int64 [T], in nats.
+    """Differentiate a text's loss, token ids int64 [T], and reduce every layer's gradient at once.
 
-    Layers are recomputed on the way back and experts read from the store again, so that the device
-    holds the activations of one layer and a single expert at a time. What the engine's surrogates
-    would put in an expert's place counts as kept.
+    What the engine's surrogates would put in an expert's place counts as kept.
     """
     by_layer = {}
 
@@ -52,13 +50,7 @@ def gradient_terms(
             found, estimators, cuts, renormalise, model.engine.compensation
         )
 
-    embedded = model.hf.get_input_embeddings()(ids[None].to(model.engine.device)).detach()
-    with torch.enable_grad(), recomputing_layers(model.hf):
-        with model.engine.gradients_observed_by(read):
-            hf = model.hf(inputs_embeds=embedded.requires_grad_(), use_cache=False)
-        logits = hf.logits[0, :-1].float()
-        following = ids[1:].to(logits.device)
-        torch.nn.functional.cross_entropy(logits, following, reduction="sum").backward()
+    backpropagate(model, ids, read)
     squares, terms, skipped = zip(*(by_layer[i] for i in sorted(by_layer)), strict=True)
     return GradientTerms(np.array(squares), np.stack(terms, axis=1), np.array(skipped))
 
