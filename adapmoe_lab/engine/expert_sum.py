@@ -63,11 +63,20 @@ class LayerRun:
     def outputs(
         self, source: ExpertSource, hidden: torch.Tensor
     ) -> Iterator[tuple[Positions, torch.Tensor]]:
-        """Yield, expert by expert, where it was chosen and its outputs [n, D], not yet weighted."""
-        needed = set(self.indices[self.keep].tolist())
-        for expert, weights in source.arrivals(self.layer, needed):
-            tokens, columns = np.nonzero((self.indices == expert) & self.keep)
-            at = (_on_device_of(hidden, tokens), _on_device_of(hidden, columns))
+        """Yield, expert by expert, where it was chosen and its outputs [n, D], not yet weighted.
+
+        All positions go to the device in one copy, those of an expert beside each other.
+        """
+        positions = np.stack(np.nonzero(self.keep))  # [2, N]
+        chosen = self.indices[self.keep]
+        order = np.argsort(chosen, kind="stable")
+        on_device = torch.from_numpy(positions[:, order]).to(hidden.device)
+        needed, starts = np.unique(chosen[order], return_index=True)
+        ends = [*starts[1:].tolist(), len(chosen)]
+        parts = dict(zip(needed.tolist(), zip(starts.tolist(), ends, strict=True), strict=True))
+        for expert, weights in source.arrivals(self.layer, parts):
+            start, end = parts[expert]
+            at = (on_device[0, start:end], on_device[1, start:end])
             yield at, run_expert(self.module, weights, hidden[at[0]])
 
     def contributions(
@@ -134,7 +143,3 @@ class StreamedExpertSum(torch.autograd.Function):
             for observer in ctx.observers:
                 observer(found)
         return for_hidden, for_weights, None, None, None, None
-
-
-def _on_device_of(like: torch.Tensor, positions: NDArray[np.int64]) -> torch.Tensor:
-    return torch.from_numpy(positions).to(like.device)
