@@ -53,15 +53,22 @@ def _tune(options: argparse.Namespace) -> None:
     from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivity
+    from adapmoe_lab.profiling.surrogates import fit_surrogates
     from adapmoe_lab.tuning.tune import tune
 
     model, texts = _load(options), _texts(options)
     uniform_plan(model.spec, budget_bytes(options.budget, model.spec))  # refuse before long work
     half = len(texts) // 2 or 1
+    calibration, surrogates = texts[:half], None
+    if options.surrogate_memory is not None:
+        surrogates = fit_surrogates(
+            model, calibration, budget_bytes=options.surrogate_memory, progress=_progress
+        )
     config = tune(
-        profile(model, texts[:half], progress=_progress),
-        sensitivity(model, texts[:half], progress=_progress),
+        profile(model, calibration, progress=_progress),
+        sensitivity(model, calibration, compensation=surrogates, progress=_progress),
         probe_hardware(model),
+        compensation=surrogates,
         expert_memory=options.budget,
         skipped_fraction=options.skipped_fraction,
         max_loss_increase_nats=options.max_loss_increase_nats,
@@ -226,6 +233,9 @@ def _add_tune(commands: Any) -> None:
     tune.add_argument("--skipped-fraction", type=float, metavar="F", help="experts to skip, 0 to 1")
     tune.add_argument("--max-loss-increase-nats", type=float, default=0.01, metavar="NATS")
     tune.add_argument("--method", default="uniform", help="uniform, adapmoe or curve")
+    tune.add_argument(
+        "--surrogate-memory", metavar="SIZE", help="device memory for stand-ins, such as 2%%"
+    )
     tune.add_argument("--verify", action="store_true", help="measure the loss and keep the promise")
     tune.set_defaults(run=_tune)
 

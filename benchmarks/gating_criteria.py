@@ -30,8 +30,9 @@ from adapmoe_lab.records import GatingTable, RoutingTrace, SensitivityProfile, T
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.simulation.rank_agreement import rank_correlation
 
-FRACTIONS = (0.1, 0.2, 0.25, 0.3)
+FRACTIONS = (0.1, 0.25)
 VALIDATED = (0.1, 0.2)
+VALIDATED_CRITERIA = ("uniform", "adapmoe", "curve: directional")
 VALIDATION_TOKENS = 1024
 
 Profiles = dict[str, SensitivityProfile]
@@ -132,6 +133,17 @@ def ranking(profiles: Profiles) -> list[dict[str, object]]:
     ]
 
 
+def print_ranking(rows: list[dict[str, object]]) -> None:
+    """Print how each sensitivity ranks the layers."""
+    print("\nrank correlation over layers with one layer's ablation, kept weights renormalised")
+    for row in rows:
+        print(
+            f"{row['estimator']:22} {row['rank_correlation_with_ablation']:+.2f} loss, "
+            f"{row['rank_correlation_with_divergence']:+.2f} divergence",
+            flush=True,
+        )
+
+
 def print_criteria(rows: list[dict[str, object]]) -> None:
     """Print loss increases in millinats, one line per criterion."""
     for renormalise in (True, False):
@@ -143,7 +155,7 @@ def print_criteria(rows: list[dict[str, object]]) -> None:
                 for r in rows
                 if r["criterion"] == name and r["renormalise"] == renormalise
             ]
-            print(f"{name:22}" + "".join(f"{cell:>18}" for cell in cells))
+            print(f"{name:22}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
 def print_validation(rows: list[dict[str, object]]) -> None:
@@ -170,9 +182,9 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--calibration-tokens", type=int, default=36_000)
+    parser.add_argument("--calibration-tokens", type=int, default=18_000)
     parser.add_argument("--evaluation-tokens", type=int, default=36_000)
-    parser.add_argument("--no-validation", action="store_true", help="leave out the third table")
+    parser.add_argument("--validation-tokens", type=int, default=120_000)
     options = parser.parse_args()
     link = {"link": "none"} if options.device == "cpu" else {}
     model = lab.load(options.model, dtype="float32", device=options.device, **link)
@@ -180,24 +192,18 @@ def main() -> int:
         options.text, options.calibration_tokens, options.evaluation_tokens
     )
     trace = lab.profile(model, calibration, max_tokens=PIECE_TOKENS)
-    names = (*ESTIMATORS, *MEASURED)
     by_renormalise = {
         renormalise: sensitivities(
             model, calibration, names, renormalise=renormalise, max_tokens=PIECE_TOKENS
         )
-        for renormalise in (True, False)
+        for renormalise, names in ((True, (*ESTIMATORS, *MEASURED)), (False, tuple(ESTIMATORS)))
     }
+    ranks = ranking(by_renormalise[True])
+    print_ranking(ranks)
     chosen = [s for r, p in by_renormalise.items() for s in settings(trace, p, r, FRACTIONS)]
     changes, rows = measured(model, evaluation, chosen, PIECE_TOKENS)
     compare_with_adapmoe(changes, rows)
     print_criteria(rows)
-    ranks = {str(r): ranking(profiles) for r, profiles in by_renormalise.items()}
-    print("\nrank correlation over layers with one layer's ablation (renormalised)")
-    for row in ranks["True"]:
-        print(
-            f"{row['estimator']:22} {row['rank_correlation_with_ablation']:+.2f} loss, "
-            f"{row['rank_correlation_with_divergence']:+.2f} divergence"
-        )
     document = {
         "conditions": measurement_conditions(model),
         "calibration_tokens": int(trace.n_tokens),
@@ -205,19 +211,18 @@ def main() -> int:
         "criteria": rows,
         "ranking": ranks,
     }
-    if not options.no_validation:
-        few = {"uniform", "adapmoe", "curve: directional"}
-        chosen = [
-            setting
-            for r, profiles in by_renormalise.items()
-            for setting in settings(trace, profiles, r, VALIDATED)
-            if setting.criterion in few
-        ]
-        texts = whole_evaluation(options.text)
-        changes, rows = measured(model, texts, chosen, VALIDATION_TOKENS)
-        print_validation(rows)
-        document["validation"] = rows
-        document["validation_tokens"] = int(changes.n_predicted.sum())
+    save_json(options.out, document)
+    chosen = [
+        setting
+        for renormalise, profiles in by_renormalise.items()
+        for setting in settings(trace, profiles, renormalise, VALIDATED)
+        if setting.criterion in VALIDATED_CRITERIA
+    ]
+    texts = whole_evaluation(options.text, options.validation_tokens)
+    changes, rows = measured(model, texts, chosen, VALIDATION_TOKENS)
+    print_validation(rows)
+    document["validation"] = rows
+    document["validation_tokens"] = int(changes.n_predicted.sum())
     save_json(options.out, document)
     return 0
 

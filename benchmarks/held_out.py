@@ -69,14 +69,16 @@ def spaced_pieces(whole: str, n_pieces: int, n_characters: int) -> Sequence[str]
     return [whole[start : start + n_characters] for start in starts]
 
 
-def whole_evaluation(folder: Path) -> list[str]:
-    """Return all text of the documents that `calibration_and_evaluation` evaluates on, in pieces.
+def whole_evaluation(folder: Path, n_tokens: int) -> list[str]:
+    """Return about `n_tokens` tokens of the documents `calibration_and_evaluation` evaluates on.
 
-    Each is long enough for 1024 tokens.
+    Pieces are long enough for 1024 tokens, evenly spaced over all of each domain's text.
     """
+    length = 2 * PIECE_CHARACTERS
+    whole = {domain: "\n\n".join(documents(folder, domain)[1::2]) for domain in DOMAINS}
+    share = n_tokens / (2 * PIECE_TOKENS) * length / sum(map(len, whole.values()))
     pieces = []
-    for domain in DOMAINS:
-        whole = "\n\n".join(documents(folder, domain)[1::2])
-        starts = range(0, len(whole) - 2 * PIECE_CHARACTERS, 2 * PIECE_CHARACTERS)
-        pieces += [whole[start : start + 2 * PIECE_CHARACTERS] for start in starts]
+    for text in whole.values():
+        n_pieces = min(len(text) // length, round(share * len(text) / length))
+        pieces += spaced_pieces(text, n_pieces, length)
     return pieces

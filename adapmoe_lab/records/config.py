@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from adapmoe_lab.records.cache_plan import CachePlan
-from adapmoe_lab.records.files import RecordError, check_version, save_json
+from adapmoe_lab.records.files import RecordError, check_version, json_bytes, save_json
 from adapmoe_lab.records.gating_table import GatingTable
 from adapmoe_lab.records.hardware import HardwareProfile
 from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
@@ -167,6 +169,18 @@ class TunedConfig:
             self.compensation.save(path.with_name(document["compensation"]["file"]))
         save_json(path, document, allow_nan=False)
         return path
+
+    def as_one_file(self, name: str = "tuned") -> bytes:
+        """Return what `save` writes for `name`.json as one: the JSON, or a zip of all files."""
+        document = self.to_json(name)
+        content = json_bytes(document, allow_nan=False)
+        if self.compensation is None:
+            return content
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr(f"{name}.json", content)
+            archive.writestr(document["compensation"]["file"], self.compensation.to_bytes())
+        return buffer.getvalue()
 
     @classmethod
     def load(cls, path: str | Path) -> TunedConfig:

@@ -17,11 +17,14 @@ from adapmoe_lab.records import (
     MoESpec,
     RoutingTrace,
     SensitivityProfile,
+    Surrogates,
     TunedConfig,
 )
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 
 MAX_STEPS_BACK = 4
+BFLOAT16_BYTES = 2
+"""Of a number of the surrogates, where no model says what it computes in."""
 
 
 def tune(
@@ -33,6 +36,7 @@ def tune(
     skipped_fraction: float | None = None,
     max_loss_increase_nats: float = 0.01,
     method: str = "uniform",
+    compensation: Surrogates | None = None,
     model: LabModel | None = None,
     texts: Sequence[str] | None = None,
 ) -> TunedConfig:
@@ -51,6 +55,8 @@ def tune(
         max_loss_increase_nats: allowed predicted loss increase per token.
         method: `"uniform"` (one cut for all layers), `"adapmoe"` (its sensitivity rule) or
             `"curve"` (least predicted loss).
+        compensation: what stands in for skipped experts; the sensitivity must be measured with it,
+            and its bytes come out of `expert_memory`.
         model: the model to verify the loss on; without it the config is only predicted.
         texts: what to verify on, best other texts than the trace and the sensitivity are from;
             the shipped calibration texts if None.
@@ -75,9 +81,15 @@ def tune(
         skipped_fraction = largest_skipped_fraction(
             rule, sensitivity, trace.spec.top_k, max_loss_increase_nats
         )
-    plan = uniform_plan(trace.spec, budget_bytes(expert_memory, trace.spec))
+    item_bytes = model.hf.dtype.itemsize if model is not None else BFLOAT16_BYTES
+    plan = uniform_plan(
+        trace.spec,
+        budget_bytes(expert_memory, trace.spec),
+        surrogate_bytes=compensation.n_bytes(item_bytes) if compensation is not None else 0,
+    )
     ungated = TunedConfig(
         model=TunedConfig.model_identity(trace.spec),
+        compensation=compensation,
         plan=plan,
         precision=trace.spec.dtype,
         hardware=hardware,

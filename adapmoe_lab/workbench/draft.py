@@ -18,6 +18,7 @@ from adapmoe_lab.records import (
     HardwareProfile,
     RoutingTrace,
     SensitivityProfile,
+    Surrogates,
     TunedConfig,
 )
 from adapmoe_lab.simulation.simulate import Simulation, simulate
@@ -54,7 +55,11 @@ class Bench:
     """Everything a draft is judged by: one trace, one sensitivity, one machine."""
 
     def __init__(
-        self, trace: RoutingTrace, sensitivity: SensitivityProfile, hardware: HardwareProfile
+        self,
+        trace: RoutingTrace,
+        sensitivity: SensitivityProfile,
+        hardware: HardwareProfile,
+        compensation: Surrogates | None = None,
     ) -> None:
         """Bind what was measured; the first `N_FULL_TOKENS` tokens of the trace are replayed.
 
@@ -65,6 +70,7 @@ class Bench:
         self.trace = trace.first(N_FULL_TOKENS)
         self.sensitivity = sensitivity
         self.hardware = hardware
+        self.compensation = compensation
         self._quick = trace.first(N_QUICK_TOKENS)
         self._rules = {name: rule(self.trace, sensitivity) for name, rule in RULES.items()}
         self._baselines: dict[int, Simulation] = {}
@@ -93,6 +99,7 @@ class Bench:
         return TunedConfig(
             model=TunedConfig.model_identity(spec),
             gating=GatingTable.per_layer(draft.cuts, spec.top_k) if skips else None,
+            compensation=self.compensation,
             plan=slots_plan(spec, draft.slots_per_layer),
             precision=spec.dtype,
             hardware=self.hardware,

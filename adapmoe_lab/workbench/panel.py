@@ -15,8 +15,13 @@ from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity as measure_sensitivity
-from adapmoe_lab.records import HardwareProfile, RoutingTrace, SensitivityProfile, TunedConfig
-from adapmoe_lab.records.files import json_bytes
+from adapmoe_lab.records import (
+    HardwareProfile,
+    RoutingTrace,
+    SensitivityProfile,
+    Surrogates,
+    TunedConfig,
+)
 from adapmoe_lab.simulation.simulate import Simulation
 from adapmoe_lab.views import figures
 from adapmoe_lab.views.widgets import DownloadButton, Job, LatestWins, LiveFigure
@@ -42,6 +47,7 @@ class Workbench(ipywidgets.VBox):
         sensitivity: SensitivityProfile | None = None,
         hardware: HardwareProfile | None = None,
         *,
+        compensation: Surrogates | None = None,
         texts: Sequence[str] | None = None,
     ) -> None:
         """Build the panel for a model; what is not given is measured first.
@@ -51,6 +57,8 @@ class Workbench(ipywidgets.VBox):
             trace: its recorded routing, ungated.
             sensitivity: what skipping costs.
             hardware: times of this machine.
+            compensation: what stands in for skipped experts; the sensitivity must be measured
+                with it.
             texts: texts to measure on, others than those trace and sensitivity are from; the
                 second half of the calibration texts if None.
         """
@@ -58,9 +66,9 @@ class Workbench(ipywidgets.VBox):
         half = len(shipped) // 2
         trace = profile(model, shipped[:half]) if trace is None else trace
         if sensitivity is None:
-            sensitivity = measure_sensitivity(model, shipped[:half])
+            sensitivity = measure_sensitivity(model, shipped[:half], compensation=compensation)
         hardware = probe_hardware(model) if hardware is None else hardware
-        self._bench = Bench(trace, sensitivity, hardware)
+        self._bench = Bench(trace, sensitivity, hardware, compensation)
         self._measuring = Measuring(model, shipped[half:] if texts is None else texts)
         self._measured: dict[tuple[bytes, int], dict[str, Any]] = {}
         self._worker: LatestWins[Draft] = LatestWins(self._recompute, self._show_error)
@@ -143,7 +151,9 @@ class Workbench(ipywidgets.VBox):
         prediction = self._bench.predict(draft)
         self._show(draft, prediction)
         self._draw_tradeoff(draft, prediction)
-        self.download_button.content = json_bytes(self.config.to_json())
+        self.download_button.content = self.config.as_one_file(
+            Path(self.download_button.filename).stem
+        )
         self.error.value = ""
         self._measuring.touch()
 
@@ -171,7 +181,9 @@ class Workbench(ipywidgets.VBox):
         self.tradeoff_figure.show(figures.plot_tradeoff(info))
 
     def _file_named(self, _: object) -> None:
-        self.download_button.filename = Path(self.file_name.value).name or DEFAULT_FILE
+        name = Path(Path(self.file_name.value).name or DEFAULT_FILE)
+        suffix = name.suffix if self._bench.compensation is None else ".zip"
+        self.download_button.filename = str(name.with_suffix(suffix))
 
     def _save(self) -> None:
         try:

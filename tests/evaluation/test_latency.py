@@ -1,11 +1,18 @@
 """Latency runs: what is sampled, what is left out, what they refuse."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from runs import PROMPT, half_cached
 
 from adapmoe_lab.engine.clock import VirtualClock
+from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.evaluation.latency import measure_latency
+from adapmoe_lab.evaluation.loss import evaluate_loss
+from adapmoe_lab.policies.gating import fixed_k, score_ratio
+from adapmoe_lab.records import GatingTable
 
 PROMPTS = [PROMPT, "def f(x):"]
 
@@ -26,21 +33,52 @@ def test_prefill_apart_from_decode_and_warm_up_left_out(load_tiny):
     assert 0 < low <= report.decode.median <= high
 
 
-def test_accuracy_and_latency_runs_keep_the_same_experts(load_tiny):
-    from adapmoe_lab.evaluation.loss import evaluate_loss
-    from adapmoe_lab.records import GatingTable, TunedConfig
+@pytest.mark.parametrize(
+    "gating",
+    [
+        GatingTable.per_layer([0.7] * 3, 2),
+        GatingTable.per_layer([0.6, 0.8, 0.7], 2, renormalise=True),
+        score_ratio(3, 2, 0.4),
+        fixed_k(2, [1, 2, 1]),
+    ],
+    ids=["cuts", "renormalised", "score-ratio", "fixed-k"],
+)
+def test_accuracy_and_latency_runs_keep_the_same_experts(load_tiny, gating):
+    """Prefill, decode and loss: the same token keeps the same experts in every layer."""
+    model = half_cached(load_tiny())
+    config = replace(model.config, gating=gating)
+    ids, n_new = model.encode(PROMPT), 5
 
-    model = load_tiny()
-    config = TunedConfig(
-        model=TunedConfig.model_identity(model.spec),
-        gating=GatingTable.per_layer([0.7] * 3, 2),
+    def kept_by(run):
+        """Return indices and keep of every layer, tokens in the order they were run."""
+        passes = [[], [], []]
+        with model.running(config), model.engine.observed_by(lambda p: passes[p.layer].append(p)):
+            run()
+        return [
+            [np.concatenate([getattr(p, name) for p in layer]) for name in ("indices", "keep")]
+            for layer in passes
+        ]
+
+    with model.running(config):
+        produced = decode(model.hf, ids, n_new)
+    whole = torch.cat([ids, torch.tensor(produced[:-1])])  # the last token is not run again
+    latency = kept_by(
+        lambda: measure_latency(
+            model, config, [PROMPT], new_tokens=n_new, repeats=1, max_prompt_tokens=len(ids)
+        )
     )
-    latency = measure_latency(model, config, [PROMPT], new_tokens=2, repeats=1)
-    loss = evaluate_loss(model, config, [PROMPT])
-    assert latency.prefill_traffic.skipped_fraction == pytest.approx(
-        loss.skipped_fraction, abs=0.05
-    )
-    assert latency.prefill_traffic.skipped_fraction > 0
+    loss = kept_by(lambda: evaluate_loss(model, config, [PROMPT]))
+    with torch.no_grad():
+        at_once = kept_by(lambda: model.hf(whole[None]))
+    for layer in range(3):
+        for in_latency, in_loss, in_one in zip(
+            latency[layer], loss[layer], at_once[layer], strict=True
+        ):
+            warm_up, run = np.split(in_latency, 2)
+            np.testing.assert_array_equal(warm_up, run)
+            np.testing.assert_array_equal(run, in_one)
+            np.testing.assert_array_equal(run[: len(ids)], in_loss)
+        assert not latency[layer][1].all() or gating.cuts[layer].min() > 1
 
 
 def test_progress_counts_up_and_may_stop_the_run(load_tiny):

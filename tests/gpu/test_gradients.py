@@ -33,17 +33,17 @@ def wide_checkpoint(tmp_path_factory):
     return folder
 
 
-def test_the_backward_pass_holds_one_layer_and_one_expert(wide_checkpoint, record_property):
+def test_the_backward_pass_holds_one_layer_and_one_expert(wide_checkpoint):
     expected = sensitivity(load(wide_checkpoint, device="cpu", link="none"), TEXTS)
     model = load(wide_checkpoint, device="cuda", expert_memory="18%", max_context_tokens=128)
     assert max(cache.n_slots for cache in model.engine.cached.caches) <= 2
     expert_bytes = model.spec.stored_expert_bytes
+    sensitivity(model, TEXTS[1:], anchored=False)  # cuBLAS keeps a workspace for each thread
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     found = sensitivity(model, TEXTS)
     beyond = torch.cuda.max_memory_allocated() - before
-    record_property("peak_beyond_slots_and_weights_in_experts", beyond / expert_bytes)
-    assert beyond < 3 * expert_bytes
+    assert beyond < 3 * expert_bytes, f"{beyond / expert_bytes:.1f} experts"
     np.testing.assert_allclose(found.fisher, expected.fisher, rtol=1e-3)
     np.testing.assert_allclose(found.increase_nats, expected.increase_nats, rtol=5e-3, atol=1e-9)
 
