@@ -74,7 +74,7 @@ class LayerRun:
         needed, starts = np.unique(chosen[order], return_index=True)
         ends = [*starts[1:].tolist(), len(chosen)]
         parts = dict(zip(needed.tolist(), zip(starts.tolist(), ends, strict=True), strict=True))
-        for expert, weights in source.arrivals(self.layer, parts):
+        for expert, weights in source.arrivals(self.layer, parts, hidden):
             start, end = parts[expert]
             at = (on_device[0, start:end], on_device[1, start:end])
             yield at, run_expert(self.module, weights, hidden[at[0]])

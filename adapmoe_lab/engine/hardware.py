@@ -29,13 +29,12 @@ def probe_hardware(
         copies: copies timed per size.
     """
     spec, engine = model.spec, model.engine
-    slots = model.memory.slots.slots.tolist()
     one_expert = GatingTable.per_layer(np.zeros(spec.n_layers), spec.top_k)
     samples: dict[int, list[float]] = {spec.top_k: [], 1: []}
     with model.running(), engine.unpaced():
         for _ in range(rounds):
             for n_kept, table in ((spec.top_k, None), (1, one_expert)):
-                engine.configure(table, slots)
+                engine.configure(table, model.memory.slots)
                 decode_step_times(model.hf, engine, n_steps)  # loads what the same steps need next
                 samples[n_kept].extend(decode_step_times(model.hf, engine, n_steps))
     full_s, single_s = np.median(samples[spec.top_k]), np.median(samples[1])

@@ -100,9 +100,7 @@ class LabModel:
         _check_precision(config, self.spec)
         plan = config.plan if config.plan is not None else self.memory.slots
         with self._in_use:
-            self.engine.configure(
-                config.gating, plan.slots.tolist(), config.eviction, config.compensation
-            )
+            self.engine.configure(config.gating, plan, config.eviction, config.compensation)
             self.config = config
 
     @contextmanager
@@ -273,7 +271,9 @@ def load(
     clock = clock if clock is not None else RealClock()
     try:
         hook = ExpertsHook(hf, layers)
-        engine = OffloadEngine(experts, _unpaced_link(where, clock), clock, where, hf.dtype)
+        routers = [layer.router for layer in layers]
+        link = _unpaced_link(where, clock)
+        engine = OffloadEngine(experts, link, clock, where, hf.dtype, routers)
         hook.attach(engine)
         model = LabModel(checkpoint, spec, hook, engine, plan)
         if target is not None:

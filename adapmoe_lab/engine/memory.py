@@ -191,9 +191,11 @@ def plan_memory(
 
 def planned_bytes(slots: CachePlan, expert_bytes: NDArray[np.int64]) -> int:
     """Return the device bytes of a plan's slots, with staging where not every expert has one."""
-    slot_bytes, n_experts = expert_bytes.max(axis=1), expert_bytes.shape[1]
-    streams = (slots.slots < n_experts).any()
-    return int((slots.slots * slot_bytes).sum() + streams * N_STAGING * slot_bytes.max())
+    slot_bytes, widest = expert_bytes.max(axis=1), int(expert_bytes.max())
+    staging = 0 if slots.holds_all(expert_bytes.shape[1]) else N_STAGING * widest
+    if slots.is_global:
+        return slots.n_slots * widest + staging
+    return int((slots.slots * slot_bytes).sum()) + staging
 
 
 def _free_bytes(device: torch.device) -> int:

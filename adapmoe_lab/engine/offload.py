@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,8 +19,9 @@ from adapmoe_lab.engine.link import Link
 from adapmoe_lab.engine.sources import CachedExperts, ExpertSource, StoredExperts
 from adapmoe_lab.engine.store import ExpertStore
 from adapmoe_lab.models.experts import Weights
+from adapmoe_lab.models.families import Router
 from adapmoe_lab.policies.gating import gated_weights, keep_by_cuts
-from adapmoe_lab.records import GatingTable, Surrogates, Traffic
+from adapmoe_lab.records import CachePlan, GatingTable, Surrogates, Traffic
 from adapmoe_lab.records.files import digest
 from adapmoe_lab.records.routing import UNGATED
 
@@ -65,10 +66,10 @@ class VirtualCosts:
 
 
 class OffloadEngine:
-    """Executes a model's experts from a store through per-layer caches.
+    """Executes a model's experts from a store through a cache on the device.
 
     Implements `models.hook.ExpertsExecutor`. One forward at a time; an exception or interrupt at
-    any point leaves the caches consistent.
+    any point leaves the cache consistent.
     """
 
     def __init__(
@@ -78,10 +79,12 @@ class OffloadEngine:
         clock: Clock,
         device: torch.device,
         dtype: torch.dtype,
+        routers: Sequence[Router] = (),
     ) -> None:
         """Serve the experts of `store` on `device` over `link`, without slots and gating.
 
-        `dtype` is the precision the model computes in.
+        `dtype` is the precision the model computes in. The routers, one per layer, are asked for
+        scores by eviction policies that read them.
         """
         self.store = store
         self.link = link
@@ -93,31 +96,32 @@ class OffloadEngine:
         self.compensation: Compensation | None = None
         self.observers: list[Observer] = []
         self.gradient_observers: list[GradientObserver] = []
+        self._routers = routers
         self._direct = StoredExperts(store, device)
         self.release()
 
     def configure(
         self,
         gating: GatingTable | None,
-        slots: list[int],
+        plan: CachePlan,
         eviction: str = "lru",
         surrogates: Surrogates | None = None,
     ) -> None:
-        """Set the gating and start afresh with empty caches of the given slots [L].
+        """Set the gating and start afresh with an empty cache of the planned slots.
 
         `surrogates` stand in for what the gating drops; those already on the device stay there.
-        The old caches are freed before anything new is allocated; if there is no room for that,
+        The old slots are freed before anything new is allocated; if there is no room for that,
         the engine is left without slots and under its old gating.
         """
         self.release()
         compensation = self._on_device(surrogates)
-        self._use(CachedExperts(self.store, self.link, self.device, slots, eviction))
+        self._use(CachedExperts(self.store, self.link, self.device, plan, eviction, self._routers))
         self.gating, self.compensation = gating, compensation
 
     def release(self) -> None:
         """Give up all slots, once nothing is on its way into them; experts then only stream."""
         self.link.drain()
-        none = [0] * self.store.n_layers
+        none = CachePlan(np.zeros(self.store.n_layers), None, None, "none")
         self._use(CachedExperts(self.store, self.link, self.device, none))
 
     def _on_device(self, surrogates: Surrogates | None) -> Compensation | None:
@@ -144,7 +148,7 @@ class OffloadEngine:
 
     @property
     def traffic(self) -> Traffic:
-        """Counters since the caches were made."""
+        """Counters since the cache was made."""
         cached = self.cached
         return Traffic(
             hits=cached.hits.copy(),
@@ -157,7 +161,7 @@ class OffloadEngine:
 
     @contextmanager
     def reading_store(self) -> Iterator[None]:
-        """Take experts straight from the store, leaving caches and counters as they are."""
+        """Take experts straight from the store, leaving cache and counters as they are."""
         previous, self._source = self._source, self._direct
         try:
             yield
@@ -166,7 +170,7 @@ class OffloadEngine:
 
     @contextmanager
     def gated_by(self, table: GatingTable | None) -> Iterator[None]:
-        """Skip by another table for a while; caches and counters go on."""
+        """Skip by another table for a while; cache and counters go on."""
         previous, self.gating = self.gating, table
         try:
             yield
@@ -195,12 +199,14 @@ class OffloadEngine:
         """Return a context in which an emulated link holds nothing."""
         return self.link.unpaced()
 
-    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Weights]]:
+    def arrivals(
+        self, layer: int, experts: Collection[int], hidden: torch.Tensor
+    ) -> Iterator[tuple[int, Weights]]:
         """Yield each expert from wherever it comes; on a virtual clock, running it takes time.
 
         So the engine is an `ExpertSource` itself.
         """
-        for arrival in self._source.arrivals(layer, experts):
+        for arrival in self._source.arrivals(layer, experts, hidden):
             yield arrival
             self.clock.spend(self.costs.expert_s)
 

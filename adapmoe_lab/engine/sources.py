@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from adapmoe_lab.engine.link import Link
 from adapmoe_lab.engine.store import ExpertStore
 from adapmoe_lab.models.experts import Weights
+from adapmoe_lab.models.families import Router, UnsupportedModelError, router_scores
 from adapmoe_lab.policies.allocation import N_STAGING
 from adapmoe_lab.policies.eviction import POLICIES
-from adapmoe_lab.policies.residency import LayerCache, StepPlan
+from adapmoe_lab.policies.residency import ExpertCache, Load, StepPlan
+from adapmoe_lab.records import CachePlan
 
 
 class ExpertSource(Protocol):
     """Hands out the weights of the experts that one layer needs in one forward pass."""
 
-    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Weights]]:
-        """Yield each expert once, with weights valid until the next one is asked for."""
+    def arrivals(
+        self, layer: int, experts: Collection[int], hidden: torch.Tensor
+    ) -> Iterator[tuple[int, Weights]]:
+        """Yield each expert once, with weights valid until the next one is asked for.
+
+        `hidden` [T, D] is what the layer's router and experts are given.
+        """
         ...
 
 
@@ -32,7 +40,9 @@ class StoredExperts:
         self._store = store
         self._device = device
 
-    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Weights]]:
+    def arrivals(
+        self, layer: int, experts: Collection[int], hidden: torch.Tensor
+    ) -> Iterator[tuple[int, Weights]]:
         """Yield experts in ascending order; on the CPU without a copy."""
         for expert in sorted(experts):
             row = self._store.row(layer, expert).to(self._device)
@@ -50,30 +60,54 @@ class CachedExperts:
         store: ExpertStore,
         link: Link,
         device: torch.device,
-        slots: Collection[int],
+        plan: CachePlan,
         eviction: str = "lru",
+        routers: Sequence[Router] = (),
     ) -> None:
-        """Allocate the slots [L] and the staging rows; every slot starts empty."""
+        """Allocate the slots of a plan and the staging rows; every slot starts empty.
+
+        Args:
+            store: where the experts lie on the host.
+            link: what they cross.
+            device: where the slots are.
+            plan: how many slots there are, and who shares them.
+            eviction: name of the policy that says who leaves them.
+            routers: of every layer; asked only by policies that read scores.
+
+        Raises:
+            UnsupportedModelError: the policy reads scores that cannot be had of this model.
+        """
         self._store = store
         self._link = link
-        self.caches = [LayerCache(int(n), POLICIES[eviction]()) for n in slots]
-        widths = [store.slot_bytes(layer) for layer in range(store.n_layers)]
+        policy, n_experts = POLICIES[eviction], store.expert_bytes.shape[1]
+        self._routers = routers if policy.needs_scores else None
+        if policy.needs_scores and not all(router.reads_experts_input for router in routers):
+            raise UnsupportedModelError(
+                f"Eviction {eviction!r} reads the router's scores, and this model's routers do not "
+                "score what the experts are given; use another, such as 'lfu_aged'."
+            )
+        self.cache = ExpertCache(plan, n_experts, policy)
         self._slots = [
-            torch.empty((cache.n_slots, width), dtype=torch.uint8, device=device)
-            for cache, width in zip(self.caches, widths, strict=True)
+            torch.empty((plan.pool_slots(pool), width), dtype=torch.uint8, device=device)
+            for pool, width in enumerate(self._pool_widths(plan))
         ]
-        self._views: list[dict[int, Weights]] = [{} for _ in self.caches]
-        streams = any(
-            cache.n_slots < store.n_experts(layer) for layer, cache in enumerate(self.caches)
-        )
-        shape = (N_STAGING, max(widths) if streams else 0)
+        self._views: list[dict[int, Weights]] = [{} for _ in plan.slots]
+        staging_bytes = 0 if plan.holds_all(n_experts) else int(store.expert_bytes.max())
+        shape = (N_STAGING, staging_bytes)
         self._staging = torch.empty(shape, dtype=torch.uint8, device=device)
         self.hits = np.zeros(store.n_layers, dtype=np.int64)
         self.misses = np.zeros(store.n_layers, dtype=np.int64)
         self.bytes_moved = 0
         self._expert_bytes = store.expert_bytes
 
-    def arrivals(self, layer: int, experts: Collection[int]) -> Iterator[tuple[int, Weights]]:
+    @property
+    def plan(self) -> CachePlan:
+        """How many slots there are, and who shares them."""
+        return self.cache.plan
+
+    def arrivals(
+        self, layer: int, experts: Collection[int], hidden: torch.Tensor
+    ) -> Iterator[tuple[int, Weights]]:
         """Yield the resident experts first, then the missing ones as they arrive.
 
         Every copy that has room is asked for at once; experts without a slot stream through the
@@ -81,40 +115,49 @@ class CachedExperts:
         only after its copy was waited for: whatever stops the iteration in between leaves slots
         free, never wrong.
         """
-        cache = self.caches[layer]
-        plan = cache.plan(experts)
-        cache.vacate(plan)
-        loading = [
-            (load, self._copy(layer, load.expert, self._slots[layer][load.slot]))
-            for load in plan.loads
-        ]
+        step = self.cache.plan_step(layer, experts, self._scores(layer, hidden))
+        self.cache.vacate(step)
+        loading = [(load, self._copy(layer, load.expert, self._row(load))) for load in step.loads]
         rows = list(self._staging)
         staged = [
-            self._copy(layer, expert, row) for expert, row in zip(plan.streamed, rows, strict=False)
+            self._copy(layer, expert, row) for expert, row in zip(step.streamed, rows, strict=False)
         ]
-        self._count(layer, plan)
-        for expert in plan.hits:
+        self._count(layer, step)
+        for expert in step.hits:
             yield expert, self._views[layer][expert]
         for load, arrival in loading:
             self._link.wait(arrival)
-            row = self._slots[layer][load.slot]
-            self._views[layer][load.expert] = self._store.views(layer, load.expert, row)
-            cache.occupy(load)
+            self._views[layer][load.expert] = self._store.views(layer, load.expert, self._row(load))
+            self.cache.occupy(load)
             yield load.expert, self._views[layer][load.expert]
-        for position, expert in enumerate(plan.streamed):
+        for position, expert in enumerate(step.streamed):
             row = rows[position % N_STAGING]
             self._link.wait(staged[position])
             yield expert, self._store.views(layer, expert, row)
-            if position + N_STAGING < len(plan.streamed):
-                following = plan.streamed[position + N_STAGING]
+            if position + N_STAGING < len(step.streamed):
+                following = step.streamed[position + N_STAGING]
                 staged.append(self._copy(layer, following, row))
+
+    def _pool_widths(self, plan: CachePlan) -> list[int]:
+        """Return the bytes of a slot of each pool."""
+        widths = [self._store.slot_bytes(layer) for layer in range(self._store.n_layers)]
+        return [max(widths)] if plan.is_global else widths
+
+    def _row(self, load: Load) -> torch.Tensor:
+        pool = 0 if self.plan.is_global else load.layer
+        return self._slots[pool][load.slot]
+
+    def _scores(self, layer: int, hidden: torch.Tensor) -> NDArray[np.float32] | None:
+        if self._routers is None:
+            return None
+        return router_scores(self._routers[layer], hidden.detach()).cpu().numpy()
 
     def _copy(self, layer: int, expert: int, target: torch.Tensor) -> object:
         row = self._store.row(layer, expert)
         return self._link.copy(row, target[: row.numel()])
 
-    def _count(self, layer: int, plan: StepPlan) -> None:
-        self.hits[layer] += len(plan.hits)
-        self.misses[layer] += plan.n_misses
-        missed = [*(load.expert for load in plan.loads), *plan.streamed]
+    def _count(self, layer: int, step: StepPlan) -> None:
+        self.hits[layer] += len(step.hits)
+        self.misses[layer] += step.n_misses
+        missed = [*(load.expert for load in step.loads), *step.streamed]
         self.bytes_moved += int(self._expert_bytes[layer, missed].sum())

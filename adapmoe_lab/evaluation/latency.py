@@ -125,7 +125,9 @@ def measure_latency(
         surrogates = model.config.compensation
         conditions = {
             **measurement_conditions(model),
-            "slots": tuple(cache.n_slots for cache in engine.cached.caches),
+            "slots": tuple(engine.cached.plan.slots.tolist()),
+            "shared_slots": engine.cached.plan.is_global,
+            "eviction": model.config.eviction,
             "gating": engine.gating.fingerprint() if engine.gating else None,
             "compensation": surrogates.fingerprint() if surrogates else None,
             "prompt_tokens": tuple(len(ids) for ids in encoded),

@@ -1,6 +1,7 @@
 """The rules of a step: which experts are hits, which are loaded where, which only pass through.
 
-Simulation and engine both follow this one class, so that their counters can be equal exactly.
+What runs a model follows this one class; compiled replay follows the same rules, so that their
+counters can be equal exactly.
 """
 
 from __future__ import annotations
@@ -8,16 +9,29 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from adapmoe_lab.policies.eviction import LRU, EvictionPolicy
+import numpy as np
+from numpy.typing import NDArray
+
+from adapmoe_lab.policies.eviction import (
+    HOBBIT,
+    EvictionPolicy,
+    after_use,
+    asks_high_precision,
+    distance_malus,
+    value_in_new_pass,
+    value_in_new_step,
+)
+from adapmoe_lab.records import CachePlan
 
 
 @dataclass(frozen=True)
 class Load:
-    """One expert to bring into a slot, and the expert that leaves it."""
+    """One expert to bring into a slot, and the (layer, expert) that leaves it."""
 
+    layer: int
     expert: int
     slot: int
-    evicted: int | None
+    evicted: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -40,75 +54,141 @@ class StepPlan:
         return len(self.loads) + len(self.streamed)
 
 
-class LayerCache:
-    """Residency of one layer's experts: which expert lies in which slot, and who leaves next.
+class ExpertCache:
+    """Residency of experts: who lies in which slot, and who leaves next.
 
+    The layers of a pool share its slots: each layer has a pool of its own, or one holds them all.
     `slot_of` names only experts whose weights are wholly in their slot. A step is planned, then
     its victims are vacated, then each load is occupied once it has arrived; if anything stops the
     sequence in between, the slots concerned are simply free.
+
+    Attributes:
+        plan: how many slots there are, and who shares them.
+        slot_of: int64 [L, E], each expert's slot in its layer's pool, -1 if it is not resident.
     """
 
-    def __init__(self, n_slots: int, policy: EvictionPolicy | None = None) -> None:
-        """Start empty with room for `n_slots` experts."""
-        self.n_slots = n_slots
-        self.policy = policy if policy is not None else LRU()
-        self.slot_of: dict[int, int] = {}
+    def __init__(self, plan: CachePlan, n_experts: int, policy: EvictionPolicy) -> None:
+        """Start empty.
 
-    def plan(self, experts: Collection[int]) -> StepPlan:
-        """Decide a step for a set of distinct experts; nothing changes yet.
+        Raises:
+            ValueError: the policy would have to know the future.
+        """
+        if policy.needs_future:
+            raise ValueError(
+                f"Eviction {policy.name!r} reads what comes later; it can be simulated, not run."
+            )
+        self.plan = plan
+        self._policy = policy
+        shape = (len(plan.slots), n_experts)
+        self.slot_of = np.full(shape, -1)
+        self._values, self._memory = np.zeros((2, *shape))
+        self._may_leave = ~plan.pinned_mask(n_experts) if policy.pins else np.ones(shape, bool)
+        self._clocks = [0] * plan.n_pools
+
+    def plan_step(
+        self, layer: int, experts: Collection[int], scores: NDArray[np.floating] | None = None
+    ) -> StepPlan:
+        """Note a step for a set of distinct experts and decide it; nothing moves yet.
 
         No member of the set is evicted during its step. Misses are given slots in ascending
         order, free slots first, then those of the experts that leave; the rest stream.
+
+        Args:
+            layer: whose experts.
+            experts: the distinct experts that the forward pass needs there.
+            scores: the router's scores [T, E] of the pass's tokens, if the policy needs them.
         """
-        members = sorted(experts)
-        hits = tuple(expert for expert in members if expert in self.slot_of)
-        misses = [expert for expert in members if expert not in self.slot_of]
+        pool, first, end = self._pool_of(layer)
+        members = np.array(sorted(experts), dtype=np.int64)
+        is_hit = self.slot_of[layer, members] >= 0
+        self._note(layer, members, is_hit, scores)
+        hits, misses = members[is_hit], members[~is_hit].tolist()
         if not misses:
-            return StepPlan(hits, (), ())
-        room = self.n_slots - len(hits)
-        placed, streamed = misses[:room], misses[room:]
-        taken = set(self.slot_of.values())
-        places: list[tuple[int, int | None]] = [
-            (slot, None) for slot in range(self.n_slots) if slot not in taken
-        ]
-        if len(places) < len(placed):
-            outsiders = self.slot_of.keys() - set(members)
-            leaving = self.policy.leaving_order(outsiders)
-            places += [(self.slot_of[expert], expert) for expert in leaving]
+            return StepPlan(tuple(hits.tolist()), (), ())
+        slots = self.slot_of[first:end]
+        is_free = np.ones(self.plan.pool_slots(pool), dtype=np.bool_)
+        is_free[slots[slots >= 0]] = False
+        places = [(int(slot), None) for slot in np.flatnonzero(is_free)[: len(misses)]]
+        places += self._leaving(layer, members, len(misses) - len(places))
         loads = tuple(
-            Load(expert, slot, evicted)
-            for expert, (slot, evicted) in zip(placed, places, strict=False)
+            Load(layer, expert, slot, evicted)
+            for expert, (slot, evicted) in zip(misses, places, strict=False)
         )
-        return StepPlan(hits, loads, tuple(streamed))
+        return StepPlan(tuple(hits.tolist()), loads, tuple(misses[len(loads) :]))
 
     def vacate(self, plan: StepPlan) -> None:
-        """Take the plan's victims out, and note its hits, before any slot is overwritten."""
+        """Take the plan's victims out, before any slot is overwritten."""
         for load in plan.loads:
             if load.evicted is not None:
-                self.slot_of.pop(load.evicted, None)
-                self.policy.removed(load.evicted)
-        for expert in plan.hits:
-            self.policy.used(expert)
+                self.slot_of[load.evicted] = -1
 
     def occupy(self, load: Load) -> None:
-        """Note that a loaded expert has arrived in its slot.
+        """Note that a loaded expert has arrived in its slot."""
+        self.slot_of[load.layer, load.expert] = load.slot
 
-        The policy learns of it first: an interrupt in between must not leave a resident expert
-        that can never be asked to leave.
-        """
-        self.policy.used(load.expert)
-        self.slot_of[load.expert] = load.slot
+    def _pool_of(self, layer: int) -> tuple[int, int, int]:
+        """Return the number of a layer's pool, its first layer, and the one after its last."""
+        if self.plan.is_global:
+            return 0, 0, len(self.slot_of)
+        return layer, layer, layer + 1
 
-    def step(self, experts: Collection[int]) -> StepPlan:
-        """Plan a step and carry it out on the bookkeeping alone, as simulation does."""
-        plan = self.plan(experts)
-        self.vacate(plan)
-        for load in plan.loads:
-            self.occupy(load)
-        return plan
+    def _note(
+        self,
+        layer: int,
+        members: NDArray[np.int64],
+        is_hit: NDArray[np.bool_],
+        scores: NDArray[np.floating] | None,
+    ) -> None:
+        """Change the values as the policy says."""
+        pool, first, end = self._pool_of(layer)
+        rule, clock, values = self._policy.rule, self._clocks[pool], self._values
+        mean = mean_scores(scores) if scores is not None else np.zeros(values.shape[1])
+        if layer == first:
+            values[first:end] = value_in_new_pass(rule, values[first:end])
+        values[layer] = value_in_new_step(rule, values[layer], mean)
+        values[layer, members], self._memory[layer, members] = after_use(
+            rule,
+            values[layer, members],
+            self._memory[layer, members],
+            is_hit.astype(np.int64),
+            high_precision_uses(mean[members]) if rule == HOBBIT else 0,
+            clock,
+            end - first,
+        )
+        self._clocks[pool] = clock + 1
 
-    def clear(self) -> None:
-        """Forget every resident expert."""
-        for expert in list(self.slot_of):
-            self.slot_of.pop(expert)
-            self.policy.removed(expert)
+    def _leaving(
+        self, layer: int, members: NDArray[np.int64], n_needed: int
+    ) -> list[tuple[int, tuple[int, int]]]:
+        """Return slots and (layer, expert) of those that leave first, at most `n_needed`."""
+        pool, first, end = self._pool_of(layer)
+        candidates = (self.slot_of[first:end] >= 0) & self._may_leave[first:end]
+        candidates[layer - first, members] = False
+        layers_ahead = (np.arange(first, end) - layer) % (end - first)
+        malus = distance_malus(self._policy.rule, layers_ahead, self._clocks[pool] - 1, end - first)
+        keys = np.where(candidates, self._values[first:end] - malus[:, None], np.inf).ravel()
+        leaving = []
+        for _ in range(min(n_needed, int(candidates.sum()))):
+            lowest = int(keys.argmin())
+            keys[lowest] = np.inf
+            victim = first + lowest // candidates.shape[1], lowest % candidates.shape[1]
+            leaving.append((int(self.slot_of[victim]), victim))
+        return leaving
+
+
+def mean_scores(scores: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the mean [E] of router scores [T, E], taken in the precision a trace keeps them in."""
+    kept = scores.astype(np.float16).astype(np.float64)
+    return kept.sum(axis=0) / len(kept)
+
+
+def high_precision_uses(scores: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which members of a set HOBBIT would load in high precision, by their scores [n].
+
+    Sums go from the first member to the last, so that compiled code gets the same to the last bit.
+    """
+    total, above = 0.0, np.zeros(len(scores))
+    for score in scores:
+        total += score
+        above += np.where(scores < score, score, 0.0)
+    return asks_high_precision(above, total)

@@ -160,7 +160,7 @@ class _Samples:
     def outputs(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield every chosen expert, its tokens [n], their columns [n] and outputs [n, D]."""
         chosen = self.indices[self.indices < self.n_experts].unique().tolist()
-        for expert, weights in self._source.arrivals(self._layer, chosen):
+        for expert, weights in self._source.arrivals(self._layer, chosen, self.hidden):
             tokens, columns = torch.nonzero(self.indices == expert, as_tuple=True)
             parts = [
                 run_expert(self._module, weights, self.hidden[part])

@@ -33,7 +33,15 @@ SECTIONS = (
     "evidence",
 )
 NOT_RUNNABLE = ("prefetch",)
-EVICTION_POLICIES = ("lru",)
+EVICTION_POLICIES = (
+    "lru",
+    "lfu",
+    "lfu_aged",
+    "router_average",
+    "least_stale",
+    "hobbit",
+    "static",
+)
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = MappingProxyType({})
 
 
@@ -80,6 +88,16 @@ class TunedConfig:
         if self.eviction not in EVICTION_POLICIES:
             known = ", ".join(EVICTION_POLICIES)
             raise RecordError(f"Eviction policy {self.eviction!r} is unknown; expected: {known}.")
+        has_pins = self.plan is not None and self.plan.pinned is not None
+        if has_pins != (self.eviction == "static"):
+            raise RecordError(
+                "Eviction 'static' and a cache plan with pinned experts go together: eviction is "
+                f"{self.eviction!r}, and the plan pins {'some' if has_pins else 'none'}."
+            )
+        pinned = self.plan.pinned if self.plan is not None and self.plan.pinned else ()
+        n_experts = self.model["n_experts"]
+        if any(not 0 <= expert < n_experts for layer in pinned for expert in layer):
+            raise RecordError(f"Pinned experts must lie in 0..{n_experts - 1}, got {pinned}.")
 
     def _check_compensation(self, surrogates: Surrogates) -> None:
         """Refuse surrogates of another model, and two rules for the kept weights."""

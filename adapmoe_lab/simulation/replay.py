@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.eviction import POLICIES
-from adapmoe_lab.policies.residency import LayerCache
+from adapmoe_lab.policies.residency import ExpertCache
 from adapmoe_lab.records import CachePlan, RoutingTrace
 
 
@@ -45,11 +46,19 @@ def replay(
     n_steps, n_layers = len(first_tokens), trace.spec.n_layers
     hits, loads, streamed = np.zeros((3, n_steps, n_layers), dtype=np.int64)
     needed = _needed_experts(trace, keep, first_tokens)
-    slots = plan.slots if plan is not None else np.full(n_layers, trace.spec.n_experts)
-    for layer in range(n_layers):
-        cache = LayerCache(int(slots[layer]), POLICIES[eviction]())
-        for step, experts in enumerate(needed[layer]):
-            plan_of_step = cache.step(experts)
+    cache = ExpertCache(
+        plan or slots_plan(trace.spec, trace.spec.n_experts),
+        trace.spec.n_experts,
+        POLICIES[eviction],
+    )
+    for step, first in enumerate(first_tokens):
+        tokens = slice(first, first_tokens[step + 1] if step + 1 < n_steps else None)
+        for layer in range(n_layers):
+            scores = trace.router_probs[tokens, layer]
+            plan_of_step = cache.plan_step(layer, needed[layer][step], scores)
+            cache.vacate(plan_of_step)
+            for load in plan_of_step.loads:
+                cache.occupy(load)
             hits[step, layer] = len(plan_of_step.hits)
             loads[step, layer] = len(plan_of_step.loads)
             streamed[step, layer] = len(plan_of_step.streamed)

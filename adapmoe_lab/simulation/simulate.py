@@ -79,11 +79,9 @@ def simulate(
     replayed = replay(steps, keep, config.plan, config.eviction)
     counted = slice(min(warmup_tokens, trace.n_tokens // 2), None)
     hits, misses = replayed.hits[counted], replayed.misses[counted]
-    slot_bytes = (
-        config.plan.slot_bytes
-        if config.plan is not None
-        else np.full(trace.spec.n_layers, trace.spec.stored_expert_bytes)
-    )
+    slot_bytes = config.plan.slot_bytes if config.plan is not None else None
+    if slot_bytes is None:
+        slot_bytes = np.full(trace.spec.n_layers, trace.spec.stored_expert_bytes)
     loss, loss_se = _predicted_loss(config, keep, sensitivity)
     ms_per_token = None
     if hardware is not None:

@@ -144,7 +144,7 @@ def test_a_wrong_size_is_named_by_its_argument(plan):
 def test_a_config_without_a_plan_keeps_the_slots_the_model_was_loaded_with():
     model = load("demo", link="none", expert_memory="40%", announce=lambda _: None)
     with model.running(TunedConfig.untuned(model.spec)):
-        slots = [cache.n_slots for cache in model.engine.cached.caches]
+        slots = model.engine.cached.plan.slots.tolist()
     assert slots == model.memory.slots.slots.tolist()
     assert max(slots) < 8
 
@@ -155,10 +155,10 @@ def test_slots_that_do_not_fit_leave_the_model_as_it_was(monkeypatch):
     cuts = GatingTable.per_layer([0.7] * 8, 2)
     make = offload.CachedExperts
 
-    def out_of_memory(store, link, device, slots, *eviction):
-        if max(slots) == 8:
+    def out_of_memory(store, link, device, plan, *eviction):
+        if max(plan.slots) == 8:
             raise MemoryError("no room")
-        return make(store, link, device, slots, *eviction)
+        return make(store, link, device, plan, *eviction)
 
     monkeypatch.setattr(offload, "CachedExperts", out_of_memory)
     greedy = replace(before, plan=slots_plan(model.spec, 8), gating=cuts)
@@ -166,4 +166,4 @@ def test_slots_that_do_not_fit_leave_the_model_as_it_was(monkeypatch):
         raise AssertionError("it must not run")
     assert model.config is before
     assert model.engine.gating is gating
-    assert model.engine.cached.caches[0].n_slots == before.plan.slots[0]
+    assert model.engine.cached.plan is before.plan

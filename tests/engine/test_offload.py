@@ -10,6 +10,8 @@ from replays import step_by_step
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.offload import OffloadEngine
+from adapmoe_lab.models.families import Router, UnsupportedModelError
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.profiling.recorder import RoutingRecorder
@@ -116,3 +118,13 @@ def test_an_observer_sees_what_was_computed(load_tiny):
         torch.testing.assert_close(seen.contributions.sum(dim=1), seen.output)
         assert (seen.contributions.abs().sum(-1) > 0).numpy().tolist() == seen.keep.tolist()
     assert not model.engine.observers
+
+
+def test_scores_that_cannot_be_had_are_refused_before_anything_runs(load_tiny):
+    engine = load_tiny().engine
+    router = Router(torch.nn.Linear(4, 4), 4, reads_experts_input=False)
+    other = OffloadEngine(engine.store, engine.link, engine.clock, engine.device, [router] * 3)
+    plan = slots_plan(load_tiny().spec, 2)
+    with pytest.raises(UnsupportedModelError, match="'router_average' reads the router's scores"):
+        other.configure(None, plan, "router_average")
+    other.configure(None, plan, "lfu_aged")

@@ -39,7 +39,7 @@ def test_what_is_computed_is_what_is_stored(tiny_checkpoint, names, n_slots, bro
         expected = model.hf(IDS).logits
     plan = slots_plan(model.spec, n_slots)
     with model.running(model.config.__class__.untuned(model.spec)) as running:
-        running.engine.configure(None, plan.slots.tolist())
+        running.engine.configure(None, plan)
         break_a_copy(running, broken_copy)
         assert torch.equal(running.hf(IDS).logits, expected)
         assert torch.equal(running.hf(IDS).logits, expected)

@@ -1,99 +1,119 @@
-from collections import OrderedDict
+"""Every eviction policy under the step rules, per layer and in one pool for all."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from traces import make_spec
+from step_rules import run_cache, written_out
 
-from adapmoe_lab.policies.allocation import budget_bytes, slots_plan, uniform_plan
-from adapmoe_lab.policies.residency import LayerCache
+from adapmoe_lab.policies.eviction import POLICIES
+from adapmoe_lab.policies.residency import ExpertCache
+from adapmoe_lab.records import CachePlan
+from adapmoe_lab.records.config import EVICTION_POLICIES
 
-steps_of_experts = st.lists(st.sets(st.integers(0, 7), min_size=1, max_size=5), max_size=60)
-
-
-def lru_reference(steps, n_slots):
-    """Return (hits, misses, streamed) per step by the step rules, written out plainly."""
-    resident: OrderedDict[int, None] = OrderedDict()
-    results = []
-    for members in steps:
-        hits = sorted(e for e in members if e in resident)
-        misses = sorted(e for e in members if e not in resident)
-        placed = misses[: n_slots - len(hits)]
-        while len(resident) + len(placed) > n_slots:
-            resident.pop(next(e for e in resident if e not in members))
-        for expert in hits:
-            resident.move_to_end(expert)
-        for expert in placed:
-            resident[expert] = None
-        results.append((hits, placed, misses[len(placed) :]))
-    return results
+N_EXPERTS = 6
+RUNNABLE = sorted(name for name, policy in POLICIES.items() if not policy.needs_future)
 
 
-@given(steps_of_experts, st.integers(0, 8))
-def test_equals_the_rules_written_out(steps, n_slots):
-    cache = LayerCache(n_slots)
-    plans = [cache.step(members) for members in steps]
-    seen = [(list(p.hits), [load.expert for load in p.loads], list(p.streamed)) for p in plans]
-    assert seen == lru_reference(steps, n_slots)
+@st.composite
+def routed_steps(draw):
+    """Return sets of experts by step and layer, slots, scores, and some pinned experts."""
+    n_layers = draw(st.integers(1, 3))
+    members = st.sets(st.integers(0, N_EXPERTS - 1), min_size=1, max_size=4)
+    layers = st.lists(members, min_size=n_layers, max_size=n_layers)
+    sets = draw(st.lists(layers, min_size=1, max_size=25))
+    slots = draw(st.lists(st.integers(0, N_EXPERTS), min_size=n_layers, max_size=n_layers))
+    seed = draw(st.integers(0, 1000))
+    shape = (len(sets), n_layers, N_EXPERTS)
+    scores = np.random.default_rng(seed).dirichlet(np.ones(N_EXPERTS), shape[:2])
+    pinned = [draw(st.sets(st.integers(0, N_EXPERTS - 1), max_size=n)) for n in slots]
+    return sets, slots, scores.astype(np.float16), pinned
 
 
-@given(steps_of_experts, st.integers(0, 8))
-def test_no_slot_holds_two_experts_and_none_is_out_of_range(steps, n_slots):
-    cache = LayerCache(n_slots)
-    for members in steps:
-        plan = cache.step(members)
-        slots = list(cache.slot_of.values())
-        assert len(set(slots)) == len(slots) <= n_slots
-        assert all(0 <= slot < n_slots for slot in slots)
-        assert not {load.evicted for load in plan.loads} & set(members)
+def plan_of(slots, is_global=False, pinned=None):
+    return CachePlan(np.array(slots), None, None, "given", is_global=is_global, pinned=pinned)
 
 
-@given(steps_of_experts, st.integers(1, 8), st.data())
-def test_a_step_stopped_halfway_only_frees_slots(steps, n_slots, data):
-    cache = LayerCache(n_slots)
-    for members in steps:
-        before = dict(cache.slot_of)
-        plan = cache.plan(members)
-        cache.vacate(plan)
-        for load in plan.loads[: data.draw(st.integers(0, len(plan.loads)))]:
-            cache.occupy(load)
-        arrived = {load.expert for load in plan.loads}
-        for expert, slot in cache.slot_of.items():
-            assert before.get(expert) == slot or expert in arrived
+@pytest.mark.parametrize("is_global", [False, True])
+@pytest.mark.parametrize("eviction", RUNNABLE)
+@given(case=routed_steps())
+def test_equals_the_rules_written_out(eviction, is_global, case):
+    sets, slots, scores, pins = case
+    policy = POLICIES[eviction]
+    pins = pins if policy.pins else [()] * len(slots)
+    cache = ExpertCache(plan_of(slots, is_global, pins), N_EXPERTS, policy)
+    expected = written_out(
+        sets, slots, eviction, is_global=is_global, scores=scores,
+        pinned=[(layer, expert) for layer, experts in enumerate(pins) for expert in experts],
+    )  # fmt: skip
+    for done, wanted in zip(run_cache(cache, sets, scores), expected, strict=True):
+        assert (done.hits, done.placed, done.streamed) == (
+            wanted.hits,
+            wanted.placed,
+            wanted.streamed,
+        )
+        assert done.evicted == wanted.evicted
+
+
+@pytest.mark.parametrize("is_global", [False, True])
+@given(case=routed_steps(), data=st.data())
+def test_no_slot_holds_two_experts_whatever_stops_a_step(is_global, case, data):
+    sets, slots, scores, _ = case
+    plan = plan_of(slots, is_global)
+    cache = ExpertCache(plan, N_EXPERTS, POLICIES["router_average"])
+    for number, layers in enumerate(sets):
+        for layer, members in enumerate(layers):
+            before = cache.slot_of.copy()
+            step = cache.plan_step(layer, members, scores[number][layer][None])
+            assert not {load.evicted for load in step.loads} & {(layer, e) for e in members}
+            cache.vacate(step)
+            for load in step.loads[: data.draw(st.integers(0, len(step.loads)))]:
+                cache.occupy(load)
+            kept = cache.slot_of >= 0
+            arrived = np.zeros_like(kept)
+            arrived[layer, [load.expert for load in step.loads]] = True
+            assert ((cache.slot_of == before) | arrived)[kept].all()
+            for pool in range(plan.n_pools):
+                rows = cache.slot_of if is_global else cache.slot_of[pool : pool + 1]
+                taken = rows[rows >= 0]
+                assert len(set(taken.tolist())) == len(taken)
+                assert (taken < plan.pool_slots(pool)).all()
 
 
 def test_a_full_cache_keeps_everything():
-    cache = LayerCache(4)
-    assert cache.step([0, 1, 2, 3]).n_misses == 4
-    assert cache.step([0, 1, 2, 3]).hits == (0, 1, 2, 3)
-    cache.clear()
-    assert cache.step([2]).n_misses == 1
+    cache = ExpertCache(plan_of([4]), 4, POLICIES["lru"])
+    first, second = run_cache(cache, [[{0, 1, 2, 3}], [{0, 1, 2, 3}]])
+    assert (first.placed, second.hits) == ([0, 1, 2, 3], [0, 1, 2, 3])
 
 
-def test_budget_text_is_read():
-    spec = make_spec()  # 24 experts of 1000 bytes
-    assert budget_bytes("50%", spec) == 12_000
-    assert budget_bytes("2KiB", spec) == 2048
-    assert budget_bytes(5000, spec) == 5000
-    assert budget_bytes(None, spec) == 24_000
-    with pytest.raises(ValueError, match="expert_memory='lots' is not a size: give bytes, or"):
-        budget_bytes("lots", spec)
+def test_the_average_is_of_every_score_not_only_of_those_used():
+    scores = np.array([[0.0, 0.5, 0.1, 0.4], [0.0, 0.5, 0.4, 0.1], [0.0, 0.5, 0.4, 0.1]])
+    sets = [[{1}], [{2}], [{0}]]
+    cache = ExpertCache(plan_of([2]), 4, POLICIES["router_average"])
+    *_, last = run_cache(cache, sets, scores[:, None])
+    assert last.evicted == [(0, 2)]  # 1 is the older, and the likelier all along
 
 
-def test_uniform_plan_counts_staging():
-    plan = uniform_plan(make_spec(), 12_000)
-    assert plan.slots.tolist() == [4, 3, 3]  # 12 slots less 2 for staging
-    assert uniform_plan(make_spec(), 24_000).slots.tolist() == [8, 8, 8]
+def test_a_pinned_expert_waits_for_its_slot_and_then_stays():
+    cache = ExpertCache(plan_of([2], pinned=((0, 1),)), 4, POLICIES["static"])
+    done = run_cache(cache, [[{2}], [{0, 1}], [{2, 3}], [{0, 1}]])
+    assert [step.evicted for step in done] == [[], [(0, 2)], [], []]
+    assert [step.streamed for step in done] == [[], [], [2, 3], []]
 
 
-def test_a_budget_too_small_says_what_is_missing():
-    with pytest.raises(
-        ValueError, match=r"2 slots cannot give 3 layers 1 each; raise the budget by 1 experts"
-    ):
-        uniform_plan(make_spec(), 4000)
-    assert uniform_plan(make_spec(), 4000, min_slots=0).n_slots == 2
+def test_the_future_cannot_be_run():
+    with pytest.raises(ValueError, match="'belady' reads what comes later; it can be simulated"):
+        ExpertCache(plan_of([2]), 4, POLICIES["belady"])
 
 
-def test_slots_plan_range():
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.8"):
-        slots_plan(make_spec(), 9)
+def test_a_config_may_name_every_policy_that_can_run():
+    assert sorted(EVICTION_POLICIES) == RUNNABLE
+
+
+def test_which_policies_a_graph_on_the_device_could_follow():
+    assert {name for name, policy in POLICIES.items() if not policy.host_only} == {
+        "lru",
+        "lfu_aged",
+        "router_average",
+        "static",
+    }

@@ -192,7 +192,7 @@ def test_cache_gating_and_compensation_play_no_part(load_tiny, texts):
     again = fit_surrogates(model, texts, rank=2)
     assert again.fingerprint() == fitted.fingerprint()
     assert model.config is config
-    assert model.engine.cached.caches[0].n_slots == 1
+    assert model.engine.cached.plan.slots[0] == 1
 
 
 @pytest.mark.parametrize("stop_at", ["recording activations", "fitting surrogates"])
@@ -212,7 +212,7 @@ def test_an_interrupt_leaves_nothing_behind(load_tiny, texts, temporary_folder, 
     assert max(files) == 3
     assert not list(temporary_folder.iterdir())
     assert model.config is before
-    assert model.engine.cached.caches[0].n_slots == 4
+    assert model.engine.cached.plan.slots[0] == 4
     assert not model.engine.observers
 
 

@@ -82,7 +82,10 @@ def test_truncated_file(config, tmp_path, share):
         ({"surprise": 1}, r"missing nothing, unknown \['surprise'\]"),
         ({"gating": {"quantity": "entropy"}}, "Gating on 'entropy' is unknown"),
         ({"plan": {"slots": [1]}}, "has a section of the wrong form"),
-        ({"eviction": {"policy": "belady"}}, "Eviction policy 'belady' is unknown; expected: lru"),
+        (
+            {"eviction": {"policy": "belady"}},
+            "Eviction policy 'belady' is unknown; expected: lru, lfu",
+        ),
     ],
 )
 def test_wrong_content_is_named(config, tmp_path, change, message):

@@ -1,0 +1,153 @@
+"""The step rules and every eviction policy, written out from what happened so far, slowly.
+
+Nothing is kept up to date: whoever leaves is found by looking through the whole history again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+ALPHA = 0.02
+
+
+@dataclass
+class Done:
+    """What one step of one layer did: experts, each list ascending; evicted as (layer, expert)."""
+
+    layer: int
+    hits: list = field(default_factory=list)
+    placed: list = field(default_factory=list)
+    streamed: list = field(default_factory=list)
+    evicted: list = field(default_factory=list)
+    scores: object = None
+
+    @property
+    def members(self):
+        return sorted([*self.hits, *self.placed, *self.streamed])
+
+
+def written_out(sets, slots, eviction, *, is_global=False, pinned=(), scores=None):
+    """Return what every step of every layer does, as `Done` in order.
+
+    Args:
+        sets: a list of steps, each the sets of experts that its layers need.
+        slots: slots per layer; their sum in a global pool.
+        eviction: name of the policy.
+        is_global: whether the layers share the slots.
+        pinned: (layer, expert) that never leave.
+        scores: float [step, layer, expert], the mean router scores.
+    """
+    n_layers = len(slots)
+    flat = [
+        (layer, set(members), None if scores is None else scores[step][layer])
+        for step, layers in enumerate(sets)
+        for layer, members in enumerate(layers)
+    ]
+    if is_global:
+        return _pool(flat, sum(slots), eviction, set(pinned), n_layers)
+    done = {}
+    for own in range(n_layers):
+        mine = [step for step in flat if step[0] == own]
+        kept = {expert for layer, expert in pinned if layer == own}
+        alone = [(0, members, score) for _, members, score in mine]
+        pool = _pool(alone, slots[own], eviction, {(0, expert) for expert in kept}, 1)
+        for number, step in enumerate(pool):
+            step.layer = own
+            step.evicted = [(own, expert) for _, expert in step.evicted]
+            done[number, own] = step
+    return [done[key] for key in sorted(done)]
+
+
+def _pool(flat, n_slots, eviction, pinned, n_layers):
+    resident, done = set(), []
+    for now, (layer, members, scores) in enumerate(flat):
+        step = Done(layer, scores=scores)
+        step.hits = sorted(e for e in members if (layer, e) in resident)
+        misses = sorted(e for e in members if (layer, e) not in resident)
+        history = [*done, step]
+        for expert in misses:
+            leaving = resident - {(layer, e) for e in members} - pinned
+            if len(resident) == n_slots and leaving:
+                step.streamed = [e for e in misses if e not in step.placed]
+                victim = min(
+                    leaving,
+                    key=lambda who: (_worth(eviction, who, history, flat, now, n_layers), who),
+                )
+                resident.remove(victim)
+                step.evicted.append(victim)
+            if len(resident) < n_slots:
+                resident.add((layer, expert))
+                step.placed.append(expert)
+        step.streamed = [e for e in misses if e not in step.placed]
+        done.append(step)
+    return done
+
+
+def _worth(eviction, who, history, flat, now, n_layers):
+    """Return what the smallest of leaves first."""
+    layer, expert = who
+    past = history[:-1]
+    uses = [t for t, step in enumerate(past) if step.layer == layer and expert in step.members]
+    of_layer = [step for step in history if step.layer == layer]
+    if eviction in ("lru", "static"):
+        return uses[-1], expert not in past[uses[-1]].hits, expert
+    loaded = max(t for t in uses if expert in past[t].placed)
+    if eviction == "lfu":
+        last = uses[-1]
+        since = sum(t >= loaded for t in uses)
+        return since, last, expert not in past[last].hits, expert
+    if eviction == "lfu_aged":
+        ages = [age for age, step in enumerate(reversed(of_layer)) if expert in step.members]
+        return sum((1 - ALPHA) ** age for age in ages)
+    if eviction == "router_average":
+        return sum(
+            ALPHA * (1 - ALPHA) ** age * float(step.scores[expert])
+            for age, step in enumerate(reversed(of_layer))
+        )
+    if eviction == "least_stale":
+        return uses[-1] // n_layers == now // n_layers, loaded, expert
+    if eviction == "hobbit":
+        high = sum(_is_high(past[t], expert) for t in uses)
+        terms = uses[-1] // n_layers + len(uses) + high
+        away = (layer - history[-1].layer) % n_layers
+        return terms * n_layers - away * (now // n_layers)
+    assert eviction == "belady"
+    later = [t for t in range(now + 1, len(flat)) if flat[t][0] == layer and expert in flat[t][1]]
+    return -min(later, default=len(flat))
+
+
+def _is_high(step, expert):
+    scores = {e: float(step.scores[e]) for e in step.members}
+    above = sum(score for score in scores.values() if score > scores[expert])
+    return above <= 0.6 * sum(scores.values())
+
+
+def run_cache(cache, sets, scores=None):
+    """Return what an `ExpertCache` does with the same steps."""
+    done = []
+    for number, layers in enumerate(sets):
+        for layer, members in enumerate(layers):
+            given = None if scores is None else scores[number][layer][None]
+            plan = cache.plan_step(layer, members, given)
+            cache.vacate(plan)
+            for load in plan.loads:
+                cache.occupy(load)
+            done.append(
+                Done(
+                    layer,
+                    list(plan.hits),
+                    [load.expert for load in plan.loads],
+                    list(plan.streamed),
+                    [load.evicted for load in plan.loads if load.evicted is not None],
+                    None if scores is None else scores[number][layer],
+                )
+            )
+    return done
+
+
+def counts(done, n_layers):
+    """Return hits, loads and streamed experts of every step and layer, int [N, L] each."""
+    numbers = [(len(d.hits), len(d.placed), len(d.streamed)) for d in done]
+    return np.array(numbers, dtype=int).reshape(-1, n_layers, 3).transpose(2, 0, 1)
