@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adapmoe_lab.evaluation.latency import measure_latency
     from adapmoe_lab.evaluation.loss import evaluate_loss
     from adapmoe_lab.evaluation.texts import calibration_labels, calibration_texts, read_texts
+    from adapmoe_lab.policies.allocation import plan_slots
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivity
     from adapmoe_lab.profiling.surrogates import fit_surrogates
@@ -40,6 +41,7 @@ _HOMES = {
     "fit_surrogates": "profiling.surrogates",
     "load": "engine.loading",
     "measure_latency": "evaluation.latency",
+    "plan_slots": "policies.allocation",
     "probe_hardware": "engine.hardware",
     "profile": "profiling.routing",
     "published_adapmoe": "records.published",
@@ -63,6 +65,7 @@ __all__ = [
     "fit_surrogates",
     "load",
     "measure_latency",
+    "plan_slots",
     "probe_hardware",
     "profile",
     "published_adapmoe",
