@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from adapmoe_lab.models.shard_file import CheckpointError
-from adapmoe_lab.records.files import written_atomically
-
-CACHE_VARIABLE = "ADAPMOE_LAB_CACHE"
+from adapmoe_lab.records.files import cache_folder, written_atomically
 
 
 def checksum(row: torch.Tensor) -> int:
@@ -76,14 +72,3 @@ def lasting_ledger(identity: str, shape: tuple[int, int], source: str) -> Checks
             np.save(file, np.full(shape, -1, dtype=np.int64))
     remedy = f"Restore the file; if it was changed on purpose, delete {path}."
     return ChecksumLedger(np.load(path, mmap_mode="r+"), source, remedy)
-
-
-def cache_folder() -> Path:
-    """Return where records about other people's files are kept.
-
-    `$ADAPMOE_LAB_CACHE`, else `adapmoe-lab` in the user's cache folder.
-    """
-    given = os.environ.get(CACHE_VARIABLE)
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapmoe-lab"

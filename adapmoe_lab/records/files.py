@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 HEADER = "header"
+CACHE_VARIABLE = "ADAPMOE_LAB_CACHE"
 
 
 class RecordError(ValueError):
@@ -122,3 +123,14 @@ def digest(*parts: bytes | str) -> str:
         sha.update(len(encoded).to_bytes(8, "little"))
         sha.update(encoded)
     return sha.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again is kept, beside no one's files.
+
+    `$ADAPMOE_LAB_CACHE`, else `adapmoe-lab` in the user's cache folder.
+    """
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapmoe-lab"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +12,6 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.eviction import POLICIES
-from adapmoe_lab.policies.residency import ExpertCache
 from adapmoe_lab.records import CachePlan, RoutingTrace
 
 
@@ -40,43 +42,108 @@ def replay(
 ) -> Replay:
     """Replay a trace whose experts `keep` [T, L, K] are run; the cache starts empty.
 
-    Without a plan every layer has room for all its experts.
+    Without a plan every layer has room for all its experts. The first call of a process takes
+    half a second more, the first on a machine some seconds: the loops are compiled then.
+
+    Args:
+        trace: recorded routing; tokens that share a step are run together.
+        keep: which of the routed experts are run.
+        plan: slots per layer, or shared by all.
+        eviction: name of a policy, those that need the future included.
+
+    Raises:
+        ValueError: there is no such policy.
     """
-    first_tokens = np.flatnonzero(np.diff(trace.step_ids, prepend=trace.step_ids[0] - 1))
-    n_steps, n_layers = len(first_tokens), trace.spec.n_layers
-    hits, loads, streamed = np.zeros((3, n_steps, n_layers), dtype=np.int64)
-    needed = _needed_experts(trace, keep, first_tokens)
-    cache = ExpertCache(
-        plan or slots_plan(trace.spec, trace.spec.n_experts),
-        trace.spec.n_experts,
-        POLICIES[eviction],
-    )
-    for step, first in enumerate(first_tokens):
-        tokens = slice(first, first_tokens[step + 1] if step + 1 < n_steps else None)
-        for layer in range(n_layers):
-            scores = trace.router_probs[tokens, layer]
-            plan_of_step = cache.plan_step(layer, needed[layer][step], scores)
-            cache.vacate(plan_of_step)
-            for load in plan_of_step.loads:
-                cache.occupy(load)
-            hits[step, layer] = len(plan_of_step.hits)
-            loads[step, layer] = len(plan_of_step.loads)
-            streamed[step, layer] = len(plan_of_step.streamed)
-    return Replay(hits, loads, streamed, trace.is_decode[first_tokens])
+    if eviction not in POLICIES:
+        raise ValueError(
+            f"eviction={eviction!r} is unknown; expected one of {', '.join(POLICIES)}."
+        )
+    from adapmoe_lab.simulation.kernels import HALF, empty_pool, replay_pool
+
+    policy, spec = POLICIES[eviction], trace.spec
+    plan = plan if plan is not None else slots_plan(spec, spec.n_experts)
+    pinned = plan.pinned_mask(spec.n_experts) & policy.pins
+    bounds = step_bounds(trace)
+    n_shared = spec.n_layers // plan.n_pools  # layers per pool
+    next_use_in = n_shared if policy.needs_future else None
+    members, starts, following = expert_sets(trace, keep, bounds, next_use_in)
+    bits = trace.router_probs.view(np.uint16)
+    counts = np.empty((spec.n_layers, 3, len(bounds) - 1), dtype=np.int64)
+
+    def replay_one(pool: int) -> None:
+        first = pool * n_shared
+        own = slice(first, first + n_shared)
+        replay_pool(
+            policy.rule,
+            plan.pool_slots(pool),
+            first,
+            members[own],
+            starts[own],
+            following[own],
+            bits,
+            HALF,
+            bounds,
+            pinned[own],
+            empty_pool(n_shared, spec.n_experts),
+            counts[own],
+        )
+
+    in_threads(replay_one, plan.n_pools)
+    hits, loads, streamed = counts.transpose(1, 2, 0)
+    return Replay(hits, loads, streamed, trace.is_decode[bounds[:-1]])
 
 
-def _needed_experts(
-    trace: RoutingTrace, keep: NDArray[np.bool_], first_tokens: NDArray[np.int64]
-) -> list[list[list[int]]]:
-    """Return the distinct experts, ascending, of every layer and step."""
-    chosen = np.zeros((trace.n_tokens, trace.spec.n_layers, trace.spec.n_experts), dtype=np.bool_)
-    tokens, layers, columns = np.nonzero(keep)
-    chosen[tokens, layers, trace.expert_indices[tokens, layers, columns]] = True
-    by_step = np.logical_or.reduceat(chosen, first_tokens, axis=0)  # [N, L, E]
-    needed: list[list[list[int]]] = []
-    for layer in range(trace.spec.n_layers):
-        sets: list[list[int]] = [[] for _ in first_tokens]
-        for step, expert in zip(*(i.tolist() for i in np.nonzero(by_step[:, layer])), strict=True):
-            sets[step].append(expert)
-        needed.append(sets)
-    return needed
+def step_bounds(trace: RoutingTrace) -> NDArray[np.int64]:
+    """Return the first token of every step of a trace, and T, int64 [N+1]."""
+    ids = trace.step_ids
+    return np.flatnonzero(np.diff(ids, prepend=ids[0] - 1, append=ids[-1] + 1))
+
+
+def expert_sets(
+    trace: RoutingTrace,
+    keep: NDArray[np.bool_],
+    bounds: NDArray[np.int64],
+    next_use_in: int | None = None,
+) -> tuple[NDArray[np.int16], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the distinct experts of every step and layer.
+
+    Args:
+        trace: recorded routing.
+        keep: bool [T, L, K], which of the routed experts are run.
+        bounds: of its steps, see `step_bounds`.
+        next_use_in: layers that share slots, whose steps the times of next use count; None for
+            no such times.
+
+    Returns:
+        The sets of each layer one after another, ascending, int16 [L, T K]; where each begins and
+        the last one ends, int64 [L, N+1]; the time of each member's next use, int64 [L, T K].
+    """
+    from adapmoe_lab.simulation.kernels import collect_sets, next_uses
+
+    n_tokens, n_layers, top_k = trace.expert_indices.shape
+    n_experts = trace.spec.n_experts
+    members = np.empty((n_layers, n_tokens * top_k), dtype=np.int16)
+    starts = np.empty((n_layers, len(bounds)), dtype=np.int64)
+    following = np.empty((n_layers, 0 if next_use_in is None else n_tokens * top_k), dtype=np.int64)
+    keep = np.ascontiguousarray(keep)
+
+    def collect(layer: int) -> None:
+        own = members[layer], starts[layer]
+        last_step = np.full(n_experts, -1)
+        collect_sets(trace.expert_indices, keep, bounds, layer, last_step, *own)
+        if next_use_in is not None:
+            never = np.full(n_experts, next_use_in * len(bounds))
+            next_uses(*own, layer % next_use_in, next_use_in, never, following[layer])
+
+    in_threads(collect, n_layers)
+    return members, starts, following
+
+
+def in_threads(work: Callable[[int], None], n: int) -> None:
+    """Do work 0..n-1, as many at once as there are cores."""
+    if n == 1:
+        work(0)
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(work, range(n)):
+            pass

@@ -9,10 +9,10 @@ import torch
 from checkpoints import save_tiny_mixtral
 from safetensors import safe_open
 
-from adapmoe_lab.engine.ledger import CACHE_VARIABLE
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.store import DiskStore
 from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.records.files import CACHE_VARIABLE
 
 IDS = torch.arange(1, 60)[None]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.ledger import CACHE_VARIABLE
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.store import DiskStore
+from adapmoe_lab.records.files import CACHE_VARIABLE
 
 pytestmark = [
     pytest.mark.gpu,
