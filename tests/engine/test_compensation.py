@@ -11,13 +11,13 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.ledger import CACHE_VARIABLE
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.store import DiskStore
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.records import GatingTable, RecordError, Surrogates, TunedConfig
+from adapmoe_lab.records.files import CACHE_VARIABLE
 
 PROMPT = "Once upon a time there was a king who"
 IDS = torch.arange(1, 60)[None]

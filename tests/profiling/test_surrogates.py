@@ -11,13 +11,13 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 import adapmoe_lab as lab
-from adapmoe_lab.engine.ledger import CACHE_VARIABLE
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.store import DiskStore
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.profiling.activations import recorded_activations
 from adapmoe_lab.profiling.surrogates import fit_surrogates
 from adapmoe_lab.records import GatingTable, TunedConfig
+from adapmoe_lab.records.files import CACHE_VARIABLE
 
 
 @pytest.fixture
