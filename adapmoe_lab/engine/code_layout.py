@@ -1,46 +1,48 @@
-"""How the codes of a group lie in its bytes, so that a kernel unpacks them with shifts alone."""
+"""How codes lie in the bytes of a row, so that a kernel unpacks those of one group together."""
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
+
+from adapmoe_lab.records.precision import Precision
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The number each 4-bit code of the OCP microscaling format v1.0 (table 5) stands for."""
 
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes uint8 [..., G] into bytes uint8 [..., G * bits / 8]; `bits` divides 8.
+def pack(codes: torch.Tensor, precision: Precision) -> dict[str, torch.Tensor]:
+    """Pack codes uint8 [R, n_groups, G] into the units of every row, by part name.
 
-    A group of G is cut into 8 / bits equal runs; byte j holds the j-th code of every run, the
-    first run in its lowest bits.
+    Unit j of a block holds the j-th code of each of its groups, the first group in its lowest bits.
+    Its lower 16 bits are `codes` int16 [R, n_units]; three-bit codes reach eight bits further, and
+    those are `high_codes` uint8 [R, n_units].
     """
-    first, *others = codes.unflatten(-1, (8 // bits, -1)).unbind(-2)
-    packed = first.clone()
+    padding = -codes.shape[1] % precision.block_groups
+    groups = functional.pad(codes, (0, 0, 0, padding)).to(_unit_dtype(precision))
+    first, *others = groups.unflatten(1, (-1, precision.block_groups)).unbind(2)
+    units = first.clone()  # [R, n_blocks, G]
     for place, run in enumerate(others, start=1):
-        packed |= run << (place * bits)
-    return packed
+        units |= run << (place * precision.bits)
+    planes = {"codes": units.to(torch.int16).flatten(1)}
+    if precision.bits == 3:
+        planes["high_codes"] = (units >> 16).to(torch.uint8).flatten(1)
+    return planes
 
 
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the codes uint8 [..., G] that lie in bytes [..., G * bits / 8]; undoes `pack`."""
-    if bits == 8:
-        return packed
-    mask = (1 << bits) - 1
-    return torch.cat([(packed >> low) & mask for low in range(0, 8, bits)], dim=-1)
+def unpack(planes: dict[str, torch.Tensor], precision: Precision) -> torch.Tensor:
+    """Return the codes uint8 [R, n_groups, G] of units by part name, padding groups included."""
+    units = planes["codes"].to(_unit_dtype(precision))
+    if precision.bits == 3:
+        units = units & 0xFFFF | planes["high_codes"].int() << 16
+    blocks = units.unflatten(1, (-1, precision.group_size))
+    mask = (1 << precision.bits) - 1
+    places = range(0, precision.block_groups * precision.bits, precision.bits)
+    return torch.stack([(blocks >> low & mask).to(torch.uint8) for low in places], 2).flatten(1, 2)
 
 
-def pack_planes(codes: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
-    """Return the byte arrays of codes uint8 [..., G] by part name; three bits take two of them."""
-    if bits == 3:
-        return {"codes": pack(codes & 3, 2), "high_codes": pack(codes >> 2, 1)}
-    return {"codes": pack(codes, bits)}
-
-
-def unpack_planes(planes: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
-    """Return the codes uint8 [..., G] of byte arrays by part name; undoes `pack_planes`."""
-    if bits == 3:
-        return unpack(planes["codes"], 2) | (unpack(planes["high_codes"], 1) << 2)
-    return unpack(planes["codes"], bits)
+def _unit_dtype(precision: Precision) -> torch.dtype:
+    return torch.int32 if precision.bits == 3 else torch.int16
 
 
 CPU_BLOCK_ITEMS = 1 << 18

@@ -13,7 +13,13 @@ from tqdm.auto import tqdm
 
 from adapmoe_lab.engine.ledger import ChecksumLedger, lasting_ledger
 from adapmoe_lab.engine.memory import MemoryPlan
-from adapmoe_lab.engine.prepared import is_prepared, open_store, prepared_precisions, save_store
+from adapmoe_lab.engine.prepared import (
+    STORE_VERSION,
+    is_prepared,
+    open_store,
+    prepared_precisions,
+    save_store,
+)
 from adapmoe_lab.engine.rows import plain_views, write_expert
 from adapmoe_lab.engine.store import DiskStore, ExpertStore, Formats, HostStore
 from adapmoe_lab.models.checkpoint import Checkpoint
@@ -146,9 +152,9 @@ def _open_prepared(
 def _ledger_of(checkpoint: Checkpoint, formats: Formats, device: torch.device) -> ChecksumLedger:
     """Return the ledger of this folder's files as they are stored here; a copy has its own.
 
-    Packed bytes depend on what was packed from, where, and by which torch.
+    Packed bytes depend on their layout and on what was packed from, where, and by which torch.
     """
-    how = (checkpoint.model.dtype, device.type, torch.__version__)
+    how = (str(STORE_VERSION), checkpoint.model.dtype, device.type, torch.__version__)
     place = str(checkpoint.folder.resolve())
     identity = digest(place, checkpoint.index.fingerprint, repr(formats), *how)
     return lasting_ledger(identity, _shape(formats), str(checkpoint.folder))

@@ -10,8 +10,8 @@ from math import gcd
 import torch
 from torch.nn import functional
 
-from adapmoe_lab.engine.code_layout import E2M1, row_blocks, unpack_planes
-from adapmoe_lab.records.precision import Part, Precision
+from adapmoe_lab.engine.code_layout import E2M1, row_blocks, unpack
+from adapmoe_lab.records.precision import ALIGNMENT, Part, Precision
 
 KERNEL_TOKENS = 8
 """Up to so many tokens a kernel multiplies packed codes; beyond, unpacking once costs less."""
@@ -26,7 +26,7 @@ class PackedMatrix:
     Attributes:
         precision: how the weights are stored.
         shape: output and input channels.
-        data: uint8 [matrix_bytes], on any device, contiguous, at an even address.
+        data: uint8 [matrix_bytes], on any device, contiguous, at a multiple of ALIGNMENT.
     """
 
     precision: Precision
@@ -47,10 +47,11 @@ class PackedMatrix:
                 f"contiguous uint8 [{expected}]; got {_described(data)}. "
                 f"Allocate precision.matrix_bytes(*shape) bytes."
             )
-        if data.data_ptr() % 2:
+        if data.data_ptr() % ALIGNMENT:
             raise ValueError(
-                "The float16 scales of a packed matrix need an even address; got data at an odd "
-                "one. Begin its slot at a multiple of precision.ALIGNMENT bytes."
+                f"A packed matrix is read in wide loads and needs an address that is a multiple of "
+                f"{ALIGNMENT}; got data {data.data_ptr() % ALIGNMENT} bytes past one. Begin its "
+                f"slot at a multiple of precision.ALIGNMENT bytes."
             )
 
     def part(self, name: str) -> torch.Tensor:
@@ -65,7 +66,7 @@ class PackedMatrix:
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weights [output, input]: computed in float32, rounded once to `dtype`."""
-        if self._has_kernels:
+        if _has_kernels(self.data.device):
             from adapmoe_lab.engine import packed_kernels
 
             return packed_kernels.dequantise(self, dtype)
@@ -86,25 +87,21 @@ class PackedMatrix:
                 f"got {list(x.shape)}."
             )
         is_traced = torch.is_grad_enabled() and x.requires_grad  # the kernel has no gradient
-        if self._has_kernels and not is_traced and 0 < x.shape[0] <= KERNEL_TOKENS:
+        if _has_kernels(self.data.device) and not is_traced and 0 < x.shape[0] <= KERNEL_TOKENS:
             from adapmoe_lab.engine import packed_kernels
 
             return packed_kernels.packed_matmul(self, x)
         return functional.linear(x, self.dequantise(x.dtype))
 
-    @property
-    def _has_kernels(self) -> bool:
-        return self.data.is_cuda and _triton_is_installed()
-
     def _weights(self, rows: slice) -> torch.Tensor:
         """Return the float32 weights of some rows [R, input]."""
         planes = {
-            name: self._grouped(name)[rows]
+            name: self.part(name)[rows]
             for name in _parts_by_name(self.precision, self.shape)
             if name.endswith("codes")
         }
-        codes = unpack_planes(planes, self.precision.bits)  # [R, n_groups, G]
-        scales = self.part("scales")[rows, :, None]
+        scales = self.part("scales").T[rows, :, None]
+        codes = unpack(planes, self.precision)[:, : scales.shape[1]]  # [R, n_groups, G]
         if self.precision.name == "mxfp4":
             numbers = torch.tensor(E2M1, device=codes.device)
             weights = numbers.index_select(0, codes.flatten().int()).view(codes.shape)
@@ -112,14 +109,9 @@ class PackedMatrix:
             weights.mul_(torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents))
         else:
             per_code, per_zero = zero_grid(self.precision.bits)
-            zeros = self.part("zeros")[rows, :, None].float() * per_zero
+            zeros = self.part("zeros").T[rows, :, None].float() * per_zero
             weights = codes.float().mul_(per_code).sub_(zeros).mul_(scales.float() * (1 / per_code))
         return weights.flatten(1)[:, : self.shape[1]]
-
-    def _grouped(self, name: str) -> torch.Tensor:
-        """Return an array of codes as [output, n_groups, bytes per group]."""
-        n_groups = self.part("scales").shape[1]
-        return self.part(name).unflatten(1, (n_groups, -1))
 
 
 def zero_grid(bits: int) -> tuple[int, int]:
@@ -140,8 +132,11 @@ def _parts_by_name(precision: Precision, shape: tuple[int, int]) -> dict[str, Pa
 
 
 @cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
+def _has_kernels(device: torch.device) -> bool:
+    """Whether a device runs the kernels: NVIDIA's tensor cores take bfloat16 from Ampere on."""
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    has_triton = is_nvidia and find_spec("triton") is not None
+    return has_triton and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _described(tensor: torch.Tensor) -> str:

@@ -19,7 +19,9 @@ from adapmoe_lab.engine.store import ExpertStore, Formats, row_stride
 from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.records.files import written_atomically
 
-VERSION = 1
+STORE_VERSION = 2
+"""Of the index, and of how experts lie in their bytes."""
+
 BLOB, INDEX = "experts.bin", "experts.json"
 
 
@@ -82,7 +84,7 @@ def save_store(
     try:
         experts = _write_blob(store, partial / BLOB, after_expert)
         index = {
-            "schema_version": VERSION,
+            "schema_version": STORE_VERSION,
             "identity": identity,
             "blob_bytes": needed,
             "experts": experts,
@@ -153,10 +155,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder / INDEX} is damaged ({error}); prepare the store again."
         ) from error
-    if version != VERSION:
+    if version != STORE_VERSION:
         raise CheckpointError(
-            f"{folder} has schema version {version}, this adapmoe-lab reads {VERSION}; prepare "
-            "the store again."
+            f"{folder} has schema version {version}, this adapmoe-lab reads {STORE_VERSION}; "
+            "prepare the store again."
         )
     return index
 

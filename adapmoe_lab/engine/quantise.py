@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch.nn import functional
 
-from adapmoe_lab.engine.code_layout import E2M1, pack_planes, row_blocks, unpack
+from adapmoe_lab.engine.code_layout import E2M1, pack, row_blocks
 from adapmoe_lab.engine.packed import PackedMatrix, zero_grid
 from adapmoe_lab.records.precision import PRECISIONS, Precision
 
@@ -86,8 +86,7 @@ def pack_mxfp4(
         )
     matrix = _empty(MXFP4, (blocks.shape[0], columns), blocks.device, out)
     for rows in row_blocks(matrix.shape, matrix.data.device):
-        runs = unpack(blocks[rows], 4)  # even inputs, then odd ones
-        codes = runs.unflatten(-1, (2, 16)).mT.flatten(-2)  # [R, n_groups, 32] in input order
+        codes = torch.stack([blocks[rows] & 0xF, blocks[rows] >> 4], dim=-1).flatten(-2)
         _store(matrix, rows, codes, scales=scales[rows, :, None])
     return matrix
 
@@ -201,10 +200,10 @@ def _store(
     matrix: PackedMatrix, rows: slice, codes: torch.Tensor, **per_group: torch.Tensor
 ) -> None:
     """Write the codes [R, n_groups, G] and per-group arrays [R, n_groups, 1] of some rows."""
-    for name, plane in pack_planes(codes, matrix.precision.bits).items():
-        matrix.part(name)[rows] = plane.flatten(1)
+    for name, plane in pack(codes, matrix.precision).items():
+        matrix.part(name)[rows] = plane
     for name, values in per_group.items():
-        matrix.part(name)[rows] = values.squeeze(-1)
+        matrix.part(name)[:, rows] = values.squeeze(-1).T
 
 
 def _grouped(block: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 ALIGNMENT = 16
 """Every part of a stored matrix starts at a multiple of this many bytes, for wide loads."""
 
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int16": 2, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Part:
     Attributes:
         name: `values` of a plain matrix; `codes`, `high_codes`, `scales`, `zeros` of a packed one.
         dtype: torch and numpy name of the element type.
-        shape: axes of the array, output channels first.
+        shape: axes of the array: output channels first, but groups of inputs first in `scales` and
+            `zeros`, so that those of neighbouring rows are read together.
         offset: bytes from the start of the matrix.
     """
 
@@ -42,7 +43,8 @@ class Precision:
     Packed precisions cut every row into groups of `group_size` inputs, the last one padded with
     zero weights. An integer precision stores `weight = (code - zero) * scale` with one scale and
     one zero per group; `mxfp4` stores the E2M1 numbers and E8M0 scales of the OCP microscaling
-    format, without zeros.
+    format, without zeros. The codes of `block_groups` groups side by side share units of 16 bits,
+    or of 24 where codes have three; a row is padded to whole blocks of groups.
 
     Attributes:
         name: what users call it.
@@ -59,25 +61,25 @@ class Precision:
         """Whether weights are codes with scales rather than floating-point numbers."""
         return self.group_size is not None
 
+    @property
+    def block_groups(self) -> int:
+        """Groups that share units, each with one code in every unit."""
+        return 8 if self.bits == 3 else 16 // self.bits
+
     def parts(self, n_rows: int, n_columns: int) -> tuple[Part, ...]:
         """Return where the arrays of a matrix [n_rows, n_columns] lie."""
         if self.group_size is None:
             return (Part("values", self.name, (n_rows, n_columns), 0),)
         n_groups = -(-n_columns // self.group_size)
-        padded = n_groups * self.group_size
-        arrays: list[tuple[str, str, tuple[int, ...]]]
+        n_units = -(-n_groups // self.block_groups) * self.group_size
+        arrays = [("codes", "int16", (n_rows, n_units))]
         if self.bits == 3:
-            arrays = [
-                ("codes", "uint8", (n_rows, padded // 4)),
-                ("high_codes", "uint8", (n_rows, padded // 8)),
-            ]
-        else:
-            arrays = [("codes", "uint8", (n_rows, padded * self.bits // 8))]
+            arrays.append(("high_codes", "uint8", (n_rows, n_units)))
         if self.name == "mxfp4":
-            arrays.append(("scales", "uint8", (n_rows, n_groups)))
+            arrays.append(("scales", "uint8", (n_groups, n_rows)))
         else:
-            arrays.append(("scales", "float16", (n_rows, n_groups)))
-            arrays.append(("zeros", "uint8", (n_rows, n_groups)))
+            arrays.append(("scales", "float16", (n_groups, n_rows)))
+            arrays.append(("zeros", "uint8", (n_groups, n_rows)))
         parts, offset = [], 0
         for name, dtype, shape in arrays:
             part = Part(name, dtype, shape, offset)

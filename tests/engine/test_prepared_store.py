@@ -85,10 +85,11 @@ def test_another_precision_is_refused(tiny_checkpoint, prepared):
         load_with(tiny_checkpoint, prepared, expert_dtype="int8")
 
 
-def test_another_version_is_refused(tiny_checkpoint, prepared):
+@pytest.mark.parametrize("version", [1, 99])
+def test_another_version_is_refused(tiny_checkpoint, prepared, version):
     index = json.loads((prepared / INDEX).read_text())
-    (prepared / INDEX).write_text(json.dumps({**index, "schema_version": 99}))
-    with pytest.raises(CheckpointError, match="schema version 99, this adapmoe-lab reads 1"):
+    (prepared / INDEX).write_text(json.dumps({**index, "schema_version": version}))
+    with pytest.raises(CheckpointError, match=f"version {version}, this adapmoe-lab reads 2"):
         load_with(tiny_checkpoint, prepared)
 
 

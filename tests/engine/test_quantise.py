@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from adapmoe_lab.engine.code_layout import E2M1, pack_planes, unpack_planes
+from adapmoe_lab.engine.code_layout import E2M1, pack, unpack
 from adapmoe_lab.engine.packed import PackedMatrix
 from adapmoe_lab.engine.quantise import pack_mxfp4, quantise
 from adapmoe_lab.records.precision import PRECISIONS, Precision
@@ -44,19 +44,18 @@ def relative_error(matrix, weight):
 def read_by_hand(matrix, row, column):
     """Return one weight as the format's definition reads it, bit by bit."""
     precision = matrix.precision
-    bits, group = precision.bits, precision.group_size
-    index, place = divmod(column, group)
-
-    def field(name, width):
-        n_bytes = group * width // 8
-        byte = matrix.part(name)[row, index * n_bytes + place % n_bytes].item()
-        return byte >> (place // n_bytes * width) & (1 << width) - 1
-
-    scale = matrix.part("scales")[row, index].item()
+    bits, places = precision.bits, precision.block_groups
+    group, inside = divmod(column, precision.group_size)
+    block, place = divmod(group, places)
+    unit = block * precision.group_size + inside
+    field = matrix.part("codes")[row, unit].item() & 0xFFFF
+    if bits == 3:
+        field |= matrix.part("high_codes")[row, unit].item() << 16
+    code = field >> place * bits & (1 << bits) - 1
+    scale = matrix.part("scales")[group, row].item()
     if precision.name == "mxfp4":
-        return E2M1[field("codes", 4)] * 2.0 ** (scale - 127)
-    code = field("codes", 2) + 4 * field("high_codes", 1) if bits == 3 else field("codes", bits)
-    zero = matrix.part("zeros")[row, index].item() / 255 * (2**bits - 1)
+        return E2M1[code] * 2.0 ** (scale - 127)
+    zero = matrix.part("zeros")[group, row].item() / 255 * (2**bits - 1)
     return (code - zero) * scale
 
 
@@ -70,12 +69,19 @@ def test_every_weight_lies_where_the_format_says(name, shape):
 
 
 @settings(deadline=None)
-@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([32, 64]), st.integers(0, 2**32 - 1))
-def test_codes_survive_packing(bits, group, seed):
-    codes = np.random.default_rng(seed).integers(0, 2**bits, (2, 3, group), dtype=np.uint8)
-    planes = pack_planes(torch.from_numpy(codes), bits)
-    assert sum(plane.shape[-1] for plane in planes.values()) * 8 == group * bits
-    np.testing.assert_array_equal(unpack_planes(planes, bits), codes)
+@given(st.sampled_from(PACKED), st.integers(1, 20), st.integers(0, 2**32 - 1))
+def test_codes_survive_packing(name, n_groups, seed):
+    precision = PRECISIONS[name]
+    shape = (2, n_groups, precision.group_size)
+    codes = np.random.default_rng(seed).integers(0, 2**precision.bits, shape, dtype=np.uint8)
+    planes = pack(torch.from_numpy(codes), precision)
+    unpacked = unpack(planes, precision)
+    padded = unpacked.shape[1]
+    assert 0 <= padded - n_groups < precision.block_groups
+    n_bits = 8 * sum(plane.numel() * plane.element_size() for plane in planes.values())
+    assert n_bits == 2 * padded * precision.group_size * precision.bits
+    np.testing.assert_array_equal(unpacked[:, :n_groups], codes)
+    assert not unpacked[:, n_groups:].any()
 
 
 @settings(deadline=None)
@@ -90,7 +96,7 @@ def test_rounding_to_nearest_errs_by_at_most_half_a_step(name, shape, magnitude,
     weight = (gaussian(*shape, seed=seed) + offset) * 10**magnitude
     matrix = quantise(weight, PRECISIONS[name], solver="nearest")
     error = (matrix.dequantise(torch.float32) - weight).abs()
-    steps = matrix.part("scales").float().repeat_interleave(matrix.precision.group_size, dim=1)
+    steps = matrix.part("scales").T.float().repeat_interleave(matrix.precision.group_size, dim=1)
     assert (error <= steps[:, : shape[1]] * 0.5001 + weight.abs() * 1e-6).all()
 
 
@@ -198,7 +204,7 @@ def test_mxfp4_takes_the_nearest_number():
     matrix = quantise(weight, PRECISIONS["mxfp4"])
     scales = matrix.part("scales").int() - 127
     for row, column in np.ndindex(8, 64):
-        levels = torch.tensor(E2M1) * 2.0 ** scales[row, column // 32]
+        levels = torch.tensor(E2M1) * 2.0 ** scales[column // 32, row]
         taken = matrix.dequantise(torch.float32)[row, column]
         assert (taken - weight[row, column]).abs() == (levels - weight[row, column]).abs().min()
 
@@ -228,15 +234,15 @@ INT4 = PRECISIONS["int4"]
         ),
         (
             lambda: quantise(gaussian(4, 32), INT4, out=torch.zeros(80, dtype=torch.uint8)),
-            "need a contiguous uint8 [96]; got a contiguous uint8 [80]",
+            "need a contiguous uint8 [288]; got a contiguous uint8 [80]",
         ),
         (
-            lambda: PackedMatrix(INT4, (4, 32), torch.zeros(192, dtype=torch.uint8)[::2]),
-            "got a strided uint8 [96]",
+            lambda: PackedMatrix(INT4, (4, 32), torch.zeros(576, dtype=torch.uint8)[::2]),
+            "got a strided uint8 [288]",
         ),
         (
-            lambda: PackedMatrix(INT4, (4, 32), torch.zeros(97, dtype=torch.uint8)[1:]),
-            "an even address; got data at an odd one",
+            lambda: PackedMatrix(INT4, (4, 32), torch.zeros(290, dtype=torch.uint8)[2:]),
+            "a multiple of 16; got data 2 bytes past one",
         ),
         (
             lambda: quantise(gaussian(4, 32), INT4).matmul(gaussian(2, 31)),

@@ -81,7 +81,7 @@ def test_every_precision_is_close_to_the_unmodified_model(tiny_checkpoint, name)
 
 
 def test_bytes_moved_are_those_of_each_expert(tiny_checkpoint):
-    precisions = [["float32", "int8", "int4", "int2"]] * L
+    precisions = [["float32", "int8", "int4", "mxfp4"]] * L
     model = load(
         tiny_checkpoint, dtype="float32", expert_dtype=precisions, device="cpu", link="none"
     )

@@ -62,7 +62,7 @@ def test_mxfp4_experts_stay_packed(tmp_path):
     assert model.spec.dtype == "mxfp4"
     torch.testing.assert_close(model.hf(IDS).logits, logits(plain), rtol=0, atol=2e-5)
     whole = load(plain, dtype="float32", device="cpu", link="none").spec
-    assert model.spec.stored_expert_bytes < 0.2 * whole.stored_expert_bytes
+    assert model.spec.stored_expert_bytes < 0.25 * whole.stored_expert_bytes
 
 
 @torch.no_grad()
