@@ -1,4 +1,4 @@
-"""How long a CUDA device takes to multiply one token by an expert's matrix, in every precision.
+"""How long a CUDA device takes to multiply a token, or eight, by an expert's matrix.
 
 `python benchmarks/packed_matmul.py --out benchmarks/results/packed-matmul.json`
 
@@ -24,7 +24,8 @@ from adapmoe_lab.records.files import save_json
 from adapmoe_lab.records.precision import PRECISIONS
 
 SHAPES = ((28672, 4096), (4096, 14336), (2048, 2048), (1536, 2048))
-PACKED = ("int8", "int4", "int3", "int2", "mxfp4")
+PRECISION_NAMES = ("bfloat16", "int8", "int4", "int3", "int2", "mxfp4")
+N_TOKENS = (1, 8)
 ROTATED_BYTES = 1 << 28
 COPIED_BYTES = 1 << 30
 N_SAMPLES = 60
@@ -74,24 +75,30 @@ def rotation(weight: torch.Tensor, name: str) -> tuple[int, list[Matmul]]:
     return n_bytes, [copy.matmul for copy in matrices]
 
 
-def measure(shape: tuple[int, int], name: str, rate: float) -> dict[str, object]:
-    """Time one shape in one precision."""
+def measure(shape: tuple[int, int], name: str, rate: float) -> list[dict[str, object]]:
+    """Time one shape in one precision, for every number of tokens."""
     generator = torch.Generator("cuda").manual_seed(0)
     weight = torch.randn(shape, generator=generator, device="cuda").mul_(0.02).bfloat16()
-    x = torch.randn((1, shape[1]), generator=generator, device="cuda").bfloat16()
     n_bytes, matmuls = rotation(weight, name)
-    samples = [s / len(matmuls) for s in pass_seconds(lambda: [matmul(x) for matmul in matmuls])]
-    median = statistics.median(samples)
-    return {
-        "shape": shape,
-        "precision": name,
-        "matrix_bytes": n_bytes,
-        "n_copies": len(matmuls),
-        "median_s": median,
-        "bytes_per_s": n_bytes / median,
-        "share_of_copy_rate": n_bytes / median / rate,
-        "samples_s": samples,
-    }
+    rows = []
+    for n_tokens in N_TOKENS:
+        x = torch.randn((n_tokens, shape[1]), generator=generator, device="cuda").bfloat16()
+        seconds = pass_seconds(lambda x=x: [matmul(x) for matmul in matmuls])
+        samples = [s / len(matmuls) for s in seconds]
+        median = statistics.median(samples)
+        row = {
+            "shape": shape,
+            "precision": name,
+            "n_tokens": n_tokens,
+            "matrix_bytes": n_bytes,
+            "n_copies": len(matmuls),
+            "median_s": median,
+            "bytes_per_s": n_bytes / median,
+            "share_of_copy_rate": n_bytes / median / rate,
+            "samples_s": samples,
+        }
+        rows.append(row)
+    return rows
 
 
 def main() -> int:
@@ -105,13 +112,15 @@ def main() -> int:
     rate = copy_rate()
     rows = []
     print(f"{torch.cuda.get_device_name()}: copies {rate / 1e9:.0f} GB/s, reads and writes")
-    print("      matrix  precision       MB       us    GB/s  of copy  of bfloat16's time")
+    print("      matrix  precision  tokens       MB       us    GB/s  of copy  of bfloat16's time")
     for shape in SHAPES:
-        plain = measure(shape, "bfloat16", rate)
-        for row in [plain, *(measure(shape, name, rate) for name in PACKED)]:
-            row["ratio_to_bfloat16"] = row["median_s"] / plain["median_s"]
-            rows.append(row)
-            print(_line(row), flush=True)
+        plain: dict[object, float] = {}
+        for name in PRECISION_NAMES:
+            for row in measure(shape, name, rate):
+                seconds = row["median_s"]
+                row["ratio_to_bfloat16"] = seconds / plain.setdefault(row["n_tokens"], seconds)
+                rows.append(row)
+                print(_line(row), flush=True)
     document = {"conditions": _conditions(), "copy_bytes_per_s": rate, "rows": rows}
     save_json(options.out, document)
     return 0
@@ -124,7 +133,7 @@ def _n_copies(n_bytes: int) -> int:
 def _line(row: dict[str, object]) -> str:
     size = "x".join(str(n) for n in row["shape"])
     return (
-        f"{size:>12}  {row['precision']:9} {row['matrix_bytes'] / 1e6:8.2f} "
+        f"{size:>12}  {row['precision']:9} {row['n_tokens']:7} {row['matrix_bytes'] / 1e6:8.2f} "
         f"{row['median_s'] * 1e6:8.2f} {row['bytes_per_s'] / 1e9:7.0f} "
         f"{row['share_of_copy_rate']:8.1%} {row['ratio_to_bfloat16']:8.2f}"
     )
@@ -141,7 +150,6 @@ def _conditions() -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
-        "n_tokens": 1,
         "x_dtype": "bfloat16",
         "n_samples": N_SAMPLES,
         "rotated_bytes": ROTATED_BYTES,
