@@ -184,7 +184,9 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--calibration-tokens", type=int, default=18_000)
     parser.add_argument("--evaluation-tokens", type=int, default=36_000)
-    parser.add_argument("--validation-tokens", type=int, default=120_000)
+    parser.add_argument(
+        "--validation-tokens", type=int, default=120_000, help="0 leaves out the third table"
+    )
     options = parser.parse_args()
     link = {"link": "none"} if options.device == "cpu" else {}
     model = lab.load(options.model, dtype="float32", device=options.device, **link)
@@ -212,6 +214,8 @@ def main() -> int:
         "ranking": ranks,
     }
     save_json(options.out, document)
+    if not options.validation_tokens:
+        return 0
     chosen = [
         setting
         for renormalise, profiles in by_renormalise.items()

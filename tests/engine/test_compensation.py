@@ -162,7 +162,7 @@ def test_bfloat16_is_as_close_as_its_own_rounding(tmp_path):
     hidden, kept = torch.from_numpy(rng.normal(size=(2, 20, 32))).float()
     outputs = []
     for model in (exact, rounded):
-        model.engine.configure(None, [0] * 3, surrogates=surrogates)
+        model.engine.configure(None, slots_plan(model.spec, 0), surrogates=surrogates)
         given = hidden.to(model.hf.dtype)
         outputs.append(model.engine.compensation.complete(2, given, kept, routing, keep))
     error = (outputs[1].float() - outputs[0]).norm() / outputs[0].norm()

@@ -65,9 +65,9 @@ def test_an_interrupt_between_tokens(load_tiny, at_step):
 
 @pytest.mark.parametrize("at", [1, 4, 9])
 def test_an_exception_while_an_expert_computes(load_tiny, monkeypatch, at):
-    from adapmoe_lab.engine import offload
+    from adapmoe_lab.engine import expert_sum
 
-    model, calls, run = half_cached(load_tiny()), [], offload.run_expert
+    model, calls, run = half_cached(load_tiny()), [], expert_sum.run_expert
 
     def run_or_fail(*arguments):
         calls.append(1)
@@ -75,7 +75,7 @@ def test_an_exception_while_an_expert_computes(load_tiny, monkeypatch, at):
             raise MemoryError("no room")
         return run(*arguments)
 
-    monkeypatch.setattr(offload, "run_expert", run_or_fail)
+    monkeypatch.setattr(expert_sum, "run_expert", run_or_fail)
     with pytest.raises(MemoryError):
         decode(model.hf, model.encode(PROMPT), 24)
     assert decode(model.hf, model.encode(PROMPT), 24) == reference_text(load_tiny)

@@ -123,7 +123,9 @@ def test_an_observer_sees_what_was_computed(load_tiny):
 def test_scores_that_cannot_be_had_are_refused_before_anything_runs(load_tiny):
     engine = load_tiny().engine
     router = Router(torch.nn.Linear(4, 4), 4, reads_experts_input=False)
-    other = OffloadEngine(engine.store, engine.link, engine.clock, engine.device, [router] * 3)
+    other = OffloadEngine(
+        engine.store, engine.link, engine.clock, engine.device, torch.float32, [router] * 3
+    )
     plan = slots_plan(load_tiny().spec, 2)
     with pytest.raises(UnsupportedModelError, match="'router_average' reads the router's scores"):
         other.configure(None, plan, "router_average")
