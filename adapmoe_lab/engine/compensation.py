@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import pad
 
 from adapmoe_lab.records import Surrogates
 
@@ -21,11 +20,8 @@ class Compensation:
         """Bring surrogates to the device, in the precision the model computes in."""
         self.surrogates = surrogates
         self._down = [_on(device, dtype, down) for down in surrogates.down]  # [E, R, D]
-        # The offset is one more row of `up`, multiplied by one: [E, R + 1, D].
-        self._up = [
-            _on(device, dtype, np.concatenate([up, offset[:, :, None]], axis=2).transpose(0, 2, 1))
-            for up, offset in zip(surrogates.up, surrogates.offset, strict=True)
-        ]
+        self._up = [_on(device, dtype, up.transpose(0, 2, 1)) for up in surrogates.up]  # [E, R, D]
+        self._offset = [_on(device, dtype, row[:, None]) for row in surrogates.offset]  # [E, 1, D]
 
     def complete(
         self,
@@ -54,39 +50,32 @@ class Compensation:
         if not dropped.any():
             return kept_output
         tokens, choices = np.nonzero(dropped)
-        experts, columns = np.unique(indices[dropped], return_inverse=True)
-        n_tokens, n_needed = len(indices), len(experts)
-        coefficients = np.zeros((n_tokens, n_needed + 1), dtype=np.float32)
+        is_needed = np.zeros(self.surrogates.n_experts, dtype=bool)
+        is_needed[indices[dropped]] = True
+        needed = np.flatnonzero(is_needed).tolist()
+        columns = np.cumsum(is_needed)[indices[dropped]] - 1
+        coefficients = np.zeros((len(indices), len(needed) + 1), dtype=np.float32)
         coefficients[tokens, columns] = weights[tokens, choices]
         ratio = (weights * dropped).sum(axis=1) / (weights * keep).sum(axis=1)
-        coefficients[:, n_needed] = 1 + self.surrogates.gain[layer] * ratio
+        coefficients[:, -1] = 1 + self.surrogates.gain[layer] * ratio
         on_device = torch.from_numpy(coefficients).to(hidden.device, non_blocking=True)
-        down, up = (_rows(maps[layer], experts) for maps in (self._down, self._up))
-        inner = (hidden @ down.T).unflatten(1, (n_needed, -1))
-        inner = pad(inner, (0, 1), value=1.0) * on_device[:, :n_needed, None].to(hidden.dtype)
-        stand_ins = inner.flatten(1) @ up  # [T, n (R + 1)] @ [n (R + 1), D]
-        return kept_output * on_device[:, n_needed:] + stand_ins
-
-    def stand_ins(
-        self, layer: int, hidden: torch.Tensor, indices: NDArray[np.int64], weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return what would stand in for each chosen expert [T, K, D], weighted by [T, K]."""
-        chosen = torch.from_numpy(np.minimum(indices, self.surrogates.n_experts - 1))
-        each = []
-        for experts in chosen.to(hidden.device).unbind(1):
-            inner = torch.einsum("trd,td->tr", self._down[layer][experts], hidden)
-            each.append(
-                torch.einsum("tr,trd->td", pad(inner, (0, 1), value=1.0), self._up[layer][experts])
-            )
-        return torch.stack(each, dim=1) * weights.unsqueeze(-1)
+        down, up, offset = (
+            _rows(maps[layer], needed) for maps in (self._down, self._up, self._offset)
+        )
+        of_dropped = on_device[:, :-1].to(hidden.dtype)  # [T, n]
+        inner = (hidden @ down.T).unflatten(1, (len(needed), -1)) * of_dropped[:, :, None]
+        stand_ins = torch.addmm(of_dropped @ offset, inner.flatten(1), up)
+        return kept_output * on_device[:, -1:] + stand_ins
 
 
 def _on(device: torch.device, dtype: torch.dtype, array: NDArray[np.float32]) -> torch.Tensor:
     return torch.from_numpy(np.array(array)).to(device, dtype).contiguous()
 
 
-def _rows(maps: torch.Tensor, experts: NDArray[np.int64]) -> torch.Tensor:
-    """Return the rows [n r, D] of some experts' maps [E, r, D]; all of them without a copy."""
+def _rows(maps: torch.Tensor, experts: list[int]) -> torch.Tensor:
+    """Return the rows [n r, D] of some experts' maps [E, r, D]; of one or all without a copy."""
+    if len(experts) == 1:
+        return maps[experts[0]]
     if len(experts) == len(maps):
         return maps.flatten(0, 1)
     return torch.cat([maps[expert] for expert in experts])

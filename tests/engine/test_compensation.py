@@ -217,4 +217,6 @@ def test_a_saved_config_runs_as_it_was_tuned(load_tiny, tmp_path):
     assert again.memory.surrogate_bytes == n_bytes
     assert f"surrogates: {n_bytes / 2**20:.1f}MiB; all experts:" in said[0]
     resident = again.engine.compensation
-    assert sum(t.numel() * 4 for t in (*resident._down, *resident._up)) == n_bytes
+    assert (
+        sum(t.numel() * 4 for t in (*resident._down, *resident._up, *resident._offset)) == n_bytes
+    )
