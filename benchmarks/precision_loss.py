@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from gating_loss import DOMAINS, held_out_texts
+from held_out import DOMAINS, held_out_texts
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
