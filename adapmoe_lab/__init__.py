@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adapmoe_lab.profiling.surrogates import fit_surrogates
     from adapmoe_lab.records import RoutingTrace, SensitivityProfile, Surrogates, TunedConfig
     from adapmoe_lab.records.published import published_adapmoe
+    from adapmoe_lab.simulation.miss_curves import miss_curves
     from adapmoe_lab.simulation.simulate import simulate
     from adapmoe_lab.tuning.tune import tune
     from adapmoe_lab.workbench.panel import Workbench
@@ -41,6 +42,7 @@ _HOMES = {
     "fit_surrogates": "profiling.surrogates",
     "load": "engine.loading",
     "measure_latency": "evaluation.latency",
+    "miss_curves": "simulation.miss_curves",
     "plan_slots": "policies.allocation",
     "probe_hardware": "engine.hardware",
     "profile": "profiling.routing",
@@ -65,6 +67,7 @@ __all__ = [
     "fit_surrogates",
     "load",
     "measure_latency",
+    "miss_curves",
     "plan_slots",
     "probe_hardware",
     "profile",
