@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from step_rules import counts, written_out
 from traces import make_spec, make_trace
 
+from adapmoe_lab.engine.loading import load
+from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.policies.eviction import POLICIES
 from adapmoe_lab.policies.residency import ExpertCache
+from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.records import CachePlan, RoutingTrace
 from adapmoe_lab.records.files import CACHE_VARIABLE
 from adapmoe_lab.simulation.replay import replay
@@ -98,8 +101,8 @@ def test_long_runs_equal_the_class_that_serves_a_model(eviction, is_global, toke
             members = set(trace.expert_indices[tokens, layer].ravel().tolist())
             done = cache.plan_step(layer, members, trace.router_probs[tokens, layer])
             cache.vacate(done)
-            for load in done.loads:
-                cache.occupy(load)
+            for arrived in done.loads:
+                cache.occupy(arrived)
             expected[:, step, layer] = len(done.hits), len(done.loads), len(done.streamed)
     np.testing.assert_array_equal(replayed(trace, plan, eviction), expected)
 
@@ -138,6 +141,25 @@ def test_streams_of_one_expert_hit_when_libcachesim_does(eviction):
         trace = trace_of(sets, n_experts, np.zeros((len(sets), 1, n_experts)))
         hits = replayed(trace, plan_of([n_slots]), eviction)[0, :, 0]
         assert hits.tolist() == hits_by_libcachesim(stream, n_slots, eviction)
+
+
+@pytest.fixture(scope="module")
+def demo_trace(tmp_path_factory):
+    model = load("demo", dtype="float32", device="cpu", link="none", announce=lambda _: None)
+    return profile(model, calibration_texts()[:4], project=tmp_path_factory.mktemp("project"))
+
+
+@pytest.mark.parametrize("n_slots", [2, 4, 6])
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "belady"])
+def test_the_demo_s_best_experts_hit_when_libcachesim_does(demo_trace, eviction, n_slots):
+    trace = demo_trace.as_decode()
+    is_best = np.zeros(trace.weights.shape, dtype=bool)
+    np.put_along_axis(is_best, trace.weights.argmax(axis=2)[:, :, None], True, axis=2)
+    result = replay(trace, is_best, plan_of([n_slots] * 8), eviction)
+    for layer in range(8):
+        stream = trace.expert_indices[:, layer][is_best[:, layer]].tolist()
+        expected = hits_by_libcachesim(stream, n_slots, eviction)
+        assert result.hits[:, layer].tolist() == expected
 
 
 def test_an_unknown_policy_is_named():
