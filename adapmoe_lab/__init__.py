@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adapmoe_lab.evaluation.texts import calibration_labels, calibration_texts, read_texts
     from adapmoe_lab.policies.allocation import plan_slots
     from adapmoe_lab.profiling.routing import profile
-    from adapmoe_lab.profiling.sensitivity import sensitivity
+    from adapmoe_lab.profiling.sensitivity import sensitivities, sensitivity
     from adapmoe_lab.profiling.surrogates import fit_surrogates
     from adapmoe_lab.records import RoutingTrace, SensitivityProfile, Surrogates, TunedConfig
     from adapmoe_lab.records.published import published_adapmoe
@@ -49,6 +49,7 @@ _HOMES = {
     "published_adapmoe": "records.published",
     "read_texts": "evaluation.texts",
     "run_bench": "bench",
+    "sensitivities": "profiling.sensitivity",
     "sensitivity": "profiling.sensitivity",
     "simulate": "simulation.simulate",
     "tune": "tuning.tune",
@@ -74,6 +75,7 @@ __all__ = [
     "published_adapmoe",
     "read_texts",
     "run_bench",
+    "sensitivities",
     "sensitivity",
     "simulate",
     "tune",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,10 @@ class SensitivityProfile:
         pairs = zip(np.asarray(skipped, dtype=np.float64), self.skipped[:, ::-1], strict=True)
         cuts = np.array([np.interp(share, row, self.cuts[::-1]) for share, row in pairs])
         return np.where(np.asarray(skipped) > 0, cuts, OFF)
+
+    def uncorrected(self) -> SensitivityProfile:
+        """Return the curves alone, as they were estimated, without what the anchors correct."""
+        return replace(self, anchors=np.empty((0, 3)), excess=1.0, excess_se=0.0)
 
     def _corrected(
         self, cuts: ArrayLike

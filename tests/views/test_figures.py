@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -43,6 +44,7 @@ def every_figure():
     measured = figures.MeasuredPoint(30.0, (29.0, 32.0), 0.004, 0.001, "tuned")
     curve = [a_prediction(40.0, 0.0, 0.0), a_prediction(25.0, 0.02, 0.25)]
     published = lab.published_adapmoe()
+    estimators = {name: a_profile() for name in ("fisher", "ablation", "divergence")}
     kinds = replace(trace, sequence_starts=[0, 50, 100, 150], labels=["<i>", "b", "<i>", "b"])
     return {
         "expert_use": figures.plot_expert_use(figures.expert_use_info(trace)),
@@ -61,6 +63,13 @@ def every_figure():
         "co_activation": figures.plot_co_activation(figures.co_activation_info(trace, 0)),
         "locality": figures.plot_locality(figures.locality_info(trace)),
         "specialisation": figures.plot_specialisation(figures.specialisation_info(kinds)),
+        "sensitivity_shares": figures.plot_sensitivity_shares(
+            figures.sensitivity_shares_info(estimators)
+        ),
+        "estimator_agreement": figures.plot_estimator_agreement(
+            figures.estimator_agreement_info(estimators, trace)
+        ),
+        "sum_of_layers": figures.plot_sum_of_layers(figures.sum_of_layers_info(estimators)),
         "published_cuts": figures.plot_published_cuts(figures.published_cuts_info(published)),
         "published_accuracy": figures.plot_published_accuracy(
             figures.published_accuracy_info(published)
@@ -71,7 +80,7 @@ def every_figure():
 def axis_titles(figure):
     layout = figure.to_plotly_json()["layout"]
     axes = sorted(name for name in layout if re.fullmatch(r"[xy]axis\d?", name))
-    return {name: layout[name]["title"]["text"] for name in axes}
+    return {name: layout[name].get("title", {}).get("text", "") for name in axes}
 
 
 def test_expert_use_counts_tokens_per_layer_and_expert():
@@ -233,6 +242,19 @@ def test_every_axis_says_what_it_shows_and_in_which_unit():
             "yaxis": "information (bits)",
             "yaxis2": "kind of text",
         },
+        "sensitivity_shares": {
+            **dict.fromkeys(("xaxis", "xaxis2", "xaxis3"), "layer"),
+            **{"yaxis": "share of the cost", "yaxis2": "", "yaxis3": ""},
+        },
+        "estimator_agreement": {
+            "xaxis": "Spearman's rank correlation",
+            "xaxis2": millinats,
+            **{"yaxis": "", "yaxis2": ""},
+        },
+        "sum_of_layers": {
+            "xaxis": "measured divergence, all layers skipping (millinats per token)",
+            "yaxis": "sum / measured",
+        },
         "published_cuts": {
             **layers,
             "yaxis": "published sensitivity S",
@@ -260,6 +282,18 @@ def test_a_layer_axis_has_a_readable_number_of_labels(n_layers):
     axis = theme.layer_axis(n_layers)
     assert 1 <= n_layers / axis["dtick"] <= 16
     assert axis["range"] == [-0.5, n_layers - 0.5]
+
+
+@pytest.mark.parametrize(("n_panels", "n_rows"), [(1, 1), (3, 1), (4, 2), (6, 2), (7, 3)])
+def test_panels_fill_the_page_row_by_row_and_never_overlap(n_panels, n_rows):
+    grid = theme.panel_grid(n_panels, 3)
+    assert len(grid) == n_panels
+    assert len({tuple(rows) for _, rows in grid}) == n_rows
+    assert (grid[0][0][0], grid[0][1][1]) == (0, 1)
+    assert grid[-1][1][0] == pytest.approx(0)
+    assert all(0 <= low < high <= 1 + 1e-9 for panel in grid for low, high in panel)
+    for (x, y), (other_x, other_y) in itertools.combinations(grid, 2):
+        assert x[1] < other_x[0] or y[0] > other_y[1]
 
 
 def test_text_can_be_read_on_light_and_on_dark_pages():

@@ -5,6 +5,11 @@ from adapmoe_lab.views.figures.co_activation import (
     co_activation_info,
     plot_co_activation,
 )
+from adapmoe_lab.views.figures.estimator_agreement import (
+    EstimatorAgreementInfo,
+    estimator_agreement_info,
+    plot_estimator_agreement,
+)
 from adapmoe_lab.views.figures.expert_use import ExpertUseInfo, expert_use_info, plot_expert_use
 from adapmoe_lab.views.figures.layer_bars import LayerBarsInfo, layer_bars_info, plot_layer_bars
 from adapmoe_lab.views.figures.load_heterogeneity import (
@@ -33,10 +38,21 @@ from adapmoe_lab.views.figures.sensitivity import (
     plot_sensitivity,
     sensitivity_info,
 )
+from adapmoe_lab.views.figures.sensitivity_shares import (
+    SensitivitySharesInfo,
+    plot_sensitivity_shares,
+    sensitivity_shares_info,
+)
 from adapmoe_lab.views.figures.specialisation import (
     SpecialisationInfo,
     plot_specialisation,
     specialisation_info,
+)
+from adapmoe_lab.views.figures.sum_of_layers import (
+    LayerSums,
+    SumOfLayersInfo,
+    plot_sum_of_layers,
+    sum_of_layers_info,
 )
 from adapmoe_lab.views.figures.token_routing import (
     TokenRoutingInfo,
@@ -58,24 +74,30 @@ from adapmoe_lab.views.figures.use_against_chance import (
 __all__ = [
     "AccuracyCurve",
     "CoActivationInfo",
+    "EstimatorAgreementInfo",
     "ExpertUseInfo",
     "LayerBarsInfo",
+    "LayerSums",
     "LoadHeterogeneityInfo",
     "LocalityInfo",
     "MeasuredPoint",
     "PublishedAccuracyInfo",
     "PublishedCutsInfo",
     "SensitivityInfo",
+    "SensitivitySharesInfo",
     "SpecialisationInfo",
+    "SumOfLayersInfo",
     "TokenRoutingInfo",
     "TradeoffInfo",
     "UseAgainstChanceInfo",
     "co_activation_info",
+    "estimator_agreement_info",
     "expert_use_info",
     "layer_bars_info",
     "load_heterogeneity_info",
     "locality_info",
     "plot_co_activation",
+    "plot_estimator_agreement",
     "plot_expert_use",
     "plot_layer_bars",
     "plot_load_heterogeneity",
@@ -83,14 +105,18 @@ __all__ = [
     "plot_published_accuracy",
     "plot_published_cuts",
     "plot_sensitivity",
+    "plot_sensitivity_shares",
     "plot_specialisation",
+    "plot_sum_of_layers",
     "plot_token_routing",
     "plot_tradeoff",
     "plot_use_against_chance",
     "published_accuracy_info",
     "published_cuts_info",
     "sensitivity_info",
+    "sensitivity_shares_info",
     "specialisation_info",
+    "sum_of_layers_info",
     "token_routing_info",
     "tradeoff_info",
     "use_against_chance_info",

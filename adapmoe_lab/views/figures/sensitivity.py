@@ -91,7 +91,7 @@ def _cost(info: SensitivityInfo) -> go.Scatter:
     return go.Scatter(
         x=np.arange(len(info.cost)),
         y=info.cost,
-        error_y=_error_bars(info.cost_se),
+        error_y=theme.error_bars(info.cost_se),
         mode="lines+markers",
         line={"color": theme.BLUE, "width": 1.5},
         marker={"size": 7},
@@ -103,17 +103,13 @@ def _increase(info: SensitivityInfo) -> go.Bar:
     return go.Bar(
         x=np.arange(len(info.cost)),
         y=info.increase_millinats,
-        error_y=_error_bars(info.increase_se_millinats),
+        error_y=theme.error_bars(info.increase_se_millinats),
         customdata=[_cut_text(cut) for cut in info.cuts],
         xaxis="x2",
         yaxis="y2",
         marker={"color": theme.ORANGE},
         hovertemplate="layer %{x}, %{customdata}<br><b>%{y:+.2f}</b> millinats<extra></extra>",
     )
-
-
-def _error_bars(errors: NDArray[np.float64]) -> dict[str, object]:
-    return {"array": errors, "color": theme.INK, "thickness": 1, "width": 3}
 
 
 def _cut_text(cut: float) -> str:

@@ -24,6 +24,8 @@ BAND = "rgba(42, 127, 186, 0.14)"
 """A standard error around a blue line."""
 LINES_AND_BANDS = ((BLUE, BAND), (ORANGE, "rgba(217, 102, 43, 0.14)"))
 """Colours of lines with a standard error, each with its band's."""
+PAIRED = (ORANGE, "#e5ab3c", BLUE, "#8cbbe0", "#84cbb0", GREEN)
+"""Three pairs of related colours, for lines of three kinds."""
 CHANCE_BAND = "rgba(128, 138, 150, 0.28)"
 """Where values lie that chance alone explains."""
 DASHED = {"color": INK, "width": 1, "dash": "dash"}
@@ -143,6 +145,11 @@ def band(x: ArrayLike, low: ArrayLike, high: ArrayLike, **settings: Any) -> go.S
     )
 
 
+def error_bars(errors: NDArray[np.float64], colour: str = INK) -> dict[str, Any]:
+    """Return thin bars of standard errors around bars or markers."""
+    return {"array": errors, "color": colour, "thickness": 1, "width": 3}
+
+
 def ordered(n: int) -> list[str]:
     """Return n colours for lines in an order, light to dark."""
     return sample_colorscale([[0.0, "#7db3dc"], [1.0, "#1c5f96"]], np.linspace(0, 1, n).tolist())
@@ -181,14 +188,29 @@ def side_by_side(gap: float = 0.16) -> tuple[list[float], list[float]]:
     return [0.0, (1 - gap) / 2], [(1 + gap) / 2, 1.0]
 
 
-def panel_title(domain: Sequence[float], text: str) -> dict[str, Any]:
-    """Return the heading of one of several panels, an annotation above its left end."""
+def panel_grid(
+    n_panels: int, n_columns: int, gaps: tuple[float, float] = (0.06, 0.24)
+) -> list[tuple[list[float], list[float]]]:
+    """Return the horizontal and vertical domains of equal panels, row by row from the top."""
+    n_rows = -(-n_panels // n_columns)
+    width = (1 - gaps[0] * (n_columns - 1)) / n_columns
+    height = (1 - gaps[1] * (n_rows - 1)) / n_rows
+    grid = []
+    for panel in range(n_panels):
+        row, column = divmod(panel, n_columns)
+        left, top = column * (width + gaps[0]), 1 - row * (height + gaps[1])
+        grid.append(([left, left + width], [max(0.0, top - height), top]))
+    return grid
+
+
+def panel_title(domain: Sequence[float], text: str, top: float = 1.0) -> dict[str, Any]:
+    """Return the heading of one of several panels, an annotation above its upper left corner."""
     return {
         "text": text,
         "x": domain[0],
         "xref": "paper",
         "xanchor": "left",
-        "y": 1,
+        "y": top,
         "yref": "paper",
         "yanchor": "bottom",
         "yshift": 4,
