@@ -10,9 +10,9 @@ from nbclient import NotebookClient
 
 from adapmoe_lab.assets import notebooks_folder
 
-PROMISED_S = {"00_tour": 120, "01_routing": 60}
-"""Seconds each notebook says it takes on two cores."""
-LEAVES = {"00_tour": ["tuned.json"], "01_routing": []}
+PROMISED_S = {"00_tour": 120, "01_routing": 60, "02_sensitivity": 120}
+"""Seconds each notebook says it takes, on two cores at most."""
+LEAVES = {"00_tour": ["tuned.json"], "01_routing": [], "02_sensitivity": []}
 """Files each notebook leaves behind, beside the recordings."""
 NOTEBOOKS = sorted(notebooks_folder().glob("*.ipynb"))
 

@@ -1,0 +1,50 @@
+"""Notebooks in a real browser: every figure is drawn, the question answered, and nothing leaves."""
+
+import pytest
+from lab_page import CHROMIUM, PANEL, browser_page, lab_server, open_notebook, run_all
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+]
+
+ROUTING = (
+    "01_routing",
+    [
+        "Expert use against chance",
+        "Experts used together, layer 4",
+        "Experts used again",
+        "Specialisation in kinds of text",
+    ],
+    "used again by the next token",
+)
+SENSITIVITY = (
+    "02_sensitivity",
+    [
+        "Which layers are dear?",
+        "Does an estimate know the order, and does it matter?",
+        "Do the layers' costs add up?",
+        "Published sensitivities and cuts, mixtral-8x7b",
+    ],
+    "cuts by directional",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "titles", "answer"),
+    [
+        pytest.param(*ROUTING, id="01_routing"),
+        pytest.param(*SENSITIVITY, id="02_sensitivity", marks=pytest.mark.slow),
+    ],
+)
+def test_every_figure_is_drawn_and_the_question_answered(tmp_path, name, titles, answer):
+    notebooks, home = tmp_path / "notebooks", tmp_path / "home"
+    home.mkdir()
+    with lab_server(notebooks, home) as address, browser_page() as (page, outside):
+        open_notebook(page, address, f"{name}.ipynb")
+        run_all(page, timeout_s=300)
+        drawn = page.locator(f"{PANEL} .js-plotly-plot").all()
+        shown = [figure.locator(".gtitle .line").first.text_content() for figure in drawn]
+        assert shown == titles
+        assert answer in page.locator(f"{PANEL} .jp-RenderedText").last.inner_text()
+        assert outside == []
