@@ -28,7 +28,8 @@ from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.policies.allocation import shared, slots_plan, with_pins
 from adapmoe_lab.policies.eviction import POLICIES
-from adapmoe_lab.policies.gating import kept_experts, uniform_cuts
+from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.records import CachePlan, GatingTable, RoutingTrace, TunedConfig
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.simulation.replay import replay
@@ -57,7 +58,7 @@ class Case:
 def record(model: LabModel, texts: list[str], skipped_fraction: float) -> Iterator[Case]:
     """Yield what is recorded with every expert run, and under one cut for all layers."""
     calibration = lab.calibration_texts()
-    for gating in (None, uniform_cuts(lab.profile(model, calibration), skipped_fraction)):
+    for gating in (None, UniformCut(lab.profile(model, calibration)).table(skipped_fraction)):
         with model.running(replace(TunedConfig.untuned(model.spec), gating=gating)):
             yield Case(gating, lab.profile(model, calibration), lab.profile(model, texts))
 

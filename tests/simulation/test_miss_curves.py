@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from traces import make_spec, make_trace
 
 from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts, uniform_cuts
+from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.simulation.kernels import count_misses, empty_stack
 from adapmoe_lab.simulation.miss_curves import miss_curves
 from adapmoe_lab.simulation.replay import replay
@@ -46,7 +47,7 @@ def test_sets_of_any_size_equal_one_cache_after_another(sets):
 def test_curves_are_the_misses_of_a_replay_at_every_size(top_k, is_gated):
     spec = make_spec(n_layers=3, n_experts=12, top_k=top_k)
     trace = make_trace(spec, n_tokens=900)
-    gating = uniform_cuts(trace, 0.25) if is_gated and top_k > 1 else None
+    gating = UniformCut(trace).table(0.25) if is_gated and top_k > 1 else None
     curves = miss_curves(trace, gating)
     assert curves.shape == (3, 13)
     for n_slots in range(13):
