@@ -97,24 +97,28 @@ class ExpertCache:
             layer: whose experts.
             experts: the distinct experts that the forward pass needs there.
             scores: the router's scores [T, E] of the pass's tokens, if the policy needs them.
+
+        Raises:
+            ValueError: it needs them, and there are none.
         """
-        pool, first, end = self._pool_of(layer)
+        if self._policy.needs_scores and scores is None:
+            raise ValueError(
+                f"Eviction {self._policy.name!r} reads the router's scores; give those of the "
+                "step's tokens."
+            )
         members = np.array(sorted(experts), dtype=np.int64)
         is_hit = self.slot_of[layer, members] >= 0
         self._note(layer, members, is_hit, scores)
-        hits, misses = members[is_hit], members[~is_hit].tolist()
+        hits, misses = members[is_hit].tolist(), members[~is_hit].tolist()
         if not misses:
-            return StepPlan(tuple(hits.tolist()), (), ())
-        slots = self.slot_of[first:end]
-        is_free = np.ones(self.plan.pool_slots(pool), dtype=np.bool_)
-        is_free[slots[slots >= 0]] = False
-        places = [(int(slot), None) for slot in np.flatnonzero(is_free)[: len(misses)]]
+            return StepPlan(tuple(hits), (), ())
+        places = self._free_places(layer, len(misses))
         places += self._leaving(layer, members, len(misses) - len(places))
         loads = tuple(
             Load(layer, expert, slot, evicted)
             for expert, (slot, evicted) in zip(misses, places, strict=False)
         )
-        return StepPlan(tuple(hits.tolist()), loads, tuple(misses[len(loads) :]))
+        return StepPlan(tuple(hits), loads, tuple(misses[len(loads) :]))
 
     def vacate(self, plan: StepPlan) -> None:
         """Take the plan's victims out, before any slot is overwritten."""
@@ -141,37 +145,60 @@ class ExpertCache:
     ) -> None:
         """Change the values as the policy says."""
         pool, first, end = self._pool_of(layer)
-        rule, clock, values = self._policy.rule, self._clocks[pool], self._values
-        mean = mean_scores(scores) if scores is not None else np.zeros(values.shape[1])
+        rule, clock = self._policy.rule, self._clocks[pool]
+        self._clocks[pool] = clock + 1
         if layer == first:
-            values[first:end] = value_in_new_pass(rule, values[first:end])
-        values[layer] = value_in_new_step(rule, values[layer], mean)
-        values[layer, members], self._memory[layer, members] = after_use(
+            in_pool = self._values[first:end]
+            in_pool[:] = value_in_new_pass(rule, in_pool)
+        values, memory, hint = self._values[layer], self._memory[layer], 0
+        if scores is not None:
+            mean = mean_scores(scores)
+            values[:] = value_in_new_step(rule, values, mean)
+            hint = high_precision_uses(mean[members]) if rule == HOBBIT else 0
+        else:
+            values[:] = value_in_new_step(rule, values, 0.0)
+        values[members], memory[members] = after_use(
             rule,
-            values[layer, members],
-            self._memory[layer, members],
+            values[members],
+            memory[members],
             is_hit.astype(np.int64),
-            high_precision_uses(mean[members]) if rule == HOBBIT else 0,
+            hint,
             clock,
             end - first,
         )
-        self._clocks[pool] = clock + 1
+
+    def _free_places(self, layer: int, n_needed: int) -> list[tuple[int, tuple[int, int] | None]]:
+        """Return free slots of a layer's pool, at most `n_needed`, with no one who leaves them."""
+        pool, first, end = self._pool_of(layer)
+        slots, n_slots = self.slot_of[first:end], self.plan.pool_slots(pool)
+        taken = slots[slots >= 0]
+        if len(taken) == n_slots:
+            return []
+        is_free = np.ones(n_slots, dtype=np.bool_)
+        is_free[taken] = False
+        return [(slot, None) for slot in is_free.nonzero()[0][:n_needed].tolist()]
 
     def _leaving(
         self, layer: int, members: NDArray[np.int64], n_needed: int
-    ) -> list[tuple[int, tuple[int, int]]]:
+    ) -> list[tuple[int, tuple[int, int] | None]]:
         """Return slots and (layer, expert) of those that leave first, at most `n_needed`."""
+        if n_needed == 0:
+            return []
         pool, first, end = self._pool_of(layer)
+        rule, n_layers = self._policy.rule, end - first
         candidates = (self.slot_of[first:end] >= 0) & self._may_leave[first:end]
         candidates[layer - first, members] = False
-        layers_ahead = (np.arange(first, end) - layer) % (end - first)
-        malus = distance_malus(self._policy.rule, layers_ahead, self._clocks[pool] - 1, end - first)
-        keys = np.where(candidates, self._values[first:end] - malus[:, None], np.inf).ravel()
-        leaving = []
-        for _ in range(min(n_needed, int(candidates.sum()))):
-            lowest = int(keys.argmin())
-            keys[lowest] = np.inf
-            victim = first + lowest // candidates.shape[1], lowest % candidates.shape[1]
+        keys = np.where(candidates, self._values[first:end], np.inf)
+        if n_layers > 1:
+            layers_ahead = (np.arange(first, end) - layer) % n_layers
+            keys -= distance_malus(rule, layers_ahead, self._clocks[pool] - 1, n_layers)[:, None]
+        leaving, flat = [], keys.ravel()
+        for _ in range(n_needed):
+            lowest = int(flat.argmin())
+            if flat[lowest] == np.inf:
+                break
+            flat[lowest] = np.inf
+            victim = first + lowest // keys.shape[1], lowest % keys.shape[1]
             leaving.append((int(self.slot_of[victim]), victim))
         return leaving
 

@@ -19,7 +19,7 @@ def miss_curves(trace: RoutingTrace, gating: GatingTable | None = None) -> NDArr
         trace: recorded routing; every token is taken as a decode step of its own.
         gating: which of the routed experts are run; None for all.
     """
-    from adapmoe_lab.simulation.kernels import count_misses, empty_stack
+    from adapmoe_lab.simulation.stack_loops import count_misses, empty_stack
 
     steps = trace.as_decode()
     bounds = step_bounds(steps)

@@ -58,7 +58,7 @@ def replay(
         raise ValueError(
             f"eviction={eviction!r} is unknown; expected one of {', '.join(POLICIES)}."
         )
-    from adapmoe_lab.simulation.kernels import HALF, empty_pool, replay_pool
+    from adapmoe_lab.simulation.replay_loops import HALF, empty_pool, replay_pool
 
     policy, spec = POLICIES[eviction], trace.spec
     plan = plan if plan is not None else slots_plan(spec, spec.n_experts)
@@ -118,7 +118,7 @@ def expert_sets(
         The sets of each layer one after another, ascending, int16 [L, T K]; where each begins and
         the last one ends, int64 [L, N+1]; the time of each member's next use, int64 [L, T K].
     """
-    from adapmoe_lab.simulation.kernels import collect_sets, next_uses
+    from adapmoe_lab.simulation.replay_loops import collect_sets, next_uses
 
     n_tokens, n_layers, top_k = trace.expert_indices.shape
     n_experts = trace.spec.n_experts

@@ -106,6 +106,12 @@ def test_the_future_cannot_be_run():
         ExpertCache(plan_of([2]), 4, POLICIES["belady"])
 
 
+def test_a_policy_without_the_scores_it_reads_says_so():
+    cache = ExpertCache(plan_of([2]), 4, POLICIES["router_average"])
+    with pytest.raises(ValueError, match="reads the router's scores; give those of the step's"):
+        cache.plan_step(0, {1})
+
+
 def test_a_config_may_name_every_policy_that_can_run():
     assert sorted(EVICTION_POLICIES) == RUNNABLE
 

@@ -9,9 +9,9 @@ from traces import make_spec, make_trace
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.policies.thresholds import UniformCut
-from adapmoe_lab.simulation.kernels import count_misses, empty_stack
 from adapmoe_lab.simulation.miss_curves import miss_curves
 from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.stack_loops import count_misses, empty_stack
 
 
 def lru_misses(sets, n_slots):

@@ -178,8 +178,8 @@ from traces import make_trace
 trace = make_trace(n_tokens=20)
 keep = np.ones(trace.weights.shape, dtype=bool)
 adapmoe_lab.simulation.replay.replay(trace, keep, None)
-from adapmoe_lab.simulation import kernels
-print(sum(kernels.replay_pool.stats.cache_hits.values()), kernels.replay_pool.stats.cache_path)
+from adapmoe_lab.simulation.replay_loops import replay_pool
+print(sum(replay_pool.stats.cache_hits.values()), replay_pool.stats.cache_path)
 """
 
 
@@ -196,3 +196,8 @@ def test_a_new_process_does_not_compile_again(tmp_path):
     first, second = run_fresh(tmp_path), run_fresh(tmp_path)
     assert (first[0], second[0]) == (0, 1)
     assert first[1].startswith(str(tmp_path / "compiled"))
+
+
+def test_where_nothing_can_be_kept_every_process_compiles(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert run_fresh(tmp_path / "file") == (0, "None")
