@@ -11,7 +11,7 @@ from traces import make_sensitivity, make_spec, make_trace
 import adapmoe_lab as lab
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.thresholds import UniformCut
-from adapmoe_lab.records import OFF, TunedConfig
+from adapmoe_lab.records import OFF, LossReport, TunedConfig
 from adapmoe_lab.simulation.simulate import simulate
 from adapmoe_lab.views import figures
 from adapmoe_lab.views.figures import theme
@@ -45,6 +45,7 @@ def every_figure():
     curve = [a_prediction(40.0, 0.0, 0.0), a_prediction(25.0, 0.02, 0.25)]
     published = lab.published_adapmoe()
     estimators = {name: a_profile() for name in ("fisher", "ablation", "divergence")}
+    uniform, loss = UniformCut(trace), LossReport([9.0, 8.0], [2, 2], 0.2, "texts")
     kinds = replace(trace, sequence_starts=[0, 50, 100, 150], labels=["<i>", "b", "<i>", "b"])
     return {
         "expert_use": figures.plot_expert_use(figures.expert_use_info(trace)),
@@ -70,6 +71,13 @@ def every_figure():
             figures.estimator_agreement_info(estimators, trace)
         ),
         "sum_of_layers": figures.plot_sum_of_layers(figures.sum_of_layers_info(estimators)),
+        "rule_cuts": figures.plot_rule_cuts(
+            figures.rule_cuts_info({"one": uniform.table(0.2)}, trace)
+        ),
+        "loss_by_rule": figures.plot_loss_by_rule(
+            figures.loss_by_rule_info({"one": uniform}, a_profile(), {"one": [loss]}, loss)
+        ),
+        "stand_ins": figures.plot_stand_ins(figures.stand_ins_info({"nothing": loss}, loss)),
         "published_cuts": figures.plot_published_cuts(figures.published_cuts_info(published)),
         "published_accuracy": figures.plot_published_accuracy(
             figures.published_accuracy_info(published)
@@ -254,6 +262,17 @@ def test_every_axis_says_what_it_shows_and_in_which_unit():
         "sum_of_layers": {
             "xaxis": "measured divergence, all layers skipping (millinats per token)",
             "yaxis": "sum / measured",
+        },
+        "rule_cuts": {
+            **layers,
+            "yaxis": "cut on the share",
+            "yaxis2": "skipped of the layer's activations",
+        },
+        "loss_by_rule": {"xaxis": "expert activations skipped", "yaxis": millinats},
+        "stand_ins": {
+            "xaxis": millinats,
+            "xaxis2": "difference (millinats per token)",
+            **{"yaxis": "", "yaxis2": ""},
         },
         "published_cuts": {
             **layers,

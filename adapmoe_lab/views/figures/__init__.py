@@ -22,6 +22,12 @@ from adapmoe_lab.views.figures.locality import (
     locality_info,
     plot_locality,
 )
+from adapmoe_lab.views.figures.loss_by_rule import (
+    LossByRuleInfo,
+    RuleLoss,
+    loss_by_rule_info,
+    plot_loss_by_rule,
+)
 from adapmoe_lab.views.figures.published_accuracy import (
     AccuracyCurve,
     PublishedAccuracyInfo,
@@ -32,6 +38,11 @@ from adapmoe_lab.views.figures.published_cuts import (
     PublishedCutsInfo,
     plot_published_cuts,
     published_cuts_info,
+)
+from adapmoe_lab.views.figures.rule_cuts import (
+    RuleCutsInfo,
+    plot_rule_cuts,
+    rule_cuts_info,
 )
 from adapmoe_lab.views.figures.sensitivity import (
     SensitivityInfo,
@@ -47,6 +58,11 @@ from adapmoe_lab.views.figures.specialisation import (
     SpecialisationInfo,
     plot_specialisation,
     specialisation_info,
+)
+from adapmoe_lab.views.figures.stand_ins import (
+    StandInsInfo,
+    plot_stand_ins,
+    stand_ins_info,
 )
 from adapmoe_lab.views.figures.sum_of_layers import (
     LayerSums,
@@ -80,12 +96,16 @@ __all__ = [
     "LayerSums",
     "LoadHeterogeneityInfo",
     "LocalityInfo",
+    "LossByRuleInfo",
     "MeasuredPoint",
     "PublishedAccuracyInfo",
     "PublishedCutsInfo",
+    "RuleCutsInfo",
+    "RuleLoss",
     "SensitivityInfo",
     "SensitivitySharesInfo",
     "SpecialisationInfo",
+    "StandInsInfo",
     "SumOfLayersInfo",
     "TokenRoutingInfo",
     "TradeoffInfo",
@@ -96,26 +116,32 @@ __all__ = [
     "layer_bars_info",
     "load_heterogeneity_info",
     "locality_info",
+    "loss_by_rule_info",
     "plot_co_activation",
     "plot_estimator_agreement",
     "plot_expert_use",
     "plot_layer_bars",
     "plot_load_heterogeneity",
     "plot_locality",
+    "plot_loss_by_rule",
     "plot_published_accuracy",
     "plot_published_cuts",
+    "plot_rule_cuts",
     "plot_sensitivity",
     "plot_sensitivity_shares",
     "plot_specialisation",
+    "plot_stand_ins",
     "plot_sum_of_layers",
     "plot_token_routing",
     "plot_tradeoff",
     "plot_use_against_chance",
     "published_accuracy_info",
     "published_cuts_info",
+    "rule_cuts_info",
     "sensitivity_info",
     "sensitivity_shares_info",
     "specialisation_info",
+    "stand_ins_info",
     "sum_of_layers_info",
     "token_routing_info",
     "tradeoff_info",

@@ -22,7 +22,11 @@ BLUE, ORANGE, GREEN = "#2a7fba", "#d9662b", "#1b9e77"
 """Told apart under every common colour blindness: the prediction, the choice, the measurement."""
 BAND = "rgba(42, 127, 186, 0.14)"
 """A standard error around a blue line."""
-LINES_AND_BANDS = ((BLUE, BAND), (ORANGE, "rgba(217, 102, 43, 0.14)"))
+LINES_AND_BANDS = (
+    (BLUE, BAND),
+    (ORANGE, "rgba(217, 102, 43, 0.14)"),
+    (GREEN, "rgba(27, 158, 119, 0.14)"),
+)
 """Colours of lines with a standard error, each with its band's."""
 PAIRED = (ORANGE, "#e5ab3c", BLUE, "#8cbbe0", "#84cbb0", GREEN)
 """Three pairs of related colours, for lines of three kinds."""
