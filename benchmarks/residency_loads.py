@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gating_loss import DOMAINS, TEXTS_PER_DOMAIN, held_out_texts
+from held_out import DOMAINS, TEXTS_PER_DOMAIN, held_out_texts
 from numpy.typing import NDArray
 
 import adapmoe_lab as lab
