@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from held_out import PIECE_TOKENS, calibration_and_evaluation, whole_evaluation
+from held_out import PIECE_TOKENS, calibration_and_evaluation
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
@@ -33,7 +33,6 @@ from adapmoe_lab.simulation.rank_agreement import rank_correlation
 FRACTIONS = (0.1, 0.25)
 VALIDATED = (0.1, 0.2)
 VALIDATED_CRITERIA = ("uniform", "adapmoe", "curve: directional")
-VALIDATION_TOKENS = 1024
 
 Profiles = dict[str, SensitivityProfile]
 
@@ -155,6 +154,8 @@ def print_criteria(rows: list[dict[str, object]]) -> None:
                 for r in rows
                 if r["criterion"] == name and r["renormalise"] == renormalise
             ]
+            if not cells:
+                continue
             print(f"{name:22}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
@@ -185,7 +186,7 @@ def main() -> int:
     parser.add_argument("--calibration-tokens", type=int, default=18_000)
     parser.add_argument("--evaluation-tokens", type=int, default=36_000)
     parser.add_argument(
-        "--validation-tokens", type=int, default=120_000, help="0 leaves out the third table"
+        "--validation-tokens", type=int, default=100_000, help="0 leaves out the third table"
     )
     options = parser.parse_args()
     link = {"link": "none"} if options.device == "cpu" else {}
@@ -222,8 +223,10 @@ def main() -> int:
         for setting in settings(trace, profiles, renormalise, VALIDATED)
         if setting.criterion in VALIDATED_CRITERIA
     ]
-    texts = whole_evaluation(options.text, options.validation_tokens)
-    changes, rows = measured(model, texts, chosen, VALIDATION_TOKENS)
+    _, texts = calibration_and_evaluation(
+        options.text, options.calibration_tokens, options.validation_tokens
+    )
+    changes, rows = measured(model, texts, chosen, PIECE_TOKENS)
     print_validation(rows)
     document["validation"] = rows
     document["validation_tokens"] = int(changes.n_predicted.sum())

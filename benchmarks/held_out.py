@@ -67,18 +67,3 @@ def spaced_pieces(whole: str, n_pieces: int, n_characters: int) -> Sequence[str]
     """Return evenly spaced pieces of a text."""
     starts = np.linspace(0, len(whole), n_pieces, endpoint=False).astype(int)
     return [whole[start : start + n_characters] for start in starts]
-
-
-def whole_evaluation(folder: Path, n_tokens: int) -> list[str]:
-    """Return about `n_tokens` tokens of the documents `calibration_and_evaluation` evaluates on.
-
-    Pieces are long enough for 1024 tokens, evenly spaced over all of each domain's text.
-    """
-    length = 2 * PIECE_CHARACTERS
-    whole = {domain: "\n\n".join(documents(folder, domain)[1::2]) for domain in DOMAINS}
-    share = n_tokens / (2 * PIECE_TOKENS) * length / sum(map(len, whole.values()))
-    pieces = []
-    for text in whole.values():
-        n_pieces = min(len(text) // length, round(share * len(text) / length))
-        pieces += spaced_pieces(text, n_pieces, length)
-    return pieces

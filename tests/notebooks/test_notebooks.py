@@ -10,9 +10,9 @@ from nbclient import NotebookClient
 
 from adapmoe_lab.assets import notebooks_folder
 
-PROMISED_S = {"00_tour": 120, "01_routing": 60, "02_sensitivity": 120}
+PROMISED_S = {"00_tour": 120, "01_routing": 60, "02_sensitivity": 120, "03_gating": 120}
 """Seconds each notebook says it takes, on two cores at most."""
-LEAVES = {"00_tour": ["tuned.json"], "01_routing": [], "02_sensitivity": []}
+LEAVES = {"00_tour": ["tuned.json"], "01_routing": [], "02_sensitivity": [], "03_gating": []}
 """Files each notebook leaves behind, beside the recordings."""
 NOTEBOOKS = sorted(notebooks_folder().glob("*.ipynb"))
 
