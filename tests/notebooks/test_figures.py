@@ -28,6 +28,16 @@ SENSITIVITY = (
     ],
     "cuts by directional",
 )
+GATING = (
+    "03_gating",
+    [
+        "Where each rule skips",
+        "Loss against skipping",
+        "Published MMLU accuracy, mixtral-8x7b",
+        "What stands in for a skipped expert",
+    ],
+    "a map of rank 16, over nothing",
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +45,7 @@ SENSITIVITY = (
     [
         pytest.param(*ROUTING, id="01_routing"),
         pytest.param(*SENSITIVITY, id="02_sensitivity", marks=pytest.mark.slow),
+        pytest.param(*GATING, id="03_gating", marks=pytest.mark.slow),
     ],
 )
 def test_every_figure_is_drawn_and_the_question_answered(tmp_path, name, titles, answer):

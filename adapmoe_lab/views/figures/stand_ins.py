@@ -73,7 +73,7 @@ def plot_stand_ins(info: StandInsInfo) -> go.Figure:
         [_increase(info), _difference(info)],
         title="What stands in for a skipped expert",
         subtitle=f"{info.skipped_fraction:.1%} of the expert activations skipped by the same cuts, "
-        f"{info.n_tokens:,} tokens; thin: standard error",
+        f"{info.n_tokens:,} tokens; lines: standard error",
         height=140 + HEIGHT_PER_STAND_IN * len(info.names),
         margin={"t": 88},
         showlegend=False,
