@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-ALPHA = 0.02
+SCORE_FORGETTING, USE_FORGETTING = 0.02, 0.05
 
 
 @dataclass
@@ -100,10 +100,10 @@ def _worth(eviction, who, history, flat, now, n_layers):
         return since, last, expert not in past[last].hits, expert
     if eviction == "lfu_aged":
         ages = [age for age, step in enumerate(reversed(of_layer)) if expert in step.members]
-        return sum((1 - ALPHA) ** age for age in ages)
+        return sum((1 - USE_FORGETTING) ** age for age in ages)
     if eviction == "router_average":
         return sum(
-            ALPHA * (1 - ALPHA) ** age * float(step.scores[expert])
+            SCORE_FORGETTING * (1 - SCORE_FORGETTING) ** age * float(step.scores[expert])
             for age, step in enumerate(reversed(of_layer))
         )
     if eviction == "least_stale":

@@ -16,8 +16,12 @@ from typing import Any
 
 LRU, LFU, LFU_AGED, ROUTER_AVERAGE, LEAST_STALE, HOBBIT, BELADY = range(7)
 
-FORGETTING = 0.02
-"""Share of an average that each step of the layer replaces."""
+SCORE_FORGETTING = 0.02
+"""Share of an average of router scores that each step of the layer replaces."""
+
+USE_FORGETTING = 0.05
+"""Share of a count of uses that each step of the layer takes off; chosen on the shipped calibration
+texts, whose subject changes with every text."""
 
 FRESH = 2.0**50
 """Added to the value of an expert used in the present forward pass; above any count of steps."""
@@ -70,7 +74,7 @@ POLICIES: Mapping[str, EvictionPolicy] = MappingProxyType(
 
 - `lru`: least recently used.
 - `lfu`: least often used since it was loaded, ties to the least recently used.
-- `lfu_aged`: least often used, each step of the layer taking `FORGETTING` off all its counts.
+- `lfu_aged`: least often used, each step of the layer taking `USE_FORGETTING` off all its counts.
 - `router_average`: smallest moving average of the router's score, of every expert, used or not.
 - `least_stale`: experts not used in the present forward pass before the others, both in the order
   they were loaded. Our reading of arXiv 2602.03921.
@@ -98,9 +102,9 @@ def value_in_new_step(rule: int, value: Any, score: Any) -> Any:
         score: the router's score of the expert, mean over the step's tokens.
     """
     if rule == LFU_AGED:
-        return value * (1 - FORGETTING)
+        return value * (1 - USE_FORGETTING)
     if rule == ROUTER_AVERAGE:
-        return value + FORGETTING * (score - value)
+        return value + SCORE_FORGETTING * (score - value)
     return value
 
 
