@@ -13,6 +13,9 @@ from adapmoe_lab.records import CachePlan, MoESpec
 N_STAGING = 2
 """Slots through which uncached experts stream: one is filled while the other is read."""
 
+EVENNESS = 1e-12
+"""Cost of a squared slot against the dearest layer's: settles ties and nothing else."""
+
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -204,7 +207,7 @@ def cheapest_slots(costs: NDArray[np.float64], total_slots: int) -> NDArray[np.i
     """Return the slots [L] that cost least together, by AdapMoE's dynamic program.
 
     Exact for every curve; where all are convex, giving each slot to the layer that gains most by
-    it comes to the same.
+    it comes to the same. Of divisions that cost the same, the most even one is taken.
 
     Args:
         costs: float64 [L, E+1], what a layer costs with 0..E slots.
@@ -220,10 +223,11 @@ def cheapest_slots(costs: NDArray[np.float64], total_slots: int) -> NDArray[np.i
             f"total_slots must lie in 0..{most} ({n_layers} layers of {n_choices - 1} experts), "
             f"got {total_slots}."
         )
+    unevenness = EVENNESS * np.abs(costs).max() * np.arange(n_choices) ** 2
     best = np.full(total_slots + 1, np.inf)
     best[0] = 0.0
     chosen = []
-    for layer in costs:
+    for layer in costs + unevenness:
         padded = np.concatenate([np.full(n_choices - 1, np.inf), best])
         left = np.lib.stride_tricks.sliding_window_view(padded, total_slots + 1)[::-1]
         together = left + layer[:, None]  # [E+1, total_slots+1]: this layer's slots, all slots

@@ -194,6 +194,11 @@ def test_fewer_slots_than_layers_equals_trying_all():
         assert total_cost(some, slots) == pytest.approx(cheapest_by_trying_all(some, total))
 
 
+def test_what_costs_the_same_everywhere_is_divided_evenly():
+    """Without gating and prefetch AdapMoE's model is a straight line: every division is as good."""
+    assert plan_slots(10, single_expert_ratio=[0.0] * 4).slots.tolist() == [3, 3, 2, 2]
+
+
 def test_a_call_leaves_nothing_behind_for_the_next():
     arguments = {"single_expert_ratio": [0.1, 0.9], "prefetch_accuracy": [0.0, 0.9]}
     first = plan_slots(8, **arguments)
