@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -90,30 +91,17 @@ def check_reference(reference: str, profiles: Mapping[str, SensitivityProfile]) 
 
 def plot_sensitivity_shares(info: SensitivitySharesInfo) -> go.Figure:
     """Draw a panel for each estimator, with the reference in grey behind it."""
-    n_layers = info.share.shape[1]
     grid = theme.panel_grid(len(info.names), N_COLUMNS)
-    of_reference = info.names.index(info.reference)
-    low, high = (info.share[of_reference] + s * info.share_se[of_reference] for s in (-1, 1))
-    bottom = float(np.nanmin([0, *(info.share - info.share_se).ravel()]))
-    top = 2 * float(np.nanmax([*info.share[of_reference], *high, info.even_share]))
     traces, axes, headings = [], {}, []
-    for panel, (columns, rows) in enumerate(grid):
+    for panel, domains in enumerate(grid):
         number = str(panel + 1) if panel else ""
         place = {"xaxis": f"x{number}", "yaxis": f"y{number}"}
-        traces += [_reference(info, low, high, place), *_estimate(info, panel, place)]
-        headings.append(theme.panel_title(columns, _heading(info, panel), rows[1]))
-        is_lowest = panel + N_COLUMNS >= len(grid)
-        x = theme.numbered_axis("layer" if is_lowest else "", n_layers, n_labels=8)
-        axes[f"xaxis{number}"] = {**x, "domain": columns, "anchor": f"y{number}"}
-        axes[f"yaxis{number}"] = {
-            "title": {"text": "share of the cost" if panel % N_COLUMNS == 0 else ""},
-            "range": [max(bottom, -0.25 * top), top],
-            "tickformat": ".0%",
-            "zeroline": True,
-            "zerolinecolor": theme.FAINT,
-            "domain": rows,
-            "anchor": f"x{number}",
-        }
+        traces += [_reference(info, place), *_estimate(info, panel, place)]
+        headings.append(theme.panel_title(domains[0], _heading(info, panel), domains[1][1]))
+        axes[f"xaxis{number}"] = {**_layers(info, panel), "domain": domains[0]}
+        axes[f"yaxis{number}"] = {**_shares(info, panel), "domain": domains[1]}
+        axes[f"xaxis{number}"]["anchor"] = place["yaxis"]
+        axes[f"yaxis{number}"]["anchor"] = place["xaxis"]
     return theme.draw(
         traces,
         title="Which layers are dear?",
@@ -127,6 +115,26 @@ def plot_sensitivity_shares(info: SensitivitySharesInfo) -> go.Figure:
     )
 
 
+def _layers(info: SensitivitySharesInfo, panel: int) -> dict[str, Any]:
+    is_lowest = panel + N_COLUMNS >= len(info.names)
+    return theme.numbered_axis("layer" if is_lowest else "", info.share.shape[1], n_labels=8)
+
+
+def _shares(info: SensitivitySharesInfo, panel: int) -> dict[str, Any]:
+    """Return an axis that all panels share; noise beyond twice the reference leaves it."""
+    reference = info.names.index(info.reference)
+    share, error = info.share[reference], info.share_se[reference]
+    top = 2 * float(np.nanmax([*share, *(share + error), info.even_share]))
+    bottom = float(np.nanmin([0, *(info.share - info.share_se).ravel()]))
+    return {
+        "title": {"text": "share of the cost" if panel % N_COLUMNS == 0 else ""},
+        "range": [max(bottom, -0.25 * top), top],
+        "tickformat": ".0%",
+        "zeroline": True,
+        "zerolinecolor": theme.FAINT,
+    }
+
+
 def _heading(info: SensitivitySharesInfo, panel: int) -> str:
     error = info.error[panel]
     known = f"± {error:.0%}" if np.isfinite(error) else "error unknown"
@@ -135,14 +143,11 @@ def _heading(info: SensitivitySharesInfo, panel: int) -> str:
     return f"<b>{info.names[panel]}</b>  {known}"
 
 
-def _reference(
-    info: SensitivitySharesInfo,
-    low: NDArray[np.float64],
-    high: NDArray[np.float64],
-    place: dict[str, str],
-) -> go.Scatter:
-    layers = np.arange(info.share.shape[1])
-    return theme.band(layers, low, high, fillcolor=theme.CHANCE_BAND, **place)
+def _reference(info: SensitivitySharesInfo, place: dict[str, str]) -> go.Scatter:
+    reference = info.names.index(info.reference)
+    share, error = info.share[reference], info.share_se[reference]
+    grey = theme.CHANCE_BAND
+    return theme.band(np.arange(len(share)), share - error, share + error, fillcolor=grey, **place)
 
 
 def _estimate(info: SensitivitySharesInfo, panel: int, place: dict[str, str]) -> list[go.Scatter]:
