@@ -64,13 +64,12 @@ def _terms_of(
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
     """Return squares, terms [C, B] and skipped [B] of one layer."""
     gradient, outputs = found.gradient.float(), found.contributions.float()
+    weights = found.weights.float().cpu().numpy()
     lost, gain = outputs, float(renormalise)
     if compensation is not None:
-        stand_ins = compensation.stand_ins(found.layer, found.hidden, found.indices, found.weights)
-        lost = outputs - stand_ins.float()
+        lost = outputs - _stand_ins(found, compensation, weights)
         gain += compensation.surrogates.gain[found.layer]
     parts = torch.cat([lost, outputs], dim=1)  # [T, 2K, D]
-    weights = found.weights.float().cpu().numpy()
     effects = SkipEffects(
         weights=weights.astype(np.float64),
         along=_on_host(torch.einsum("td,tpd->tp", gradient, parts)),
@@ -85,6 +84,23 @@ def _terms_of(
         skipped[b] = dropped.mean()
         terms[:, b] = [ESTIMATORS[name].of_tokens(effects, dropped).mean() for name in estimators]
     return float((gradient**2).sum(dim=1).mean()), terms, skipped
+
+
+def _stand_ins(
+    found: LayerGradient, compensation: Compensation, weights: NDArray[np.float32]
+) -> torch.Tensor:
+    """Return what would take the place of each choice, weighted, float32 [T, K, D].
+
+    Completing an output of zeros with one choice dropped leaves its stand-in alone.
+    """
+    nothing = torch.zeros_like(found.gradient)
+    each = []
+    for k in range(weights.shape[1]):
+        keep = found.keep.copy()
+        keep[:, k] = False
+        routing = found.indices, weights
+        each.append(compensation.complete(found.layer, found.hidden, nothing, routing, keep))
+    return torch.stack(each, dim=1).float()
 
 
 def _on_host(values: torch.Tensor) -> NDArray[np.float64]:

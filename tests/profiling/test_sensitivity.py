@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from stand_ins import random_surrogates
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.evaluation.loss import evaluate_loss
@@ -88,15 +89,19 @@ def test_standard_errors_are_over_sequences(load_tiny, texts):
     assert np.isnan(parts[0].fisher_se).all()
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("stand_in", ["nothing", "renormalised", "surrogates"])
 def test_estimates_equal_a_plain_computation_from_the_unmodified_model(
-    tiny_checkpoint, load_tiny, renormalise
+    tiny_checkpoint, load_tiny, stand_in
 ):
     """Gradients and expert outputs of plain transformers, and every token on its own."""
     model = load_tiny()
+    surrogates, gain = None, float(stand_in == "renormalised")
+    if stand_in == "surrogates":
+        gain = 0.5
+        surrogates = random_surrogates(model.spec, gain=[gain] * 3)
     found = sensitivities(
         model, [TEXT], ["fisher", "fisher-change", "directional", "second-order"],
-        renormalise=renormalise, anchored=False,
+        renormalise=stand_in == "renormalised", compensation=surrogates, anchored=False,
     )  # fmt: skip
     hf = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     hf.set_experts_implementation("eager")
@@ -133,9 +138,12 @@ def test_estimates_equal_a_plain_computation_from_the_unmodified_model(
             share = float(weights[t, best] / weights[t].sum())
             if share < cut:
                 continue
-            change = -parts[other]
-            if renormalise:
-                change = change + (1 - share) / share * parts[best]
+            change = gain * (1 - share) / share * parts[best] - parts[other]
+            if surrogates is not None:
+                expert, x = int(index[t, other]), hidden[t].numpy()
+                down, up = surrogates.down[number][expert], surrogates.up[number][expert]
+                map_of_x = surrogates.offset[number][expert] + up @ (down @ x)
+                change = change + weights[t, other].double() * torch.from_numpy(map_of_x).double()
             along = float(gradient[t] @ change)
             estimates["fisher"] += (1 - share) ** 2
             change_squared += float(change @ change)

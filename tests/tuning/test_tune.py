@@ -1,5 +1,8 @@
 """From trace and sensitivity to a config that keeps its promises."""
 
+import io
+import zipfile
+
 import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
@@ -8,6 +11,7 @@ from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.policies.thresholds import RULES
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity
+from adapmoe_lab.profiling.surrogates import fit_surrogates
 from adapmoe_lab.records import TunedConfig
 from adapmoe_lab.tuning.tune import tune
 
@@ -63,6 +67,24 @@ def test_verifying_measures_and_keeps_the_promise(load_tiny, texts, tmp_path):
     assert config.evidence["verified"] is True
     assert config.evidence["measured"]["loss_increase_nats"] == pytest.approx(increase)
     assert TunedConfig.load(config.save(tmp_path / "tuned.json")).to_json() == config.to_json()
+
+
+def test_stand_ins_are_tuned_verified_and_saved_with_the_config(load_tiny, texts, tmp_path):
+    model = load_tiny()
+    surrogates = fit_surrogates(model, texts, rank=2)
+    trace = profile(model, texts, project=tmp_path)
+    measured = sensitivity(model, texts, compensation=surrogates)
+    config = tune(
+        trace, measured, skipped_fraction=0.2, compensation=surrogates, model=model, texts=texts
+    )
+    assert config.compensation is surrogates
+    assert config.evidence["predicted"]["loss_increase_nats"] > 0
+    with zipfile.ZipFile(io.BytesIO(config.as_one_file())) as archive:
+        archive.extractall(tmp_path)
+    again = TunedConfig.load(tmp_path / "tuned.json")
+    assert again.compensation.fingerprint() == surrogates.fingerprint()
+    with pytest.raises(ValueError, match="with nothing in place of skipped experts; the config"):
+        tune(trace, sensitivity(model, texts), skipped_fraction=0.2, compensation=surrogates)
 
 
 def test_what_it_refuses():
