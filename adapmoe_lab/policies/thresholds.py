@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adapmoe_lab.records import OFF, GatingTable, RoutingTrace, SensitivityProfile
 
-N_BISECTIONS = 40
+N_BISECTIONS = 20
 MARGIN = 1e-6
 """How far below the smallest value a cut lies that everything is to reach."""
 
@@ -120,7 +120,7 @@ def largest_skipped_fraction(
 ) -> float:
     """Return the largest skipped fraction whose predicted loss increase is allowed."""
     low, high = 0.0, (top_k - 1) / top_k
-    for _ in range(20):
+    for _ in range(N_BISECTIONS):
         middle = (low + high) / 2
         predicted, _ = sensitivity.total_increase(rule.table(middle).cuts[:, 0])
         allowed = predicted <= max_loss_increase_nats

@@ -156,6 +156,7 @@ class _Assembly:
             self._stand_in = compensation.fingerprint()
         self._n_tokens = np.array([len(ids) for ids in sequences])
         self._squares = np.array([text.squares for text in terms])
+        self._fisher, self._fisher_se = jackknife(lambda w: w @ self._squares, self._n_tokens)
         weights = self._n_tokens / self._n_tokens.sum()
         self._skipped = np.tensordot(weights, [text.skipped for text in terms], axes=1)  # [L, B]
 
@@ -205,7 +206,6 @@ class _Assembly:
     def _profile(
         self, name: str, cuts: Floats, increase: Floats, increase_se: Floats
     ) -> SensitivityProfile:
-        fisher, fisher_se = jackknife(lambda weights: weights @ self._squares, self._n_tokens)
         is_fisher = name == "fisher"
         return SensitivityProfile(
             model_fingerprint=self._spec.fingerprint(),
@@ -213,10 +213,10 @@ class _Assembly:
             stand_in=self._stand_in,
             n_tokens=int(self._n_tokens.sum()),
             n_sequences=len(self._n_tokens),
-            cost=fisher if is_fisher else increase[:, 0],
-            standard_error=fisher_se if is_fisher else increase_se[:, 0],
-            fisher=fisher,
-            fisher_se=fisher_se,
+            cost=self._fisher if is_fisher else increase[:, 0],
+            standard_error=self._fisher_se if is_fisher else increase_se[:, 0],
+            fisher=self._fisher,
+            fisher_se=self._fisher_se,
             cuts=cuts,
             increase_nats=increase,
             increase_se=increase_se,
