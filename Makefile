@@ -29,7 +29,7 @@ test-gpu: $(VENV)/.installed-tests
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright --warnings
+	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
 	$(BIN)/lint-imports
 
 # Browser tests use an installed Chromium; where it cannot be installed they are skipped and say so.
