@@ -68,7 +68,7 @@ def plans_of(case: Case, share: float) -> dict[str, CachePlan]:
     trace, spec = case.calibration, case.calibration.spec
     keep = kept_experts(trace, case.gating)
     uniform = slots_plan(spec, round(share * spec.n_experts))
-    predicted = trace.predictions["next_router"][1][:, :, :, None]
+    predicted = trace.predictions["next_router"][1].experts[:, :, :, None]
     is_foreseen = (predicted == trace.expert_indices[:, :, None, :]).any(axis=2)
     adapmoe = lab.plan_slots(
         uniform.n_slots,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from adapmoe_lab.records import MoESpec, RoutingTrace, SensitivityProfile
+from adapmoe_lab.records import MoESpec, Prediction, RoutingTrace, SensitivityProfile
 
 
 def make_spec(n_layers: int = 3, n_experts: int = 8, top_k: int = 2) -> MoESpec:
@@ -44,7 +44,11 @@ def make_trace(
         expert_indices=chosen,
         weights=weights / weights.sum(axis=2, keepdims=True),
         router_probs=probs,
-        predictions={"next_router": {1: chosen}},
+        predictions={
+            "next_router": {
+                1: Prediction(chosen, np.sort(probs, axis=2)[:, :, : -spec.top_k - 1 : -1])
+            }
+        },
         sequence_starts=[0, n_tokens // 2],
         step_ids=step_ids,
         is_decode=np.full(n_tokens, tokens_per_step == 1),

@@ -95,8 +95,31 @@ def find_moe_layers(hf: PreTrainedModel) -> list[MoELayer]:
 def router_scores(router: Router, hidden: torch.Tensor) -> torch.Tensor:
     """Return a router's scores [T, E] of hidden states [T, D], float32, without calling it.
 
-    Calling the router would fire whatever records it. Softmax scores sum to one; sigmoid scores
-    are one expert's each. Biases that only take part in choosing experts are left out.
+    Softmax scores sum to one; sigmoid scores are one expert's each. Biases that only take part in
+    choosing experts are left out.
+
+    Raises:
+        UnsupportedModelError: the router reads something else than the experts' input.
+    """
+    return scores_of_logits(router, _all_logits(router, hidden))[:, : router.n_experts]
+
+
+def router_logits(router: Router, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits [T, E] behind a router's scores of hidden states [T, D], float32.
+
+    Raises:
+        UnsupportedModelError: the router reads something else than the experts' input.
+    """
+    return _all_logits(router, hidden)[:, : router.n_experts]
+
+
+def scores_of_logits(router: Router, logits: torch.Tensor) -> torch.Tensor:
+    """Return the scores [T, n] that a router would make of logits [T, n]."""
+    return SCORES[router.scoring](logits)
+
+
+def _all_logits(router: Router, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits of every row of the router, experts first; calling it fires recorders.
 
     Raises:
         UnsupportedModelError: the router reads something else than the experts' input.
@@ -112,7 +135,7 @@ def router_scores(router: Router, hidden: torch.Tensor) -> torch.Tensor:
     logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
     if router.softcap > 0:
         logits = router.softcap * torch.tanh(logits / router.softcap)
-    return SCORES[router.scoring](logits)[:, : router.n_experts]
+    return logits
 
 
 def _find_router(block: nn.Module, experts: nn.Module, family: Family) -> Router:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -45,6 +47,19 @@ def _dispatch(
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
+
+
+@contextmanager
+def served_by(layers: Sequence[MoELayer], executor: ExpertsExecutor) -> Iterator[None]:
+    """Send the experts calls of a model's attached layers to another executor for a while."""
+    before = [getattr(layer.experts, BINDING) for layer in layers]
+    try:
+        for number, layer in enumerate(layers):
+            setattr(layer.experts, BINDING, (executor, number))
+        yield
+    finally:
+        for layer, binding in zip(layers, before, strict=True):
+            setattr(layer.experts, BINDING, binding)
 
 
 class ExpertsHook:

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.prediction import predictors_of
 from adapmoe_lab.profiling.project import project_folder, say
 from adapmoe_lab.profiling.recorder import RoutingRecorder
-from adapmoe_lab.records import RecordError, RoutingTrace
+from adapmoe_lab.records import Predictors, RecordError, RoutingTrace
 from adapmoe_lab.records.files import digest
+from adapmoe_lab.records.routing import SCHEMA_VERSION
 
 Progress = Callable[[int, int, str], None]
 
@@ -24,6 +26,8 @@ def profile(
     *,
     labels: Sequence[str] | None = None,
     max_tokens: int = MAX_TOKENS,
+    predictors: Predictors | None = None,
+    n_candidates: int | None = None,
     project: str | Path | None = None,
     reuse: bool = True,
     progress: Progress | None = None,
@@ -31,27 +35,44 @@ def profile(
     """Record the routing of texts, or reuse the recording of an earlier run.
 
     The model runs each text in one forward pass under its present gating and compensation. The
-    trace is kept in the project folder under a name made of the model, the texts and those two;
-    when it is found there it is read instead, and a note says so.
+    trace is kept in the project folder under a name made of the model, the texts, those two and
+    the predictors; when it is found there it is read instead, and a note says so.
 
     Args:
         model: the model to run.
         texts: one sequence each.
         labels: one per text; numbered if None.
         max_tokens: longer texts are cut to this many tokens.
+        predictors: fitted predictors whose predictions are recorded too.
+        n_candidates: experts recorded of each prediction; the router's K if None.
         project: the project folder, see `profiling.project.project_folder`.
         reuse: whether an earlier recording may be returned.
         progress: called with (done, total, text); what it raises stops the run.
+
+    Raises:
+        RecordError: the predictors were fitted to another model.
+        ValueError: there is no text, or an empty one, or no candidate is to be recorded.
     """
     if not texts:
         raise ValueError("profile needs at least one text.")
     sequences = [model.encode(text)[:max_tokens] for text in texts]
     if any(not len(ids) for ids in sequences):
         raise ValueError("profile was given an empty text; every text needs at least one token.")
+    if predictors is not None:
+        predictors.check_model(model.spec)
+    n_candidates = model.spec.top_k if n_candidates is None else n_candidates
+    if not 1 <= n_candidates <= model.spec.n_experts:
+        raise ValueError(
+            f"n_candidates must lie in 1..{model.spec.n_experts} (the experts of a layer), got "
+            f"{n_candidates}."
+        )
     name = digest(
+        str(SCHEMA_VERSION),
         model.spec.fingerprint(),
         model.spec.dtype,
         model.engine.skipping,
+        predictors.fingerprint() if predictors is not None else "none fitted",
+        str(n_candidates),
         *(ids.numpy().tobytes() for ids in sequences),
         *(labels or ()),
     )
@@ -64,12 +85,14 @@ def profile(
         else:
             say(f"Reused the trace of {trace.n_tokens} tokens kept at {path}; reuse=False records.")
             return trace
-    recorder = RoutingRecorder(model)
-    with torch.no_grad(), model.running(), model.engine.reading_store(), recorder.recording():
-        for done, ids in enumerate(sequences):
-            if progress is not None:
-                progress(done, len(sequences), "recording routing")
-            model.hf(input_ids=ids[None].to(model.engine.device), use_cache=False)
+    with torch.no_grad(), model.running(), model.engine.reading_store():
+        asked = predictors_of(model.hf, model.layers, predictors)
+        recorder = RoutingRecorder(model, asked, n_candidates)
+        with recorder.recording():
+            for done, ids in enumerate(sequences):
+                if progress is not None:
+                    progress(done, len(sequences), "recording routing")
+                model.hf(input_ids=ids[None].to(model.engine.device), use_cache=False)
     trace = recorder.trace(labels)
     trace.save(path)
     say(f"Recorded {trace.n_tokens} tokens; kept at {path}.")

@@ -10,8 +10,9 @@ from adapmoe_lab.records.latency import LatencyReport
 from adapmoe_lab.records.loss import LossReport
 from adapmoe_lab.records.measurement import IncomparableError, Measurement
 from adapmoe_lab.records.precision import PRECISIONS, Precision, precision_named
+from adapmoe_lab.records.predictors import Predictors
 from adapmoe_lab.records.published import PublishedAdapMoE, PublishedRun
-from adapmoe_lab.records.routing import RoutingTrace
+from adapmoe_lab.records.routing import Prediction, RoutingTrace
 from adapmoe_lab.records.sensitivity import SensitivityProfile
 from adapmoe_lab.records.spec import MoESpec
 from adapmoe_lab.records.surrogates import Surrogates
@@ -32,6 +33,8 @@ __all__ = [
     "Measurement",
     "MoESpec",
     "Precision",
+    "Prediction",
+    "Predictors",
     "PublishedAdapMoE",
     "PublishedRun",
     "RecordError",

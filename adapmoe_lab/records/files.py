@@ -63,8 +63,10 @@ def save_arrays(
         np.savez_compressed(file, **members)
 
 
-def load_arrays(path: Path, kind: str, version: int) -> tuple[dict[str, Any], dict[str, NDArray]]:
-    """Read what `save_arrays` wrote.
+def load_arrays(
+    path: Path, kind: str, version: int, oldest: int | None = None
+) -> tuple[dict[str, Any], dict[str, NDArray]]:
+    """Read what `save_arrays` wrote, of this schema version or any back to the oldest, if given.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -81,18 +83,25 @@ def load_arrays(path: Path, kind: str, version: int) -> tuple[dict[str, Any], di
             f"{path} is not a readable {kind}: it is damaged, cut short, or another kind of "
             f"file ({error}). Record it again."
         ) from error
-    check_version(header, kind, version, path)
+    check_version(header, kind, version, path, oldest)
     return header, arrays
 
 
-def check_version(header: Mapping[str, Any], kind: str, version: int, path: Path) -> None:
-    """Refuse a header that names another kind of record or a schema this code does not know."""
+def check_version(
+    header: Mapping[str, Any], kind: str, version: int, path: Path, oldest: int | None = None
+) -> None:
+    """Refuse a header that names another kind of record or a schema this code does not know.
+
+    Known are `version` and those before it, back to `oldest` if that is given.
+    """
     if header.get("kind") != kind:
         raise RecordError(f"{path} holds a {header.get('kind')!r}; expected a {kind!r}.")
-    if header.get("schema_version") != version:
+    known = range(version if oldest is None else oldest, version + 1)
+    if header.get("schema_version") not in known:
+        told = " or ".join(map(str, known))
         raise RecordError(
             f"{path} has schema version {header.get('schema_version')!r}; this adapmoe-lab reads "
-            f"version {version}. Upgrade adapmoe-lab, or record the file again with this version."
+            f"version {told}. Upgrade adapmoe-lab, or record the file again with this version."
         )
 
 

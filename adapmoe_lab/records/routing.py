@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,11 +21,49 @@ from adapmoe_lab.records.files import (
 from adapmoe_lab.records.spec import MoESpec
 
 KIND = "routing-trace"
-SCHEMA_VERSION = 1
-UNGATED = "ungated"
-ARRAYS = ("token_ids", "expert_indices", "weights", "router_probs", "sequence_starts", "step_ids")
+SCHEMA_VERSION = 2
+OLDEST_VERSION = 1
+"""Its predictions have no scores; they are left out."""
 
-Predictions = Mapping[str, Mapping[int, NDArray[np.int16]]]
+UNGATED = "ungated"
+EXPERTS, SCORES = "predictions", "prediction_scores"
+PER_TOKEN = ("token_ids", "expert_indices", "weights", "router_probs", "step_ids", "is_decode")
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What was predicted of T tokens in L layers, C candidates each, the likeliest first.
+
+    Attributes:
+        experts: int16 [T, L, C] by the layer they are predicted for; -1 where there is none.
+        scores: float16 [T, L, C], the router's score predicted of each; 0 where there is none.
+    """
+
+    experts: NDArray[np.int16]
+    scores: NDArray[np.float16]
+
+    def __post_init__(self) -> None:
+        """Freeze both arrays and check that they fit each other."""
+        experts = frozen_array("predicted experts", self.experts, np.int16, (None, None, None))
+        scores = frozen_array("predicted scores", self.scores, np.float16, experts.shape)
+        object.__setattr__(self, "experts", experts)
+        object.__setattr__(self, "scores", scores)
+
+    @property
+    def n_candidates(self) -> int:
+        """C, the experts named per token and layer."""
+        return self.experts.shape[2]
+
+    def of(self, tokens: Any) -> Prediction:
+        """Return what was predicted of some tokens: a slice, a mask or indices."""
+        return Prediction(self.experts[tokens], self.scores[tokens])
+
+
+Predictions = Mapping[str, Mapping[int, Prediction]]
+"""By predictor, and by layers from where it looks to the layer it predicts.
+
+The distance is 0 for a predictor that knows before the forward pass begins.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +76,7 @@ class RoutingTrace:
         expert_indices: int16 [T, L, K], as the router gave them.
         weights: float32 [T, L, K], the router's own, before gating.
         router_probs: float16 [T, L, E].
-        predictions: int16 [T, L, K] by predictor and distance in layers; -1 where there is none.
+        predictions: what was predicted meanwhile, by predictor and distance in layers.
         sequence_starts: int64 [S], index of each sequence's first token.
         step_ids: int64 [T], ascending; tokens of one forward pass share a step.
         is_decode: bool [T], whether the token was run on its own after a prompt.
@@ -75,12 +113,7 @@ class RoutingTrace:
             array = frozen_array(name, getattr(self, name), dtype, shape)
             object.__setattr__(self, name, array)
         frozen = {
-            predictor: MappingProxyType(
-                {
-                    int(distance): frozen_array(f"predictions {predictor}", p, np.int16, chosen)
-                    for distance, p in by_distance.items()
-                }
-            )
+            predictor: MappingProxyType({int(distance): p for distance, p in by_distance.items()})
             for predictor, by_distance in self.predictions.items()
         }
         object.__setattr__(self, "predictions", MappingProxyType(frozen))
@@ -99,6 +132,25 @@ class RoutingTrace:
             raise RecordError("step_ids must not descend.")
         if indices.min() < 0 or indices.max() >= self.spec.n_experts:
             raise RecordError(f"expert_indices must lie in 0..{self.spec.n_experts - 1}.")
+        for name, prediction in self._named_predictions():
+            self._check_prediction(name, prediction)
+
+    def _check_prediction(self, name: str, prediction: Prediction) -> None:
+        experts, wanted = prediction.experts, (self.n_tokens, self.spec.n_layers)
+        if experts.shape[:2] != wanted or not experts.shape[2]:
+            raise RecordError(
+                f"Prediction {name} must have shape [{wanted[0]}, {wanted[1]}, 1 or more], got "
+                f"{list(experts.shape)}."
+            )
+        if experts.min() < -1 or experts.max() >= self.spec.n_experts:
+            raise RecordError(
+                f"Prediction {name} must name experts 0..{self.spec.n_experts - 1}, or -1 for none."
+            )
+
+    def _named_predictions(self) -> Iterator[tuple[str, Prediction]]:
+        for predictor, by_distance in self.predictions.items():
+            for distance, prediction in by_distance.items():
+                yield f"{predictor}/{distance}", prediction
 
     @property
     def n_tokens(self) -> int:
@@ -126,34 +178,54 @@ class RoutingTrace:
         """Return the trace of the first `n_tokens` tokens."""
         n_tokens = min(n_tokens, self.n_tokens)
         starts = self.sequence_starts[self.sequence_starts < n_tokens]
-        return replace(
-            self,
-            **{
-                name: getattr(self, name)[:n_tokens] for name in ARRAYS if name != "sequence_starts"
-            },
-            is_decode=self.is_decode[:n_tokens],
+        return self._at(slice(n_tokens), sequence_starts=starts, labels=self.labels[: len(starts)])
+
+    def of_sequences(self, numbers: Sequence[int]) -> RoutingTrace:
+        """Return the trace of some sequences, numbered from 0, in the order given.
+
+        Steps are counted anew, and none reaches over the end of a sequence.
+        """
+        ends = np.append(self.sequence_starts[1:], self.n_tokens)
+        pieces = [np.arange(self.sequence_starts[n], ends[n]) for n in numbers]
+        tokens = np.concatenate([*pieces, np.arange(0)])
+        starts = np.cumsum([0, *map(len, pieces)])[:-1]
+        begins = np.zeros(len(tokens), dtype=np.int64)
+        begins[1:] = np.diff(self.step_ids[tokens]) != 0
+        begins[starts[1:]] = 1
+        return self._at(
+            tokens,
+            step_ids=np.cumsum(begins),
             sequence_starts=starts,
-            labels=self.labels[: len(starts)],
-            predictions={
-                predictor: {distance: p[:n_tokens] for distance, p in by_distance.items()}
-                for predictor, by_distance in self.predictions.items()
-            },
+            labels=[self.labels[n] for n in numbers],
         )
 
+    def _at(self, tokens: Any, **others: Any) -> RoutingTrace:
+        """Return the trace with everything per token taken at some, and other fields given."""
+        arrays = {name: getattr(self, name)[tokens] for name in PER_TOKEN}
+        predictions = {
+            predictor: {distance: p.of(tokens) for distance, p in by_distance.items()}
+            for predictor, by_distance in self.predictions.items()
+        }
+        return replace(self, **{**arrays, "predictions": predictions, **others})
+
     def fingerprint(self) -> str:
-        """Identify the trace by its model, tokens, routing and gating."""
+        """Identify the trace by its model, tokens, routing, gating and what was predicted."""
         routed = (self.token_ids, self.expert_indices, self.weights, self.step_ids)
-        return digest(
-            self.spec.fingerprint(), self.recorded_under, *(array.tobytes() for array in routed)
-        )
+        predicted = [
+            part
+            for name, prediction in self._named_predictions()
+            for part in (name, prediction.experts.tobytes(), prediction.scores.tobytes())
+        ]
+        parts = (*(array.tobytes() for array in routed), *predicted)
+        return digest(self.spec.fingerprint(), self.recorded_under, *parts)
 
     def save(self, path: str | Path) -> Path:
         """Write the trace to one .npz file, whole or not at all, and return its path."""
         path = Path(path)
-        arrays = {name: getattr(self, name) for name in (*ARRAYS, "is_decode")}
-        for predictor, by_distance in self.predictions.items():
-            for distance, predicted in by_distance.items():
-                arrays[f"predictions/{predictor}/{distance}"] = predicted
+        arrays = {name: getattr(self, name) for name in (*PER_TOKEN, "sequence_starts")}
+        for name, prediction in self._named_predictions():
+            arrays[f"{EXPERTS}/{name}"] = prediction.experts
+            arrays[f"{SCORES}/{name}"] = prediction.scores
         header: dict[str, Any] = {
             "spec": self.spec.to_json(),
             "labels": list(self.labels),
@@ -165,18 +237,22 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:
-        """Read a saved trace.
+        """Read a saved trace; of one in version 1, without its predictions.
 
         Raises:
             FileNotFoundError: there is no such file.
             RecordError: damaged, of another kind or version, or not what was saved.
         """
         path = Path(path)
-        header, arrays = load_arrays(path, KIND, SCHEMA_VERSION)
-        predictions: dict[str, dict[int, NDArray]] = {}
-        for name in [name for name in arrays if name.startswith("predictions/")]:
+        header, arrays = load_arrays(path, KIND, SCHEMA_VERSION, OLDEST_VERSION)
+        predictions: dict[str, dict[int, Prediction]] = {}
+        for name in [name for name in arrays if name.startswith(f"{EXPERTS}/")]:
             _, predictor, distance = name.split("/")
-            predictions.setdefault(predictor, {})[int(distance)] = arrays.pop(name)
+            experts = arrays.pop(name)
+            scores = arrays.pop(f"{SCORES}/{predictor}/{distance}", None)
+            if scores is not None:
+                by_distance = predictions.setdefault(predictor, {})
+                by_distance[int(distance)] = Prediction(experts, scores)
         trace = cls(
             spec=MoESpec.from_json(header["spec"]),
             predictions=predictions,

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from hashlib import file_digest, sha256
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from adapmoe_lab.records.files import (
-    HEADER,
-    RecordError,
-    check_version,
-    frozen_array,
-    written_atomically,
-)
+from adapmoe_lab.records.files import RecordError, frozen_array
 from adapmoe_lab.records.spec import MoESpec
+from adapmoe_lab.records.tensors import TensorRecord, loaded_tensors, tensor_bytes
 
 KIND = "surrogates"
 SCHEMA_VERSION = 1
@@ -30,7 +20,7 @@ SCALARS = ("model_fingerprint", "method", "n_tokens", "texts", "gradient_weighte
 
 
 @dataclass(frozen=True, eq=False)
-class Surrogates:
+class Surrogates(TensorRecord):
     """Stand-ins for the experts a token drops, resident on the device.
 
     With kept experts A, dropped experts B, router weights w and W their sums, a layer gives
@@ -128,15 +118,6 @@ class Surrogates:
         numbers_each = [(2 * rank + 1) * self.hidden_size for rank in self.ranks]
         return self.n_experts * sum(numbers_each) * item_bytes
 
-    @cached_property
-    def sha256(self) -> str:
-        """The SHA-256 of their saved form, in hex."""
-        return sha256(self.to_bytes()).hexdigest()
-
-    def fingerprint(self) -> str:
-        """Identify them by their values and how they were made."""
-        return self.sha256[:16]
-
     def to_bytes(self) -> bytes:
         """Return them as the content of a safetensors file."""
         tensors: dict[str, NDArray] = {"gain": self.gain}
@@ -144,15 +125,7 @@ class Surrogates:
             for layer, array in enumerate(getattr(self, name)):
                 tensors[f"layers.{layer}.{name}"] = array
         scalars = {name: getattr(self, name) for name in SCALARS}
-        header = {"kind": KIND, "schema_version": SCHEMA_VERSION, **scalars}
-        return save(tensors, metadata={HEADER: json.dumps(header, sort_keys=True)})
-
-    def save(self, path: str | Path) -> Path:
-        """Write them as one safetensors file, whole or not at all, and return its path."""
-        path = Path(path)
-        with written_atomically(path) as file:
-            file.write(self.to_bytes())
-        return path
+        return tensor_bytes(KIND, SCHEMA_VERSION, scalars, tensors)
 
     @classmethod
     def load(cls, path: str | Path, expected_sha256: str | None = None) -> Surrogates:
@@ -166,26 +139,8 @@ class Surrogates:
             FileNotFoundError: there is no such file.
             RecordError: damaged, changed, or of another kind or version.
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"No {KIND} at {path}.")
-        with path.open("rb") as content:
-            found = file_digest(content, "sha256").hexdigest()
-        if expected_sha256 is not None and found != expected_sha256:
-            raise RecordError(
-                f"{path} has the SHA-256 {found[:12]}, expected {expected_sha256[:12]}: it changed "
-                "since it was saved, or is damaged. Restore it, or fit the surrogates again."
-            )
-        try:
-            with safe_open(path, "np") as file:
-                header = json.loads((file.metadata() or {})[HEADER])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            check_version(header, KIND, SCHEMA_VERSION, path)
+        with loaded_tensors(Path(path), KIND, SCHEMA_VERSION, expected_sha256) as (header, tensors):
             layers = range(len(tensors["gain"]))
             maps = {name: [tensors[f"layers.{i}.{name}"] for i in layers] for name in MAPS}
             scalars = {name: header[name] for name in SCALARS}
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise RecordError(
-                f"{path} does not hold whole {KIND} ({error!r}); fit them again."
-            ) from error
         return cls(gain=tensors["gain"], **maps, **scalars)

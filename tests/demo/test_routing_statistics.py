@@ -20,7 +20,7 @@ def test_a_pass_of_the_unmodified_model_routes_as_the_trace_says(tmp_path):
     with torch.no_grad(), routing_taps(plain) as taps:
         plain(torch.from_numpy(trace.token_ids.reshape(2, N_TOKENS).astype(np.int64)))
         found = RoutingStatistics.of_pass(plain, taps, n_sequences=2)
-    predicted = trace.predictions["next_router"][1]
+    predicted = trace.predictions["next_router"][1].experts
     starts = {0, N_TOKENS}
     for layer in range(8):
         sets = [set(row.tolist()) for row in trace.expert_indices[:, layer]]

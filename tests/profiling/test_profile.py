@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.profiling.recorder import NEXT_ROUTER, RoutingRecorder
+from adapmoe_lab.profiling.recorder import RoutingRecorder
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.records import RoutingTrace
 
@@ -41,7 +41,7 @@ def test_trace_holds_the_routing_of_the_unmodified_model(
     np.testing.assert_array_equal(trace.expert_indices[first], top.indices.numpy())
     weights = top.values / top.values.sum(-1, keepdim=True)
     np.testing.assert_allclose(trace.weights[first], weights.numpy(), atol=1e-5)
-    predicted = trace.predictions[NEXT_ROUTER][1][first]
+    predicted = trace.predictions["next_router"][1].experts[first]
     assert (predicted[:, 0] == -1).all()
     for layer in (1, 2):
         router = hf.model.layers[layer].mlp.gate.weight

@@ -1,8 +1,17 @@
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
-from adapmoe_lab.records import RecordError, RoutingTrace
+from adapmoe_lab.records import Prediction, RecordError, RoutingTrace
+
+VERSION_1 = Path(__file__).parent.parent / "fixtures" / "routing_trace_v1.npz"
+
+
+def predicted(shape, expert=0):
+    return Prediction(np.full(shape, expert), np.zeros(shape))
 
 
 def test_saved_trace_reads_back_equal(tmp_path):
@@ -13,8 +22,9 @@ def test_saved_trace_reads_back_equal(tmp_path):
     assert again.labels == trace.labels
     for name in ("token_ids", "expert_indices", "weights", "router_probs", "sequence_starts"):
         np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
-    predicted = again.predictions["next_router"][1]
-    np.testing.assert_array_equal(predicted, trace.predictions["next_router"][1])
+    (predicted,), (expected,) = (t.predictions["next_router"].values() for t in (again, trace))
+    np.testing.assert_array_equal(predicted.experts, expected.experts)
+    np.testing.assert_array_equal(predicted.scores, expected.scores)
 
 
 def test_arrays_cannot_be_written():
@@ -73,7 +83,7 @@ def test_first_cuts_everything_alike():
     part = make_trace(n_tokens=200).first(60)
     assert part.n_tokens == 60
     assert part.labels == ("first",)
-    assert part.predictions["next_router"][1].shape[0] == 60
+    assert part.predictions["next_router"][1].experts.shape[0] == 60
 
 
 @pytest.mark.parametrize(
@@ -87,6 +97,14 @@ def test_first_cuts_everything_alike():
         ({"labels": ("one",)}, "2 sequences need as many labels"),
         ({"sequence_starts": [5]}, "ascending sequence_starts from 0"),
         ({"step_ids": np.arange(200)[::-1]}, "must not descend"),
+        (
+            {"predictions": {"mine": {2: predicted((199, 3, 2))}}},
+            r"mine/2 must have shape \[200, 3, 1 or more\], got \[199, 3, 2\]",
+        ),
+        (
+            {"predictions": {"mine": {2: predicted((200, 3, 2), 8)}}},
+            r"mine/2 must name experts 0\.\.7, or -1",
+        ),
     ],
 )
 def test_wrong_parts_are_named(change, message):
@@ -99,3 +117,53 @@ def test_wrong_parts_are_named(change, message):
 def test_spec_refuses_impossible_counts():
     with pytest.raises(RecordError, match="top_k=9 exceeds the 8 experts"):
         make_spec(top_k=9)
+
+
+def test_a_version_1_file_reads_without_its_predictions():
+    old, new = RoutingTrace.load(VERSION_1), make_trace(n_tokens=12)
+    assert not old.predictions
+    for name in ("token_ids", "expert_indices", "weights", "router_probs", "step_ids"):
+        np.testing.assert_array_equal(getattr(old, name), getattr(new, name))
+
+
+def test_a_version_of_the_future_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("adapmoe_lab.records.routing.SCHEMA_VERSION", 3)
+    path = make_trace(n_tokens=12).save(tmp_path / "trace.npz")
+    monkeypatch.undo()
+    with pytest.raises(RecordError, match=r"version 3; this adapmoe-lab reads version 1 or 2\."):
+        RoutingTrace.load(path)
+
+
+def test_what_was_predicted_tells_traces_apart():
+    trace = make_trace()
+    (given,) = trace.predictions["next_router"].values()
+    others = [
+        {},
+        {"next_router": {2: given}},
+        {"mine": {1: given}},
+        {"next_router": {1: Prediction(given.experts, given.scores / 2)}},
+    ]
+    changed = [replace(trace, predictions=predictions) for predictions in others]
+    assert len({t.fingerprint() for t in (trace, *changed)}) == 5
+
+
+def test_scores_must_fit_their_experts():
+    with pytest.raises(RecordError, match=r"predicted scores must have shape \[4, 3, 2\], got"):
+        Prediction(np.zeros((4, 3, 2)), np.zeros((4, 3, 1)))
+
+
+def test_sequences_are_taken_in_the_order_given():
+    trace = make_trace(
+        n_tokens=200, tokens_per_step=30
+    )  # a step reaches from the first to the second
+    part = trace.of_sequences([1, 0, 1])
+    tokens = np.r_[100:200, 0:100, 100:200]
+    np.testing.assert_array_equal(part.token_ids, trace.token_ids[tokens])
+    np.testing.assert_array_equal(
+        part.predictions["next_router"][1].experts, trace.expert_indices[tokens]
+    )
+    assert part.sequence_starts.tolist() == [0, 100, 200]
+    assert part.labels == ("second", "first", "second")
+    assert np.bincount(part.step_ids).tolist() == [20, 30, 30, 20, 30, 30, 30, 10, 20, 30, 30, 20]
+    with pytest.raises(RecordError, match="A trace needs tokens"):
+        trace.of_sequences([])
