@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 SPIN_S = 2e-4
 """The last stretch of a wait is spent spinning, since sleeping overshoots by up to this much."""
+
+
+@dataclass(frozen=True)
+class StepPace:
+    """Seconds that parts of a step are expected to take; on a virtual clock they take just that.
+
+    Attributes:
+        dense_layer_s: a layer before it asks for its experts.
+        expert_s: one expert that is there.
+        head_s: what follows the last layer.
+    """
+
+    dense_layer_s: float = 0.0
+    expert_s: float = 0.0
+    head_s: float = 0.0
 
 
 class Clock(Protocol):

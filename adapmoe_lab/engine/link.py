@@ -8,11 +8,18 @@ from typing import Any, Protocol
 
 import torch
 
+from adapmoe_lab.engine.ahead import AheadCopy, AheadQueue
 from adapmoe_lab.engine.clock import Clock
+
+MAX_PIECES = 2
+"""Pieces under way at once on a real link, so that it need not wait for the host between them."""
+
+PACE_BYTES, PACE_COPIES = (2**18, 2**24), 4
+"""What a real link's pace is measured by."""
 
 
 class Link(Protocol):
-    """Brings experts to the device, in the order they were asked for."""
+    """Brings experts to the device: what is demanded in order, what is fetched ahead meanwhile."""
 
     name: str
 
@@ -27,8 +34,37 @@ class Link(Protocol):
         """Make what is computed next see the whole copy."""
         ...
 
+    def copy_ahead(
+        self, source: torch.Tensor, destination: torch.Tensor, urgency: int
+    ) -> AheadCopy:
+        """Ask for a copy whose pieces begin, the most urgent first, while nothing is demanded."""
+        ...
+
+    def begin_pieces(self) -> None:
+        """Begin every piece whose time has come."""
+        ...
+
+    def finish(self, copy: AheadCopy) -> None:
+        """Demand what is left of a copy that was asked for ahead."""
+        ...
+
+    def drop(self, copy: AheadCopy) -> None:
+        """Begin no further piece of a copy."""
+        ...
+
+    def seconds(self, n_bytes: int) -> float:
+        """Return how long a copy of that size is expected to take."""
+        ...
+
+    def free_at(self) -> float:
+        """Return when all copies begun are expected to be done, on the clock."""
+        ...
+
     def drain(self) -> None:
-        """Return once no copy is under way, so that its memory may be given up."""
+        """Forget what is asked for ahead and return once no copy is under way.
+
+        Its memory may then be given up.
+        """
         ...
 
     def unpaced(self) -> AbstractContextManager[None]:
@@ -52,24 +88,59 @@ class EmulatedLink:
         self.bytes_per_s = bytes_per_s
         self.latency_s = latency_s
         self._free_at = clock.now()
+        self._ahead = AheadQueue()
         self._is_paced = True
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> float:
         """Copy now and return the moment it counts as arrived."""
-        start = max(self.clock.now(), self._free_at)
+        self.begin_pieces()
+        return self._copy(self.clock.now(), source, destination)
+
+    def _copy(self, asked_at: float, source: torch.Tensor, destination: torch.Tensor) -> float:
         destination.copy_(source)
-        if self._is_paced:
-            n_bytes = source.numel() * source.element_size()
-            start += self.latency_s + n_bytes / self.bytes_per_s
-        self._free_at = start
-        return start
+        begins = max(asked_at, self._free_at)
+        self._free_at = begins + self.seconds(source.numel() * source.element_size())
+        return self._free_at
+
+    def copy_ahead(
+        self, source: torch.Tensor, destination: torch.Tensor, urgency: int
+    ) -> AheadCopy:
+        """Ask for a copy that uses the link's idle time."""
+        copy = AheadCopy(source, destination, urgency, self.clock.now())
+        self._ahead.add(copy)
+        return copy
+
+    def begin_pieces(self) -> None:
+        """Copy every piece that the target link would have begun before now."""
+        now = self.clock.now()
+        while (copy := self._ahead.next()) and max(self._free_at, copy.asked_at) < now:
+            copy.arrival = self._copy(copy.asked_at, *copy.take_piece())
+
+    def finish(self, copy: AheadCopy) -> None:
+        """Copy what is left now."""
+        self.begin_pieces()
+        if not copy.is_whole:
+            copy.arrival = self._copy(self.clock.now(), *copy.take_rest())
+
+    def drop(self, copy: AheadCopy) -> None:
+        """Begin no further piece of a copy."""
+        self._ahead.remove(copy)
+
+    def seconds(self, n_bytes: int) -> float:
+        """Return how long the target link takes for a copy of that size."""
+        return self.latency_s + n_bytes / self.bytes_per_s if self._is_paced else 0.0
+
+    def free_at(self) -> float:
+        """Return when all copies begun are done."""
+        return self._free_at
 
     def wait(self, arrival: float) -> None:
         """Hold until the copy counts as arrived."""
         self.clock.sleep_until(arrival)
 
     def drain(self) -> None:
-        """Do nothing: copies are made at once, only their arrival is held back."""
+        """Forget what is asked for ahead; other copies are made at once."""
+        self._ahead.clear()
 
     @contextmanager
     def unpaced(self) -> Iterator[None]:
@@ -86,14 +157,29 @@ class CudaLink:
 
     name = "pcie"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Clock) -> None:
         """Open the copy stream."""
         self.device = device
+        self.clock = clock
         self.stream = torch.cuda.Stream(device)
+        self._ahead = AheadQueue()
+        self._pieces_under_way: list[torch.cuda.Event] = []
+        self._free_at = 0.0
+        self._pace: tuple[float, float] | None = None
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> torch.cuda.Event:
         """Enqueue the copy behind everything already computed, which may read the destination."""
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        begins = max(self.clock.now(), self._free_at)
+        self._free_at = begins + self.seconds(source.numel() * source.element_size())
+        return self._enqueue(source, destination, self._computed_so_far())
+
+    def _computed_so_far(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def _enqueue(
+        self, source: torch.Tensor, destination: torch.Tensor, ready: torch.cuda.Event
+    ) -> torch.cuda.Event:
+        self.stream.wait_event(ready)
         with torch.cuda.stream(self.stream):
             destination.copy_(source, non_blocking=True)
             arrived = torch.cuda.Event()
@@ -104,8 +190,68 @@ class CudaLink:
         """Make the compute stream wait for the copy; the host goes on."""
         torch.cuda.current_stream(self.device).wait_event(arrival)
 
+    def copy_ahead(
+        self, source: torch.Tensor, destination: torch.Tensor, urgency: int
+    ) -> AheadCopy:
+        """Ask for a copy, and begin its first piece if the link is idle."""
+        copy = AheadCopy(source, destination, urgency, self.clock.now())
+        copy.ready = self._computed_so_far()
+        self._ahead.add(copy)
+        self.begin_pieces()
+        return copy
+
+    def begin_pieces(self) -> None:
+        """Enqueue pieces while at most one is under way and nothing demanded is.
+
+        A copy stream serves in order, so what is enqueued cannot be dropped: a demand waits for
+        two pieces at most.
+        """
+        self._pieces_under_way = [e for e in self._pieces_under_way if not e.query()]
+        while len(self._pieces_under_way) < MAX_PIECES and (copy := self._ahead.next()):
+            if not self._pieces_under_way and not self.stream.query():
+                return
+            copy.arrival = self._enqueue(*copy.take_piece(), copy.ready)
+            self._pieces_under_way.append(copy.arrival)
+
+    def finish(self, copy: AheadCopy) -> None:
+        """Enqueue what is left."""
+        if not copy.is_whole:
+            copy.arrival = self.copy(*copy.take_rest())
+
+    def drop(self, copy: AheadCopy) -> None:
+        """Begin no further piece of a copy."""
+        self._ahead.remove(copy)
+
+    def seconds(self, n_bytes: int) -> float:
+        """Return how long a copy takes at the pace measured when this is first asked."""
+        if self._pace is None:
+            self._pace = self._measured_pace()
+        latency_s, bytes_per_s = self._pace
+        return latency_s + n_bytes / bytes_per_s
+
+    def free_at(self) -> float:
+        """Return when what was demanded is expected to be done."""
+        return self._free_at
+
+    def _measured_pace(self) -> tuple[float, float]:
+        """Return latency in seconds and bytes per second, from pinned copies of two sizes."""
+        spent = []
+        for n_bytes in PACE_BYTES:
+            source = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+            target = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+            seconds = []
+            for _ in range(PACE_COPIES):
+                self.stream.synchronize()
+                begin = self.clock.now()
+                self._enqueue(source, target, self._computed_so_far()).synchronize()
+                seconds.append(self.clock.now() - begin)
+            spent.append(min(seconds))
+        bytes_per_s = (PACE_BYTES[1] - PACE_BYTES[0]) / max(spent[1] - spent[0], 1e-9)
+        return max(0.0, spent[0] - PACE_BYTES[0] / bytes_per_s), bytes_per_s
+
     def drain(self) -> None:
-        """Wait on the host for the copy stream."""
+        """Forget what is asked for ahead and wait on the host for the copy stream."""
+        self._ahead.clear()
         self.stream.synchronize()
 
     @contextmanager

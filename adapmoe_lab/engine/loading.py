@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from adapmoe_lab.assets import data_folder
-from adapmoe_lab.engine.clock import Clock, RealClock
+from adapmoe_lab.engine.clock import Clock, RealClock, StepPace, VirtualClock
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.device import choose_device, device_name
 from adapmoe_lab.engine.link import CudaLink, EmulatedLink, Link
@@ -26,6 +26,7 @@ from adapmoe_lab.engine.opening import (
     store_identity,
 )
 from adapmoe_lab.engine.pace import resident_layer_s
+from adapmoe_lab.engine.prediction import Predictor, predictors_of
 from adapmoe_lab.engine.prepared import save_store
 from adapmoe_lab.models.checkpoint import (
     Checkpoint,
@@ -37,7 +38,20 @@ from adapmoe_lab.models.checkpoint import (
 from adapmoe_lab.models.families import MoELayer, find_moe_layers
 from adapmoe_lab.models.hook import ExpertsHook
 from adapmoe_lab.models.outline import DTYPES, MIXED, describe
-from adapmoe_lab.records import LinkTarget, MoESpec, TunedConfig, load_targets
+from adapmoe_lab.models.residual_stream import (
+    last_hidden_observed_by,
+    layer_outputs_observed_by,
+    token_ids_observed_by,
+)
+from adapmoe_lab.records import (
+    LinkTarget,
+    MoESpec,
+    Predictors,
+    PrefetchTable,
+    TunedConfig,
+    load_targets,
+)
+from adapmoe_lab.records.prefetch import Moment
 
 NO_LINK = "none"
 
@@ -72,6 +86,8 @@ class LabModel:
         self._hook = hook
         self._checkpoint = checkpoint
         self._in_use = threading.RLock()
+        self._predictors: dict[str | None, tuple[Predictor, ...]] = {}
+        self._watching = ExitStack()
 
     def __repr__(self) -> str:
         """Describe the model, where it runs, and what crosses which link."""
@@ -100,8 +116,56 @@ class LabModel:
         _check_precision(config, self.spec)
         plan = config.plan if config.plan is not None else self.memory.slots
         with self._in_use:
-            self.engine.configure(config.gating, plan, config.eviction, config.compensation)
+            predictors = ()
+            if config.prefetch is not None:
+                self._expect_pace(config)
+                predictors = self.predictors(config.prefetch.fitted)
+            self.engine.configure(
+                config.gating,
+                plan,
+                config.eviction,
+                config.compensation,
+                config.prefetch,
+                predictors,
+            )
+            self._watch(config.prefetch)
             self.config = config
+
+    def predictors(self, fitted: Predictors | None = None) -> tuple[Predictor, ...]:
+        """Return everything that foresees this model's routing, fitted predictors if given.
+
+        Raises:
+            RecordError: they were fitted to another model.
+        """
+        key = fitted.fingerprint() if fitted is not None else None
+        if key not in self._predictors:
+            if fitted is not None:
+                fitted.check_model(self.spec)
+            with self._in_use, self.engine.reading_store():
+                found = predictors_of(self.hf, self.layers, fitted)
+            self._predictors = {key: found}  # of the last asked for only: they may be large
+        return self._predictors[key]
+
+    def _expect_pace(self, config: TunedConfig) -> None:
+        """Tell the engine how fast this machine computes; a virtual clock is told by the user."""
+        engine, hardware = self.engine, config.hardware
+        if isinstance(engine.clock, VirtualClock):
+            return
+        if hardware is not None:
+            engine.pace = StepPace(hardware.dense_step_s / self.spec.n_layers, hardware.expert_s)
+        elif engine.pace == StepPace():
+            engine.pace = StepPace(dense_layer_s=resident_layer_s(self.hf, engine))
+
+    def _watch(self, table: PrefetchTable | None) -> None:
+        """Tell the engine where forward passes begin and end, and what the table asks for."""
+        self._watching.close()
+        self._watching = hooks = ExitStack()
+        hooks.enter_context(token_ids_observed_by(self.hf, self.engine.begin_pass))
+        hooks.enter_context(last_hidden_observed_by(self.hf, self.engine.end_pass))
+        if table is not None and any(s.moment == Moment.LAYER_OUTPUT for s in table.sources):
+            hooks.enter_context(
+                layer_outputs_observed_by(self.hf, self.layers, self.engine.end_layer)
+            )
 
     @contextmanager
     def running(self, config: TunedConfig | None = None) -> Iterator[Self]:
@@ -173,6 +237,7 @@ class LabModel:
         Experts stored in fewer bits come back dequantised.
         """
         with self._in_use:
+            self._watching.close()
             self._hook.detach()
             self.engine.release()
             for number in range(self.spec.n_layers):
@@ -334,4 +399,4 @@ def known_targets() -> list[str]:
 
 
 def _unpaced_link(device: torch.device, clock: Clock) -> Link:
-    return CudaLink(device) if device.type == "cuda" else EmulatedLink(NO_LINK, clock)
+    return CudaLink(device, clock) if device.type == "cuda" else EmulatedLink(NO_LINK, clock)

@@ -12,16 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from adapmoe_lab.engine.clock import Clock
+from adapmoe_lab.engine.clock import Clock, StepPace
 from adapmoe_lab.engine.compensation import Compensation
 from adapmoe_lab.engine.expert_sum import GradientObserver, LayerRun, StreamedExpertSum
 from adapmoe_lab.engine.link import Link
+from adapmoe_lab.engine.prediction import Predictor
+from adapmoe_lab.engine.prefetching import Prefetcher
 from adapmoe_lab.engine.sources import CachedExperts, ExpertSource, StoredExperts
 from adapmoe_lab.engine.store import ExpertStore
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router
 from adapmoe_lab.policies.gating import gated_weights, keep_by_cuts
-from adapmoe_lab.records import CachePlan, GatingTable, Surrogates, Traffic
+from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogates, Traffic
 from adapmoe_lab.records.files import digest
 from adapmoe_lab.records.routing import UNGATED
 
@@ -57,14 +59,6 @@ class Observer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class VirtualCosts:
-    """What computing costs on a virtual clock, in seconds; a real clock ignores it."""
-
-    dense_layer_s: float = 0.0
-    expert_s: float = 0.0
-
-
 class OffloadEngine:
     """Executes a model's experts from a store through a cache on the device.
 
@@ -91,11 +85,12 @@ class OffloadEngine:
         self.clock = clock
         self.device = device
         self.dtype = dtype
-        self.costs = VirtualCosts()
+        self.pace = StepPace()
         self.gating: GatingTable | None = None
         self.compensation: Compensation | None = None
         self.observers: list[Observer] = []
         self.gradient_observers: list[GradientObserver] = []
+        self._n_sequences = 1
         self._routers = routers
         self._direct = StoredExperts(store, device)
         self.release()
@@ -106,16 +101,29 @@ class OffloadEngine:
         plan: CachePlan,
         eviction: str = "lru",
         surrogates: Surrogates | None = None,
+        prefetch: PrefetchTable | None = None,
+        predictors: Sequence[Predictor] = (),
     ) -> None:
         """Set the gating and start afresh with an empty cache of the planned slots.
 
         `surrogates` stand in for what the gating drops; those already on the device stay there.
-        The old slots are freed before anything new is allocated; if there is no room for that,
-        the engine is left without slots and under its old gating.
+        `prefetch` says what is fetched ahead, and which of the predictors are followed. The old
+        slots are freed before anything new is allocated; if there is no room for that, the engine
+        is left without slots and under its old gating.
         """
         self.release()
         compensation = self._on_device(surrogates)
-        self._use(CachedExperts(self.store, self.link, self.device, plan, eviction, self._routers))
+        prefetcher = None
+        if prefetch is not None:
+            prefetcher = Prefetcher(
+                prefetch, predictors, self.store, self.link, self.clock, self.device, self.pace,
+                gating,
+            )  # fmt: skip
+        self._use(
+            CachedExperts(
+                self.store, self.link, self.device, plan, eviction, self._routers, prefetcher
+            )
+        )
         self.gating, self.compensation = gating, compensation
 
     def release(self) -> None:
@@ -149,7 +157,8 @@ class OffloadEngine:
     @property
     def traffic(self) -> Traffic:
         """Counters since the cache was made."""
-        cached = self.cached
+        cached, ahead = self.cached, self.cached.prefetcher
+        nothing = np.zeros_like(cached.hits)
         return Traffic(
             hits=cached.hits.copy(),
             misses=cached.misses.copy(),
@@ -157,6 +166,8 @@ class OffloadEngine:
             bytes_moved=cached.bytes_moved,
             kept=self._kept,
             skipped=self._skipped,
+            prefetch_used=ahead.used.copy() if ahead else nothing,
+            prefetch_wasted=ahead.wasted.copy() if ahead else nothing,
         )
 
     @contextmanager
@@ -195,6 +206,34 @@ class OffloadEngine:
         finally:
             self.gradient_observers.remove(observer)
 
+    def begin_pass(self, token_ids: torch.Tensor) -> None:
+        """Fetch ahead by the tokens [B, T] of a forward pass that begins."""
+        self._n_sequences = len(token_ids)
+        if self._prefetcher is not None:
+            self._prefetcher.begin_pass(token_ids.flatten(), self.cached.cache)
+
+    def end_layer(self, layer: int, output: torch.Tensor) -> None:
+        """Fetch ahead by the output [T, D] of a layer."""
+        if self._prefetcher is not None:
+            self._prefetcher.look_again(layer, output, self.cached.cache)
+
+    def end_pass(self, last_hidden: torch.Tensor) -> None:
+        """Fetch ahead by the last hidden states [T, D]; on a virtual clock the rest takes time.
+
+        Of several sequences nothing is said: what follows each is not known to follow at once.
+        """
+        if self._source is not self.cached:
+            return
+        if self._prefetcher is not None and self._n_sequences == 1:
+            self._prefetcher.end_pass(last_hidden[-1:], self.cached.cache)
+        self.clock.spend(self.pace.head_s)
+
+    @property
+    def _prefetcher(self) -> Prefetcher | None:
+        """What fetches ahead now; nothing does while the store is read or gradients are kept."""
+        is_cached = self._source is self.cached and not torch.is_grad_enabled()
+        return self.cached.prefetcher if is_cached else None
+
     def unpaced(self) -> AbstractContextManager[None]:
         """Return a context in which an emulated link holds nothing."""
         return self.link.unpaced()
@@ -208,7 +247,7 @@ class OffloadEngine:
         """
         for arrival in self._source.arrivals(layer, experts, hidden):
             yield arrival
-            self.clock.spend(self.costs.expert_s)
+            self.clock.spend(self.pace.expert_s)
 
     def run_layer(
         self,
@@ -219,7 +258,7 @@ class OffloadEngine:
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         """Return the summed outputs [T, D] of the experts each token keeps."""
-        self.clock.spend(self.costs.dense_layer_s)
+        self.clock.spend(self.pace.dense_layer_s)
         indices, weights = _on_host(top_k_index, top_k_weights)
         keep = indices < self.store.n_experts(layer)
         if self.gating is not None:

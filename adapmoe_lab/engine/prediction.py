@@ -7,7 +7,6 @@ prefetch will see.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import Protocol
 
 import torch
@@ -23,26 +22,10 @@ from adapmoe_lab.models.families import (
 )
 from adapmoe_lab.models.residual_stream import find_input_norms
 from adapmoe_lab.records import Predictors
+from adapmoe_lab.records.prefetch import Moment
 
 MAX_DISTANCE = 3
 """Layers ahead that are looked at; AdapMoE goes as far (arXiv 2408.10284, section 4.2)."""
-
-
-class Moment(StrEnum):
-    """When a predictor can be asked, and what it is then shown.
-
-    The last two come before a forward pass; its tokens are then layer 0's, and so is their place
-    as a source.
-    """
-
-    EXPERTS_INPUT = "experts_input"
-    """Hidden states [T, D] as router and experts of the source layer are given them."""
-    LAYER_OUTPUT = "layer_output"
-    """The residual stream [T, D] after the source layer."""
-    TOKEN = "token"  # noqa: S105 a token of a text
-    """The token ids int64 [T] of the forward pass."""
-    LAST_HIDDEN = "last_hidden"
-    """The final hidden state [T, D] of the token before each."""
 
 
 class Predictor(Protocol):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adapmoe_lab.engine.ahead import AheadCopy
 from adapmoe_lab.engine.link import Link
+from adapmoe_lab.engine.prefetching import Prefetcher
 from adapmoe_lab.engine.store import ExpertStore
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router, UnsupportedModelError, router_scores
@@ -63,6 +65,7 @@ class CachedExperts:
         plan: CachePlan,
         eviction: str = "lru",
         routers: Sequence[Router] = (),
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         """Allocate the slots of a plan and the staging rows; every slot starts empty.
 
@@ -73,6 +76,7 @@ class CachedExperts:
             plan: how many slots there are, and who shares them.
             eviction: name of the policy that says who leaves them.
             routers: of every layer; asked only by policies that read scores.
+            prefetcher: what fetches ahead, if anything does.
 
         Raises:
             UnsupportedModelError: the policy reads scores that cannot be had of this model.
@@ -95,20 +99,25 @@ class CachedExperts:
         staging_bytes = 0 if plan.holds_all(n_experts) else int(store.expert_bytes.max())
         shape = (N_STAGING, staging_bytes)
         self._staging = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.prefetcher = prefetcher
         self.hits = np.zeros(store.n_layers, dtype=np.int64)
         self.misses = np.zeros(store.n_layers, dtype=np.int64)
-        self.bytes_moved = 0
-        self._expert_bytes = store.expert_bytes
+        self._bytes_demanded = 0
 
     @property
     def plan(self) -> CachePlan:
         """How many slots there are, and who shares them."""
         return self.cache.plan
 
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that crossed the link since the start, wasted ones included."""
+        return self._bytes_demanded + (self.prefetcher.n_bytes if self.prefetcher else 0)
+
     def arrivals(
         self, layer: int, experts: Collection[int], hidden: torch.Tensor
     ) -> Iterator[tuple[int, Weights]]:
-        """Yield the resident experts first, then the missing ones as they arrive.
+        """Yield the resident experts, then those fetched ahead, then the others as they arrive.
 
         Every copy that has room is asked for at once; experts without a slot stream through the
         staging rows, one loading while the other is read. A slot counts as holding an expert
@@ -116,27 +125,56 @@ class CachedExperts:
         free, never wrong.
         """
         step = self.cache.plan_step(layer, experts, self._scores(layer, hidden))
+        missing = {**{load.expert: load for load in step.loads}, **dict.fromkeys(step.streamed)}
+        begun = self.prefetcher.settle(layer, missing) if self.prefetcher else {}
         self.cache.vacate(step)
-        loading = [(load, self._copy(layer, load.expert, self._row(load))) for load in step.loads]
+        try:
+            yield from self._as_they_come(layer, step, missing, begun, hidden)
+        finally:
+            if self.prefetcher:
+                self.prefetcher.release(layer)
+
+    def _as_they_come(
+        self,
+        layer: int,
+        step: StepPlan,
+        missing: Mapping[int, Load | None],
+        begun: Mapping[int, AheadCopy],
+        hidden: torch.Tensor,
+    ) -> Iterator[tuple[int, Weights]]:
+        """Ask for all that is missing, then yield the experts of a step."""
+        for copy in begun.values():
+            self._link.finish(copy)
+        loads = [load for load in step.loads if load.expert not in begun]
+        streamed = [expert for expert in step.streamed if expert not in begun]
+        loading = [(load, self._copy(layer, load.expert, self._row(load))) for load in loads]
         rows = list(self._staging)
         staged = [
-            self._copy(layer, expert, row) for expert, row in zip(step.streamed, rows, strict=False)
+            self._copy(layer, expert, row) for expert, row in zip(streamed, rows, strict=False)
         ]
-        self._count(layer, step)
+        self.hits[layer] += len(step.hits)
+        self.misses[layer] += len(loads) + len(streamed)
+        if self.prefetcher:
+            self.prefetcher.look_ahead(layer, hidden, self.cache, step, streamed[N_STAGING:])
         for expert in step.hits:
             yield expert, self._views[layer][expert]
+        for expert, copy in begun.items():
+            self._link.wait(copy.arrival)
+            load, row = missing[expert], copy.destination
+            if load is not None:
+                row = self._row(load)[: row.numel()].copy_(row)
+                self._occupy(load, row)
+            yield expert, self._store.views(layer, expert, row)
         for load, arrival in loading:
             self._link.wait(arrival)
-            self._views[layer][load.expert] = self._store.views(layer, load.expert, self._row(load))
-            self.cache.occupy(load)
+            self._occupy(load, self._row(load))
             yield load.expert, self._views[layer][load.expert]
-        for position, expert in enumerate(step.streamed):
+        for position, expert in enumerate(streamed):
             row = rows[position % N_STAGING]
             self._link.wait(staged[position])
             yield expert, self._store.views(layer, expert, row)
-            if position + N_STAGING < len(step.streamed):
-                following = step.streamed[position + N_STAGING]
-                staged.append(self._copy(layer, following, row))
+            if position + N_STAGING < len(streamed):
+                staged.append(self._copy(layer, streamed[position + N_STAGING], row))
 
     def _pool_widths(self, plan: CachePlan) -> list[int]:
         """Return the bytes of a slot of each pool."""
@@ -152,12 +190,11 @@ class CachedExperts:
             return None
         return router_scores(self._routers[layer], hidden.detach()).cpu().numpy()
 
+    def _occupy(self, load: Load, row: torch.Tensor) -> None:
+        self._views[load.layer][load.expert] = self._store.views(load.layer, load.expert, row)
+        self.cache.occupy(load)
+
     def _copy(self, layer: int, expert: int, target: torch.Tensor) -> object:
         row = self._store.row(layer, expert)
+        self._bytes_demanded += row.numel()
         return self._link.copy(row, target[: row.numel()])
-
-    def _count(self, layer: int, step: StepPlan) -> None:
-        self.hits[layer] += len(step.hits)
-        self.misses[layer] += step.n_misses
-        missed = [*(load.expert for load in step.loads), *step.streamed]
-        self.bytes_moved += int(self._expert_bytes[layer, missed].sum())

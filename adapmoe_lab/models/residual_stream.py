@@ -40,6 +40,27 @@ def layer_outputs_observed_by(
 
 
 @contextmanager
+def token_ids_observed_by(
+    hf: PreTrainedModel, observer: Callable[[torch.Tensor], None]
+) -> Iterator[None]:
+    """Show an observer the token ids [B, T] of every forward pass that begins.
+
+    A pass that is given embeddings instead is not shown.
+    """
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None:
+            observer(ids)
+
+    handle = hf.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def last_hidden_observed_by(
     hf: PreTrainedModel, observer: Callable[[torch.Tensor], None]
 ) -> Iterator[None]:

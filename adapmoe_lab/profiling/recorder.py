@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.engine.offload import LayerPass
-from adapmoe_lab.engine.prediction import Moment, Predictor, likeliest, predictors_of
+from adapmoe_lab.engine.prediction import Predictor, likeliest
 from adapmoe_lab.models.families import router_scores
 from adapmoe_lab.models.residual_stream import last_hidden_observed_by, layer_outputs_observed_by
 from adapmoe_lab.records import Prediction, RoutingTrace
+from adapmoe_lab.records.prefetch import Moment
 
 Key = tuple[str, int, int]
 """A predictor's name, the distance it looks, and the layer it predicts."""
@@ -61,9 +62,7 @@ class RoutingRecorder:
         """
         self._model = model
         self._routers = [layer.router for layer in model.layers]
-        self._predictors = (
-            predictors_of(model.hf, model.layers) if predictors is None else predictors
-        )
+        self._predictors = model.predictors() if predictors is None else predictors
         self._n_candidates = n_candidates or model.spec.top_k
         self._last_hidden: torch.Tensor | None = None
         self._steps: list[_Step] = []

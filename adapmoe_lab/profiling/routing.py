@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from adapmoe_lab.engine.loading import LabModel
-from adapmoe_lab.engine.prediction import predictors_of
 from adapmoe_lab.profiling.project import project_folder, say
 from adapmoe_lab.profiling.recorder import RoutingRecorder
 from adapmoe_lab.records import Predictors, RecordError, RoutingTrace
@@ -86,7 +85,7 @@ def profile(
             say(f"Reused the trace of {trace.n_tokens} tokens kept at {path}; reuse=False records.")
             return trace
     with torch.no_grad(), model.running(), model.engine.reading_store():
-        asked = predictors_of(model.hf, model.layers, predictors)
+        asked = model.predictors(predictors)
         recorder = RoutingRecorder(model, asked, n_candidates)
         with recorder.recording():
             for done, ids in enumerate(sequences):

@@ -11,6 +11,7 @@ from adapmoe_lab.records.loss import LossReport
 from adapmoe_lab.records.measurement import IncomparableError, Measurement
 from adapmoe_lab.records.precision import PRECISIONS, Precision, precision_named
 from adapmoe_lab.records.predictors import Predictors
+from adapmoe_lab.records.prefetch import PrefetchSource, PrefetchTable
 from adapmoe_lab.records.published import PublishedAdapMoE, PublishedRun
 from adapmoe_lab.records.routing import Prediction, RoutingTrace
 from adapmoe_lab.records.sensitivity import SensitivityProfile
@@ -35,6 +36,8 @@ __all__ = [
     "Precision",
     "Prediction",
     "Predictors",
+    "PrefetchSource",
+    "PrefetchTable",
     "PublishedAdapMoE",
     "PublishedRun",
     "RecordError",

@@ -15,10 +15,13 @@ from adapmoe_lab.records.cache_plan import CachePlan
 from adapmoe_lab.records.files import RecordError, check_version, json_bytes, save_json
 from adapmoe_lab.records.gating_table import GatingTable
 from adapmoe_lab.records.hardware import HardwareProfile
+from adapmoe_lab.records.predictors import Predictors
+from adapmoe_lab.records.prefetch import PrefetchTable
 from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
 from adapmoe_lab.records.spec import MoESpec
 from adapmoe_lab.records.surrogates import KIND as SURROGATES
 from adapmoe_lab.records.surrogates import Surrogates
+from adapmoe_lab.records.tensors import TensorRecord
 
 KIND = "tuned-config"
 SCHEMA_VERSION = 1
@@ -32,7 +35,6 @@ SECTIONS = (
     "hardware",
     "evidence",
 )
-NOT_RUNNABLE = ("prefetch",)
 EVICTION_POLICIES = (
     "lru",
     "lfu",
@@ -55,6 +57,7 @@ class TunedConfig:
         compensation: what stands in for skipped experts, or None for nothing.
         plan: slots per layer, or None for those the model was loaded with.
         eviction: name of the eviction policy.
+        prefetch: what is fetched ahead, or None for nothing.
         precision: precision of the stored experts, or None for the one they were saved in.
         hardware: the machine the numbers were predicted for.
         evidence: what was predicted and measured, with the conditions.
@@ -65,6 +68,7 @@ class TunedConfig:
     compensation: Surrogates | None = None
     plan: CachePlan | None = None
     eviction: str = "lru"
+    prefetch: PrefetchTable | None = None
     precision: str | None = None
     hardware: HardwareProfile | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +85,8 @@ class TunedConfig:
             )
         if self.compensation is not None:
             self._check_compensation(self.compensation)
+        if self.prefetch is not None:
+            self._check_prefetch(self.prefetch)
         if self.plan and len(self.plan.slots) != n_layers:
             raise RecordError(
                 f"The cache plan has {len(self.plan.slots)} layers; the model has {n_layers}."
@@ -115,6 +121,27 @@ class TunedConfig:
                 "The gating table renormalises the kept weights and the surrogates scale them by "
                 "a gain of their own; 1 renormalises. Use GatingTable(..., renormalise=False)."
             )
+
+    def _check_prefetch(self, table: PrefetchTable) -> None:
+        """Refuse a prefetch table of another model."""
+        n_layers, fingerprint = self.model["n_layers"], self.model["fingerprint"]
+        if table.n_layers != n_layers:
+            raise RecordError(
+                f"The prefetch table is for {table.n_layers} layers; the model has {n_layers}."
+            )
+        if table.fitted is not None and table.fitted.model_fingerprint != fingerprint:
+            raise RecordError(
+                f"The predictors were fitted to a model of fingerprint "
+                f"{table.fitted.model_fingerprint}; the config is for {self.model['id']!r}, "
+                f"fingerprint {fingerprint}. Fit predictors to this model."
+            )
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRecord]:
+        """What is saved beside the JSON, by the section that names it."""
+        fitted = self.prefetch.fitted if self.prefetch is not None else None
+        held = {"compensation": self.compensation, "prefetch": fitted}
+        return {section: record for section, record in held.items() if record is not None}
 
     @property
     def stand_in(self) -> str:
@@ -169,7 +196,7 @@ class TunedConfig:
             "compensation": _described(self.compensation, name) if self.compensation else None,
             "plan": self.plan.to_json() if self.plan else None,
             "eviction": {"policy": self.eviction},
-            "prefetch": None,
+            "prefetch": _followed(self.prefetch, name) if self.prefetch else None,
             "precision": {"experts": self.precision} if self.precision else None,
             "hardware": self.hardware.to_json() if self.hardware else None,
             "evidence": dict(self.evidence) or None,
@@ -178,13 +205,13 @@ class TunedConfig:
     def save(self, path: str | Path) -> Path:
         """Write the config as JSON, whole or not at all, and return its path.
 
-        The surrogates go into `NAME.<sha256[:12]>.safetensors` beside it, before the JSON that
-        names them.
+        Surrogates and fitted predictors go into `NAME.<sha256[:12]>.safetensors` beside it,
+        before the JSON that names them.
         """
         path = Path(path)
         document = self.to_json(path.stem)
-        if self.compensation:
-            self.compensation.save(path.with_name(document["compensation"]["file"]))
+        for record in self.tensors.values():
+            record.save(path.with_name(_file_of(record, path.stem)))
         save_json(path, document, allow_nan=False)
         return path
 
@@ -192,12 +219,13 @@ class TunedConfig:
         """Return what `save` writes for `name`.json as one: the JSON, or a zip of all files."""
         document = self.to_json(name)
         content = json_bytes(document, allow_nan=False)
-        if self.compensation is None:
+        if not self.tensors:
             return content
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             archive.writestr(f"{name}.json", content)
-            archive.writestr(document["compensation"]["file"], self.compensation.to_bytes())
+            for record in self.tensors.values():
+                archive.writestr(_file_of(record, name), record.to_bytes())
         return buffer.getvalue()
 
     @classmethod
@@ -235,20 +263,15 @@ class TunedConfig:
                 f"{path} is not a version-{SCHEMA_VERSION} tuned config: "
                 f"missing {missing or 'nothing'}, unknown {extra or 'nothing'}."
             )
-        for section in NOT_RUNNABLE:
-            if document[section] is not None:
-                raise RecordError(
-                    f"{path} asks for {section}, which this adapmoe-lab cannot run yet. Upgrade "
-                    f"adapmoe-lab, or set {section!r} to null in the file to run without it."
-                )
         try:
             gating, plan, hardware = (document[name] for name in ("gating", "plan", "hardware"))
-            compensation = document["compensation"]
+            compensation, prefetch = document["compensation"], document["prefetch"]
             return cls(
                 model=document["model"],
                 gating=GatingTable.from_json(gating) if gating else None,
                 compensation=_read_compensation(compensation, path) if compensation else None,
                 plan=CachePlan.from_json(plan) if plan else None,
+                prefetch=_read_prefetch(prefetch, path) if prefetch else None,
                 eviction=(document["eviction"] or {"policy": "lru"})["policy"],
                 precision=(document["precision"] or {}).get("experts"),
                 hardware=HardwareProfile.from_json(hardware) if hardware else None,
@@ -258,11 +281,16 @@ class TunedConfig:
             raise RecordError(f"{path} has a section of the wrong form: {error!r}.") from error
 
 
+def _file_of(record: TensorRecord, name: str) -> str:
+    """Return the name of the file beside `name`.json that holds a record."""
+    return f"{name}.{record.sha256[:12]}.safetensors"
+
+
 def _described(surrogates: Surrogates, name: str) -> dict[str, Any]:
     """Return the section that names the surrogates' file, with what a reader wants to know."""
     return {
         "kind": SURROGATES,
-        "file": f"{name}.{surrogates.sha256[:12]}.safetensors",
+        "file": _file_of(surrogates, name),
         "sha256": surrogates.sha256,
         "method": surrogates.method,
         "ranks": list(surrogates.ranks),
@@ -271,21 +299,40 @@ def _described(surrogates: Surrogates, name: str) -> dict[str, Any]:
     }
 
 
+def _followed(table: PrefetchTable, name: str) -> dict[str, Any]:
+    """Return the section of a prefetch table, with the file of what was fitted for it."""
+    fitted = table.fitted
+    named = {"file": _file_of(fitted, name), "sha256": fitted.sha256} if fitted else {}
+    return {**table.to_json(), "fitted": named or None}
+
+
 def _read_compensation(section: Mapping[str, Any], path: Path) -> Surrogates:
     """Read the surrogates that a config's section names, from beside the config."""
     if section["kind"] != SURROGATES:
         raise RecordError(
             f"{path} asks for compensation by {section['kind']!r}; expected {SURROGATES!r}."
         )
-    file = path.with_name(Path(section["file"]).name)
-    if file.name != section["file"]:
+    return Surrogates.load(_beside(path, section["file"]), section["sha256"])
+
+
+def _read_prefetch(section: Mapping[str, Any], path: Path) -> PrefetchTable:
+    """Read a prefetch table, and what was fitted for it from beside the config."""
+    named = section["fitted"]
+    fitted = Predictors.load(_beside(path, named["file"]), named["sha256"]) if named else None
+    return PrefetchTable.from_json(section, fitted)
+
+
+def _beside(path: Path, name: str) -> Path:
+    """Return the file of tensors that a config names, which must lie beside it."""
+    file = path.with_name(Path(name).name)
+    if file.name != name:
         raise RecordError(
-            f"{path} names the tensors {section['file']!r}; they must lie beside it, without a "
-            "folder in their name."
+            f"{path} names the tensors {name!r}; they must lie beside it, without a folder in "
+            "their name."
         )
     if not file.exists():
         raise RecordError(
             f"{path} needs {file.name} beside it, which is not there. Copy both files together, "
             "or export the config again."
         )
-    return Surrogates.load(file, section["sha256"])
+    return file

@@ -17,11 +17,13 @@ class Traffic:
 
     Attributes:
         hits: int64 [L], distinct experts found resident.
-        misses: int64 [L], distinct experts that crossed the link, streamed ones included.
+        misses: int64 [L], distinct experts that had to be demanded, streamed ones included.
         n_steps: forward passes counted.
         bytes_moved: bytes of experts brought to the device.
         kept: expert activations computed.
         skipped: expert activations the gating skipped.
+        prefetch_used: int64 [L], distinct experts that were not resident but begun ahead.
+        prefetch_wasted: int64 [L], experts begun ahead that were not needed.
     """
 
     hits: NDArray[np.int64]
@@ -30,18 +32,22 @@ class Traffic:
     bytes_moved: int
     kept: int
     skipped: int
+    prefetch_used: NDArray[np.int64]
+    prefetch_wasted: NDArray[np.int64]
 
     def __post_init__(self) -> None:
         """Freeze the counters."""
         hits = frozen_array("hits", self.hits, np.int64, (None,))
         object.__setattr__(self, "hits", hits)
-        misses = frozen_array("misses", self.misses, np.int64, hits.shape)
-        object.__setattr__(self, "misses", misses)
+        for name in ("misses", "prefetch_used", "prefetch_wasted"):
+            counted = frozen_array(name, getattr(self, name), np.int64, hits.shape)
+            object.__setattr__(self, name, counted)
 
     @property
     def hit_rate(self) -> float:
         """Share of distinct experts that were resident when asked for."""
-        return float(self.hits.sum() / max(1, self.hits.sum() + self.misses.sum()))
+        asked = self.hits.sum() + self.misses.sum() + self.prefetch_used.sum()
+        return float(self.hits.sum() / max(1, asked))
 
     @property
     def skipped_fraction(self) -> float:
@@ -59,7 +65,10 @@ class Traffic:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {name: getattr(self, name) for name in FIELDS}
-        return {**values, "hits": self.hits.tolist(), "misses": self.misses.tolist()}
+        return {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in values.items()
+        }
 
 
 FIELDS = tuple(Traffic.__dataclass_fields__)

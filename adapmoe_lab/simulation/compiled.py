@@ -8,30 +8,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core import config
 
-from adapmoe_lab.policies import eviction
+from adapmoe_lab import policies, records, simulation
 from adapmoe_lab.records.files import cache_folder, digest
 
 _SETTINGS: Any = config
-_INLINED: Any = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_UNWRAPPED: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-inlined: Callable[..., Any] = numba.njit(**_INLINED)
+inlined: Callable[..., Any] = numba.njit(forceinline=True, **_UNWRAPPED)
 """Makes a function that compiled ones may call, and that becomes part of them."""
+
+called: Callable[..., Any] = numba.njit(**_UNWRAPPED)
+"""Makes a function that compiled ones may call, for those so long that copies of them would take
+long to compile."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function when it is first called, or take it from the cache folder.
 
-    It may call inlined functions of its own module and of `policies.eviction`, which are the
+    It may call inlined functions and read constants of records, policies and simulation, whose
     sources its code is known by. It holds no lock while it runs.
     """
-    sources = (function.__code__.co_filename, eviction.__file__, __file__)
-    folder = cache_folder() / "compiled" / digest(*(Path(path).read_bytes() for path in sources))
+    folder = cache_folder() / "compiled" / _sources()
     dispatcher = numba.njit(nogil=True)(function)
     if _can_write(folder):  # else every process compiles for itself
         elsewhere, _SETTINGS.CACHE_DIR = _SETTINGS.CACHE_DIR, str(folder)
@@ -40,6 +44,14 @@ def compiled(function: Callable[..., Any]) -> Any:
         finally:
             _SETTINGS.CACHE_DIR = elsewhere
     return dispatcher
+
+
+@cache
+def _sources() -> str:
+    """Identify all that compiled code can come from."""
+    folders = [folder for floor in (records, policies, simulation) for folder in floor.__path__]
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.py"))
+    return digest(*(path.read_bytes() for path in files))
 
 
 def _can_write(folder: Path) -> bool:

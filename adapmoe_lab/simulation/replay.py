@@ -13,23 +13,32 @@ from numpy.typing import NDArray
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.eviction import POLICIES
 from adapmoe_lab.records import CachePlan, RoutingTrace
+from adapmoe_lab.simulation.guesses import NO_GUESSES, Guesses, step_bounds
 
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """Hits and misses of every step and layer.
+    """What became of the experts that every step and layer needed.
 
     Attributes:
         hits: int64 [N, L], distinct experts resident before the step; N steps.
         loads: int64 [N, L], distinct experts brought into a slot.
         streamed: int64 [N, L], distinct experts that only passed through staging.
         is_decode: bool [N], which steps were decode.
+        members: int16 [L, T K], the distinct experts of each layer's steps one after another.
+        starts: int64 [L, N+1], where the experts of each step begin, and the last ones end.
+        fates: int8 [L, T K], what became of each: 0 a hit, 1 loaded, 2 streamed.
+        absent: bool [J, N, L, C], which guesses spoke of experts that were not resident then.
     """
 
     hits: NDArray[np.int64]
     loads: NDArray[np.int64]
     streamed: NDArray[np.int64]
     is_decode: NDArray[np.bool_]
+    members: NDArray[np.int16]
+    starts: NDArray[np.int64]
+    fates: NDArray[np.int8]
+    absent: NDArray[np.bool_]
 
     @property
     def misses(self) -> NDArray[np.int64]:
@@ -38,7 +47,11 @@ class Replay:
 
 
 def replay(
-    trace: RoutingTrace, keep: NDArray[np.bool_], plan: CachePlan | None, eviction: str = "lru"
+    trace: RoutingTrace,
+    keep: NDArray[np.bool_],
+    plan: CachePlan | None,
+    eviction: str = "lru",
+    guesses: Guesses = NO_GUESSES,
 ) -> Replay:
     """Replay a trace whose experts `keep` [T, L, K] are run; the cache starts empty.
 
@@ -50,6 +63,8 @@ def replay(
         keep: which of the routed experts are run.
         plan: slots per layer, or shared by all.
         eviction: name of a policy, those that need the future included.
+        guesses: of experts to come, whose residency is wanted. Fetching ahead leaves the cache as
+            it is without.
 
     Raises:
         ValueError: there is no such policy.
@@ -69,6 +84,8 @@ def replay(
     members, starts, following = expert_sets(trace, keep, bounds, next_use_in)
     bits = trace.router_probs.view(np.uint16)
     counts = np.empty((spec.n_layers, 3, len(bounds) - 1), dtype=np.int64)
+    fates = np.empty(members.shape, dtype=np.int8)
+    absent = np.zeros(guesses.experts.shape, dtype=np.bool_)
 
     def replay_one(pool: int) -> None:
         first = pool * n_shared
@@ -86,17 +103,16 @@ def replay(
             pinned[own],
             empty_pool(n_shared, spec.n_experts),
             counts[own],
+            fates[own],
+            guesses.distances,
+            guesses.experts,
+            absent,
         )
 
     in_threads(replay_one, plan.n_pools)
     hits, loads, streamed = counts.transpose(1, 2, 0)
-    return Replay(hits, loads, streamed, trace.is_decode[bounds[:-1]])
-
-
-def step_bounds(trace: RoutingTrace) -> NDArray[np.int64]:
-    """Return the first token of every step of a trace, and T, int64 [N+1]."""
-    ids = trace.step_ids
-    return np.flatnonzero(np.diff(ids, prepend=ids[0] - 1, append=ids[-1] + 1))
+    is_decode = trace.is_decode[bounds[:-1]]
+    return Replay(hits, loads, streamed, is_decode, members, starts, fates, absent)
 
 
 def expert_sets(

@@ -24,6 +24,9 @@ after_use = inlined(eviction.after_use)
 asks_high_precision = inlined(eviction.asks_high_precision)
 distance_malus = inlined(eviction.distance_malus)
 
+HIT, LOAD, STREAM = range(3)
+"""What becomes of a member of a step's set: it was resident, gets a slot, or passes through."""
+
 HALF = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64)
 """The number of every bit pattern of a float16, which numba does not know."""
 
@@ -147,10 +150,18 @@ def _let_go(values, resident, barred, lowest, lowest_value, members, layer, firs
                 lowest[layer], lowest_value[layer] = expert, value
 
 
+@inlined
+def _note_absent(guessed, absent, resident):
+    """Fill `absent` [C] with whether each guessed expert is not resident now."""
+    for c in range(len(guessed)):
+        absent[c] = guessed[c] >= 0 and not resident[guessed[c]]
+
+
 @compiled
 def replay_pool(
-    rule, n_slots, first_layer, members, starts, following, bits, half, bounds, pinned, state, out
-):
+    rule, n_slots, first_layer, members, starts, following, bits, half, bounds, pinned, state, out,
+    fates, distances, guessed, absent,
+):  # fmt: skip
     """Replay every step of the layers that share a pool of slots.
 
     The inner loop is one function on purpose: it runs a million times for a long trace.
@@ -169,6 +180,12 @@ def replay_pool(
         pinned: bool [L, E], experts that never leave.
         state: what `empty_pool` returns.
         out: int64 [L, 3, N], filled with hits, loads and streamed experts.
+        fates: int8 [L, T K], filled with what becomes of each member: HIT, LOAD or STREAM.
+        distances: int64 [J], from how many layers before a layer's experts are guessed; 0 for
+            before the pass begins.
+        guessed: int16 [J, N, L of the model, C], the guesses, -1 for none.
+        absent: bool [J, N, L of the model, C], filled with which of them are not resident at the
+            moment of guessing.
     """
     values, memory, resident, barred, lowest, lowest_value, missing, scores = state
     n_layers, n_experts = values.shape
@@ -183,6 +200,10 @@ def replay_pool(
                 )
             if rule == LEAST_STALE and layer == 0:
                 _begin_pass(values, barred, lowest, lowest_value)
+            for j in range(len(distances)):
+                if n_layers == 1 or (layer == 0 and distances[j] == 0):
+                    at = first_layer + layer
+                    _note_absent(guessed[j, step, at], absent[j, step, at], resident[layer])
             for expert in range(n_experts if moves_all else 0):
                 value = values[layer, expert]
                 values[layer, expert] = value_in_new_step(rule, value, scores[expert])
@@ -194,7 +215,8 @@ def replay_pool(
                     n_barred += 1
                     is_lowest_known &= expert != lowest[layer]
                 was_resident, hint = int(resident[layer, expert]), 0
-                missing[n_missing] = expert
+                fates[layer, i] = HIT if was_resident else STREAM
+                missing[n_missing] = i
                 n_missing += 1 - was_resident
                 if rule == BELADY:
                     hint = following[layer, i]
@@ -216,8 +238,14 @@ def replay_pool(
                     barred[at, lowest[at]] = np.inf
                     _find_lowest(values, barred, lowest, lowest_value, at)
                     n_may_leave -= 1
-                resident[layer, missing[number]] = True
-                n_may_leave += not pinned[layer, missing[number]]
+                expert = members[layer, missing[number]]
+                fates[layer, missing[number]] = LOAD
+                resident[layer, expert] = True
+                n_may_leave += not pinned[layer, expert]
+            for j in range(len(distances) if n_layers > 1 else 0):
+                at = layer + distances[j]
+                if distances[j] > 0 and at < n_layers:
+                    _note_absent(guessed[j, step, at], absent[j, step, at], resident[at])
             _let_go(
                 values, resident, barred, lowest, lowest_value, members, layer, first, end, pinned
             )

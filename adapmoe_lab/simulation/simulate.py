@@ -9,13 +9,16 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.records import (
+    CachePlan,
     HardwareProfile,
+    MoESpec,
     RoutingTrace,
     SensitivityProfile,
     TunedConfig,
 )
-from adapmoe_lab.simulation.cost import layer_step_s
-from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.guesses import recorded_guesses
+from adapmoe_lab.simulation.replay import Replay, replay
+from adapmoe_lab.simulation.timeline import StepCosts, Timeline, run_timeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +29,14 @@ class Simulation:
         experts_per_token: float64 [L], experts run per token.
         skipped_fraction: skipped expert activations over all the router chose.
         hit_rate: float64 [L], share of needed experts that are resident.
-        loads_per_token: float64 [L], experts loaded per token.
+        loads_per_token: float64 [L], experts that must be demanded per token.
         bytes_per_token: bytes that cross the link per token.
+        prefetch_used_per_token: float64 [L], experts begun ahead that are needed.
+        prefetch_wasted_per_token: float64 [L], experts begun ahead that are not.
+        stall_ms_per_token: float64 [L], milliseconds that computing waits for the link; None
+            without hardware.
+        link_idle_share: share of the time in which nothing crosses the link; None without
+            hardware.
         ms_per_token: predicted mean milliseconds per output token; None without hardware.
         loss_increase_nats: predicted loss increase per token; None without a sensitivity.
         loss_increase_se: its standard error.
@@ -38,6 +47,10 @@ class Simulation:
     hit_rate: NDArray[np.float64]
     loads_per_token: NDArray[np.float64]
     bytes_per_token: float
+    prefetch_used_per_token: NDArray[np.float64]
+    prefetch_wasted_per_token: NDArray[np.float64]
+    stall_ms_per_token: NDArray[np.float64] | None = None
+    link_idle_share: float | None = None
     ms_per_token: float | None = None
     loss_increase_nats: float | None = None
     loss_increase_se: float | None = None
@@ -51,7 +64,8 @@ class Simulation:
     def mean_hit_rate(self) -> float:
         """Hit rate over all layers, weighted by what each asks for."""
         needed = self.experts_per_token.sum()
-        return float(1 - self.loads_per_token.sum() / needed) if needed else 1.0
+        missed = self.loads_per_token.sum() + self.prefetch_used_per_token.sum()
+        return float(1 - missed / needed) if needed else 1.0
 
 
 def simulate(
@@ -74,31 +88,70 @@ def simulate(
     Raises:
         ValueError: the sensitivity was measured with something else in place of skipped experts.
     """
-    steps = trace.as_decode()
-    keep = kept_experts(steps, config.gating)
-    replayed = replay(steps, keep, config.plan, config.eviction)
+    keep = kept_experts(trace, config.gating)
     counted = slice(min(warmup_tokens, trace.n_tokens // 2), None)
+    replayed, timeline = replayed_and_timed(trace, config, keep, hardware)
     hits, misses = replayed.hits[counted], replayed.misses[counted]
-    slot_bytes = config.plan.slot_bytes if config.plan is not None else None
-    if slot_bytes is None:
-        slot_bytes = np.full(trace.spec.n_layers, trace.spec.stored_expert_bytes)
     loss, loss_se = _predicted_loss(config, keep, sensitivity)
-    ms_per_token = None
-    if hardware is not None:
-        load_s = np.array([hardware.load_s(n) for n in slot_bytes])
-        loads, streamed = replayed.loads[counted], replayed.streamed[counted]
-        busy_s = layer_step_s(hits, loads, streamed, load_s, hardware.expert_s).sum(axis=1)
-        ms_per_token = 1e3 * float(hardware.dense_step_s + busy_s.mean())
+    used = wasted = np.zeros(trace.spec.n_layers)
+    stall_ms = idle = ms_per_token = None
+    bytes_per_token = float((misses.mean(axis=0) * slot_bytes(trace.spec, config.plan)).sum())
+    if timeline is not None:
+        step_s = timeline.step_s[counted]
+        used, wasted = timeline.used[counted].mean(axis=0), timeline.wasted[counted].mean(axis=0)
+        stall_ms = 1e3 * timeline.stall_s[counted].mean(axis=0)
+        idle = 1 - float(timeline.link_s[counted].sum() / step_s.sum())
+        ms_per_token = 1e3 * float(step_s.mean())
+        bytes_per_token = float(timeline.n_bytes[counted].mean())
     return Simulation(
         experts_per_token=keep[counted].sum(axis=2).mean(axis=0),
         skipped_fraction=float(1 - keep.mean()),
         hit_rate=hits.sum(axis=0) / np.maximum(1, (hits + misses).sum(axis=0)),
-        loads_per_token=misses.mean(axis=0),
-        bytes_per_token=float((misses.mean(axis=0) * slot_bytes).sum()),
+        loads_per_token=misses.mean(axis=0) - used,
+        bytes_per_token=bytes_per_token,
+        prefetch_used_per_token=used,
+        prefetch_wasted_per_token=wasted,
+        stall_ms_per_token=stall_ms,
+        link_idle_share=idle,
         ms_per_token=ms_per_token,
         loss_increase_nats=loss,
         loss_increase_se=loss_se,
     )
+
+
+def replayed_and_timed(
+    trace: RoutingTrace,
+    config: TunedConfig,
+    keep: NDArray[np.bool_],
+    hardware: HardwareProfile | None,
+    n_events: int = 0,
+) -> tuple[Replay, Timeline | None]:
+    """Replay a trace token by token under a config, and time it if times are known.
+
+    Args:
+        trace: recorded routing; every token is replayed as a decode step of its own.
+        config: cache plan, eviction and prefetch; its gating only judges guesses here.
+        keep: bool [T, L, K], which of the routed experts are run.
+        hardware: measured times; without it nothing is timed, and nothing fetched ahead.
+        n_events: how many events of the timeline to keep.
+    """
+    steps, spec = trace.as_decode(), trace.spec
+    table = config.prefetch if hardware is not None else None
+    guesses = recorded_guesses(steps, table, config.gating)
+    replayed = replay(steps, keep, config.plan, config.eviction, guesses)
+    if hardware is None:
+        return replayed, None
+    sizes = np.repeat(slot_bytes(spec, config.plan)[:, None], spec.n_experts, axis=1)
+    costs = StepCosts.on(hardware, sizes)
+    room = table.buffer_slots if table is not None else 0
+    return replayed, run_timeline(replayed, costs, guesses, room, n_events)
+
+
+def slot_bytes(spec: MoESpec, plan: CachePlan | None) -> NDArray[np.int64]:
+    """Return the bytes an expert of each layer takes on the link, int64 [L]."""
+    if plan is not None and plan.slot_bytes is not None:
+        return plan.slot_bytes
+    return np.full(spec.n_layers, spec.stored_expert_bytes)
 
 
 def _predicted_loss(

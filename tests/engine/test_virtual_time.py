@@ -8,21 +8,29 @@ import pytest
 import torch
 from runs import PROMPT, half_cached
 
-from adapmoe_lab.engine.clock import RealClock, VirtualClock
+from adapmoe_lab.engine.clock import RealClock, StepPace, VirtualClock
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.link import EmulatedLink
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.offload import VirtualCosts
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.models.families import router_scores
 from adapmoe_lab.policies.allocation import shared, slots_plan, with_pins
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.profiling.recorder import RoutingRecorder
-from adapmoe_lab.records import GatingTable, HardwareProfile, RoutingTrace, TunedConfig
+from adapmoe_lab.records import (
+    GatingTable,
+    HardwareProfile,
+    Prediction,
+    PrefetchSource,
+    PrefetchTable,
+    RoutingTrace,
+    TunedConfig,
+)
 from adapmoe_lab.records.config import EVICTION_POLICIES
-from adapmoe_lab.simulation.cost import layer_step_s
+from adapmoe_lab.simulation.guesses import recorded_guesses
 from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.timeline import StepCosts, run_timeline
 
 
 def paced(model, bytes_per_s):
@@ -32,35 +40,12 @@ def paced(model, bytes_per_s):
 
 def test_resident_experts_take_computing_only(load_tiny):
     model = load_tiny(clock=VirtualClock())
-    model.engine.costs = VirtualCosts(dense_layer_s=1e-3, expert_s=1e-4)
+    model.engine.pace = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
     decode(model.hf, model.encode(PROMPT), 8)  # every expert that the next run needs is loaded
     start = model.engine.clock.now()
     decode(model.hf, model.encode(PROMPT)[:1], 1)
     spent = model.engine.clock.now() - start
     assert spent == pytest.approx(3 * (1e-3 + 2 * 1e-4))
-
-
-def test_decode_time_equals_the_cost_model(load_tiny):
-    model = half_cached(load_tiny(clock=VirtualClock()))
-    costs = VirtualCosts(dense_layer_s=2e-3, expert_s=5e-4)
-    model.engine.costs = costs
-    expert_bytes = model.spec.stored_expert_bytes
-    paced(model, bytes_per_s=expert_bytes / 3e-3)
-    report = measure_latency(model, model.config, [PROMPT], new_tokens=30, repeats=2)
-    model.apply(model.config)
-    stamps, traffic = [], []
-
-    def note(_):
-        stamps.append(model.engine.clock.now())
-        traffic.append(model.engine.traffic)
-
-    decode(model.hf, model.encode(PROMPT), 20, after_step=note)
-    for before, after, start, end in zip(traffic, traffic[1:], stamps, stamps[1:], strict=False):
-        step = after - before
-        load_s = np.full(3, 3e-3)
-        busy = layer_step_s(step.hits, step.misses, step.misses * 0, load_s, costs.expert_s)
-        assert end - start == pytest.approx(3 * costs.dense_layer_s + busy.sum())
-    assert report.decode.unit == "s"
 
 
 def test_two_runs_take_the_same_virtual_time(load_tiny):
@@ -100,16 +85,21 @@ def test_load_time_is_interpolated_between_measured_sizes():
     assert profile.load_s(400) == pytest.approx(6.0)
 
 
+PACE = StepPace(dense_layer_s=2**-10, expert_s=2**-13, head_s=2**-11)
+"""Powers of two, so that sums on the engine's clock and on one from zero are the same."""
+
+
 @pytest.fixture(scope="module")
 def demo():
     model = load(
         "demo", dtype="float32", device="cpu", link="none", clock=VirtualClock(),
         announce=lambda _: None,
     )  # fmt: skip
-    return paced(model, bytes_per_s=1e9)
+    model.engine.pace = PACE
+    return paced(model, bytes_per_s=2**29)
 
 
-def config_of(model, eviction, is_global):
+def config_of(model, eviction, is_global, prefetch=None):
     """Return a gated config with zero to seven slots per layer, or as many in one pool."""
     spec = model.spec
     plan = replace(slots_plan(spec, 4), slots=[4, 5, 0, 3, 2, 7, 4, 1])
@@ -119,7 +109,17 @@ def config_of(model, eviction, is_global):
         plan = with_pins(replace(plan, slots=np.maximum(plan.slots - 1, 0)), uses)
     gating = GatingTable.per_layer(np.full(8, 0.85), spec.top_k)
     untuned = TunedConfig.untuned(spec)
-    return replace(untuned, plan=plan, gating=gating, eviction=eviction)
+    return replace(untuned, plan=plan, gating=gating, eviction=eviction, prefetch=prefetch)
+
+
+def following(*spoken, buffer_slots=6):
+    """Return a prefetch table of (predictor, distance), trusted less in later layers."""
+    probability = np.linspace(0.9, 0.5, 8)[:, None] * [1, 0.8]
+    return PrefetchTable([PrefetchSource(*who, probability) for who in spoken], buffer_slots)
+
+
+NEXT_THREE = [("next_router", 1), ("next_router", 2), ("next_router", 3)]
+EVERYBODY = [*NEXT_THREE, ("own_norm", 1), ("token_embedding", 0)]
 
 
 def decode_batch(model, prompts, n_steps):
@@ -138,13 +138,26 @@ def decode_batch(model, prompts, n_steps):
         return np.concatenate([np.stack([of_layer(p) for p in step], axis=1) for step in steps])
 
     routers = [layer.router for layer in model.layers]
+
+    def guessed(distance):
+        """Return what every layer's router says of the experts' input so many layers before."""
+        experts, scores = np.full((2, sum(rows), n_layers, 2), -1.0)
+        ends = np.cumsum(rows)
+        for step, end in zip(steps, ends, strict=True):
+            for source in step[: n_layers - distance]:
+                target = source.layer + distance
+                best = router_scores(routers[target], source.hidden).topk(2)
+                experts[end - len(source.hidden) : end, target] = best.indices
+                scores[end - len(source.hidden) : end, target] = best.values
+        return Prediction(experts, scores)
+
     return RoutingTrace(
         spec=model.spec,
         token_ids=np.zeros(sum(rows)),
         expert_indices=stacked(lambda p: p.indices),
         weights=stacked(lambda p: p.weights),
         router_probs=stacked(lambda p: router_scores(routers[p.layer], p.hidden).numpy()),
-        predictions={},
+        predictions={"next_router": {distance: guessed(distance) for distance in (1, 2, 3)}},
         sequence_starts=[0],
         step_ids=np.repeat(np.arange(len(rows)), rows),
         is_decode=np.zeros(sum(rows), dtype=bool),
@@ -161,18 +174,68 @@ def decode_alone(model, prompts, n_steps):
     return recorder.trace()
 
 
+def run_and_replay(model, config, run):
+    """Run a config and replay what was routed; return both accounts, and the times they took."""
+    engine, table = model.engine, config.prefetch
+    prompts = [model.encode(text)[:16] for text in calibration_texts()[:3]]
+    with model.running(config):
+        engine.clock.spend(1.0)  # the link is idle by then
+        start = engine.clock.now()
+        trace = run(model, prompts, 12)
+        traffic, took = engine.traffic, engine.clock.now() - start
+    guesses = recorded_guesses(trace, table, config.gating)
+    keep = kept_experts(trace, config.gating)
+    replayed = replay(trace, keep, config.plan, config.eviction, guesses)
+    costs = StepCosts.of(
+        engine.store.expert_bytes,
+        engine.link.seconds,
+        dense_layer_s=PACE.dense_layer_s,
+        expert_s=PACE.expert_s,
+        head_s=PACE.head_s,
+    )
+    timeline = run_timeline(replayed, costs, guesses, table.buffer_slots if table else 0)
+    return traffic, took, replayed, timeline
+
+
+def assert_equal_accounts(traffic, took, replayed, timeline):
+    np.testing.assert_array_equal(replayed.hits.sum(axis=0), traffic.hits)
+    used = timeline.used.sum(axis=0)
+    np.testing.assert_array_equal(used, traffic.prefetch_used)
+    np.testing.assert_array_equal(replayed.misses.sum(axis=0) - used, traffic.misses)
+    np.testing.assert_array_equal(timeline.wasted.sum(axis=0), traffic.prefetch_wasted)
+    assert timeline.n_bytes.sum() == traffic.bytes_moved
+    assert timeline.ended_s[-1] == took
+    assert traffic.hits.sum() > 0
+    assert traffic.skipped > 0
+
+
 @pytest.mark.parametrize("run", [decode_alone, decode_batch])
 @pytest.mark.parametrize("is_global", [False, True])
 @pytest.mark.parametrize("eviction", EVICTION_POLICIES)
-def test_replay_counts_what_the_engine_counted(demo, eviction, is_global, run):
-    prompts = [demo.encode(text)[:16] for text in calibration_texts()[:3]]
-    config = config_of(demo, eviction, is_global)
-    with demo.running(config):
-        trace = run(demo, prompts, 12)
-        traffic = demo.engine.traffic
-    replayed = replay(trace, kept_experts(trace, config.gating), config.plan, eviction)
-    np.testing.assert_array_equal(replayed.hits.sum(axis=0), traffic.hits)
-    np.testing.assert_array_equal(replayed.misses.sum(axis=0), traffic.misses)
-    assert replayed.misses.sum() * demo.spec.stored_expert_bytes == traffic.bytes_moved
-    assert traffic.hits.sum() > 0
-    assert traffic.skipped > 0
+def test_replay_counts_and_times_what_the_engine_does(demo, eviction, is_global, run):
+    accounts = run_and_replay(demo, config_of(demo, eviction, is_global), run)
+    assert_equal_accounts(*accounts)
+    assert not accounts[0].prefetch_used.any()
+
+
+@pytest.mark.parametrize("load_s", [2**-12, 2**-9, 2**-7])
+@pytest.mark.parametrize("is_global", [False, True])
+@pytest.mark.parametrize(
+    ("run", "spoken"),
+    [(decode_alone, EVERYBODY), (decode_alone, NEXT_THREE[:1]), (decode_batch, NEXT_THREE)],
+)
+def test_fetching_ahead_is_counted_and_timed_alike(demo, is_global, load_s, run, spoken):
+    paced(demo, demo.spec.stored_expert_bytes / load_s)
+    config = config_of(demo, "lru", is_global, following(*spoken))
+    accounts = run_and_replay(demo, config, run)
+    assert_equal_accounts(*accounts)
+    assert accounts[0].prefetch_used.sum() > 0
+    without, took, *_ = run_and_replay(demo, replace(config, prefetch=None), run)
+    np.testing.assert_array_equal(without.hits, accounts[0].hits)
+    assert accounts[1] < took
+
+
+@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+def test_fetching_ahead_leaves_every_policy_as_it_is(demo, eviction):
+    config = config_of(demo, eviction, True, following(*EVERYBODY, buffer_slots=2))
+    assert_equal_accounts(*run_and_replay(demo, config, decode_alone))

@@ -1,4 +1,7 @@
+import io
 import json
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,9 @@ from adapmoe_lab.records import (
     OFF,
     GatingTable,
     HardwareProfile,
+    Predictors,
+    PrefetchSource,
+    PrefetchTable,
     RecordError,
     TunedConfig,
 )
@@ -78,7 +84,7 @@ def test_truncated_file(config, tmp_path, share):
     [
         ({"schema_version": 99}, r"schema version 99; this adapmoe-lab reads version 1\. Upgrade"),
         ({"kind": "recipe"}, "holds a 'recipe'; expected a 'tuned-config'"),
-        ({"prefetch": {"policy": "x"}}, "asks for prefetch, which this adapmoe-lab cannot run"),
+        ({"prefetch": {"policy": "x"}}, "has a section of the wrong form"),
         ({"surprise": 1}, r"missing nothing, unknown \['surprise'\]"),
         ({"gating": {"quantity": "entropy"}}, "Gating on 'entropy' is unknown"),
         ({"plan": {"slots": [1]}}, "has a section of the wrong form"),
@@ -93,6 +99,89 @@ def test_wrong_content_is_named(config, tmp_path, change, message):
     path.write_text(json.dumps({**config.to_json(), **change}))
     with pytest.raises(RecordError, match=message):
         TunedConfig.load(path)
+
+
+def prefetching(spec, fitted=None, predictor="next_router"):
+    source = PrefetchSource(predictor, 1, np.full((spec.n_layers, 2), 0.75))
+    table = PrefetchTable([source, PrefetchSource("own_norm", 1, source.probability)], 4, fitted)
+    return replace(TunedConfig.untuned(spec), prefetch=table)
+
+
+def fitted_to(spec):
+    shape = (spec.hidden_size + 1, spec.n_experts)
+    rng = np.random.default_rng(0)
+    return Predictors(
+        model_fingerprint=spec.fingerprint(),
+        ridge={1: rng.normal(size=(spec.n_layers, *shape))},
+        table_tokens=np.arange(4),
+        token_table=rng.random((4, spec.n_experts)),
+        last_hidden=rng.normal(size=shape),
+        n_tokens=10,
+    )
+
+
+def test_prefetch_is_kept_with_what_was_fitted_for_it(tmp_path):
+    spec = make_spec()
+    plain = prefetching(spec)
+    again = TunedConfig.load(plain.save(tmp_path / "plain.json"))
+    assert again.prefetch.fingerprint() == plain.prefetch.fingerprint()
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.json"]
+    config = prefetching(spec, fitted_to(spec), "ridge")
+    path = config.save(tmp_path / "tuned.json")
+    again = TunedConfig.load(path)
+    assert again.to_json("tuned") == config.to_json("tuned")
+    assert again.prefetch.fingerprint() == config.prefetch.fingerprint()
+    beside = path.with_name(json.loads(path.read_text())["prefetch"]["fitted"]["file"])
+    with zipfile.ZipFile(io.BytesIO(config.as_one_file("tuned"))) as archive:
+        assert sorted(archive.namelist()) == sorted([beside.name, "tuned.json"])
+    beside.write_bytes(beside.read_bytes()[:-4])
+    with pytest.raises(RecordError, match="it changed since it was saved, or is damaged"):
+        TunedConfig.load(path)
+    beside.unlink()
+    with pytest.raises(RecordError, match=r"needs tuned\..*safetensors beside it, which is not"):
+        TunedConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda spec: prefetching(spec, predictor="oracle"),
+            "Predictor 'oracle' is unknown; expected one of token_table",
+        ),
+        (
+            lambda spec: PrefetchSource("next_router", 0, np.ones((3, 2))),
+            "'next_router' speaks of later layers, at distances from 1; got distance 0",
+        ),
+        (
+            lambda spec: PrefetchSource("token_table", 1, np.ones((3, 2))),
+            "'token_table' speaks of layer 0 only; got distance 1",
+        ),
+        (
+            lambda spec: PrefetchSource("next_router", 1, np.full((3, 2), 1.5)),
+            r"Probabilities of guesses must lie in 0\.\.1",
+        ),
+        (lambda spec: prefetching(spec, predictor="ridge"), "ridge must be fitted; give what"),
+        (lambda spec: PrefetchTable([], 2), "needs a predictor and room for an expert; got 0"),
+        (
+            lambda spec: PrefetchTable([PrefetchSource("ridge", 1, np.ones((3, 2)))] * 2, 2),
+            "One predictor can speak at each moment and distance",
+        ),
+        (
+            lambda spec: replace(prefetching(make_spec(n_layers=4)), model=dict(
+                TunedConfig.model_identity(spec)
+            )),
+            "The prefetch table is for 4 layers; the model has 3",
+        ),
+        (
+            lambda spec: prefetching(spec, fitted_to(make_spec(n_experts=4)), "ridge"),
+            "The predictors were fitted to a model of fingerprint",
+        ),
+    ],
+)  # fmt: skip
+def test_a_prefetch_that_cannot_be_is_refused(make, message):
+    with pytest.raises(RecordError, match=message):
+        make(make_spec())
 
 
 def test_missing_section_is_named(config, tmp_path):

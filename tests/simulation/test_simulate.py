@@ -7,31 +7,15 @@ from traces import make_spec, make_trace
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.policies.thresholds import UniformCut
-from adapmoe_lab.records import HardwareProfile, TunedConfig
-from adapmoe_lab.simulation.cost import layer_step_s
+from adapmoe_lab.records import (
+    HardwareProfile,
+    PrefetchSource,
+    PrefetchTable,
+    RecordError,
+    TunedConfig,
+)
 from adapmoe_lab.simulation.replay import replay
 from adapmoe_lab.simulation.simulate import simulate
-
-
-def event_by_event(hits, loads, streamed, load_s, expert_s):
-    """Walk through one layer's step: a link in order, two staging rows, one compute unit."""
-    now, link_free, stream_done = hits * expert_s, 0.0, []
-    for miss in range(loads + streamed):
-        position = miss - loads  # within the streamed experts
-        row_free = stream_done[position - 2] if position >= 2 else 0.0
-        link_free = max(link_free, row_free) + load_s
-        now = max(now, link_free) + expert_s
-        if position >= 0:
-            stream_done.append(now)
-    return now
-
-
-@pytest.mark.parametrize("load_s", [0.1, 1.0, 3.0])
-def test_cost_equals_an_event_simulation(load_s):
-    counts = np.stack(np.meshgrid(*[np.arange(6)] * 3, indexing="ij")).reshape(3, -1, 1)
-    costs = layer_step_s(*counts, np.array([load_s]), 1.0)
-    for (hits, loads, streamed), cost in zip(counts[:, :, 0].T, costs[:, 0], strict=True):
-        assert cost == pytest.approx(event_by_event(hits, loads, streamed, load_s, 1.0))
 
 
 def test_tokens_of_one_step_share_their_experts():
@@ -65,7 +49,34 @@ def test_gating_lowers_experts_loads_and_time():
     assert fewer.skipped_fraction == pytest.approx(0.25, abs=0.002)
     assert fewer.bytes_per_token < full.bytes_per_token
     assert fewer.ms_per_token < full.ms_per_token
+    assert fewer.link_idle_share > full.link_idle_share
+    assert fewer.stall_ms_per_token.sum() < full.stall_ms_per_token.sum()
     assert fewer.loss_increase_nats is None
+
+
+def test_right_guesses_hide_loads_and_move_the_same_bytes():
+    trace = make_trace(n_tokens=600)
+    hardware = HardwareProfile("cpu", "emulated:x", [250, 1000], [0.0005, 0.002], 0.006, 0.0005)
+    plain = replace(TunedConfig.untuned(trace.spec), plan=slots_plan(trace.spec, 4))
+    sure = PrefetchTable([PrefetchSource("next_router", 1, np.ones((3, 2)))], buffer_slots=4)
+    ahead = replace(plain, prefetch=sure)
+    before, after = simulate(trace, plain, hardware), simulate(trace, ahead, hardware)
+    np.testing.assert_array_equal(after.hit_rate, before.hit_rate)
+    assert after.prefetch_used_per_token[0] == 0  # of the first layer nothing is said
+    assert (after.loads_per_token[1:] < 0.2 * before.loads_per_token[1:]).all()
+    assert not after.prefetch_wasted_per_token.any()  # the trace's guesses are its routing
+    assert after.bytes_per_token == pytest.approx(before.bytes_per_token)
+    assert after.ms_per_token < before.ms_per_token
+    assert after.mean_hit_rate == pytest.approx(before.mean_hit_rate)
+
+
+def test_guesses_that_were_not_recorded_are_refused():
+    trace = make_trace()
+    hardware = HardwareProfile("cpu", "emulated:x", [1000], [0.002], 0.006, 0.0005)
+    unknown = PrefetchTable([PrefetchSource("next_router", 3, np.ones((3, 2)))], buffer_slots=4)
+    config = replace(TunedConfig.untuned(trace.spec), prefetch=unknown)
+    with pytest.raises(RecordError, match=r"no predictions of 'next_router' at distance 3"):
+        simulate(trace, config, hardware)
 
 
 def test_all_resident_costs_only_computing():

@@ -134,5 +134,5 @@ def test_the_present_setting_is_the_config(workbench):
 def test_tiles_of_what_was_not_predicted_show_a_dash():
     spec = make_spec()
     ones = np.ones(spec.n_layers)
-    rendered = as_html(tiles(Simulation(ones, 0.5, ones, ones, 0.0), {}))
+    rendered = as_html(tiles(Simulation(ones, 0.5, ones, ones, 0.0, 0 * ones, 0 * ones), {}))
     assert rendered.count("–") == 2

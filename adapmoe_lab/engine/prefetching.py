@@ -1,0 +1,243 @@
+"""Fetching ahead: experts that later layers will probably need, brought in the link's idle time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adapmoe_lab.engine.ahead import AheadCopy
+from adapmoe_lab.engine.clock import Clock, StepPace
+from adapmoe_lab.engine.link import Link
+from adapmoe_lab.engine.prediction import Predictor, likeliest
+from adapmoe_lab.engine.store import ExpertStore
+from adapmoe_lab.policies.prefetch import (
+    candidates,
+    expected_gain_s,
+    needed_at,
+    piece_bounds,
+)
+from adapmoe_lab.policies.residency import ExpertCache, StepPlan
+from adapmoe_lab.records import GatingTable, PrefetchTable
+from adapmoe_lab.records.prefetch import Moment
+
+
+@dataclass(eq=False)
+class _Row:
+    """An expert in the buffer, or on its way there."""
+
+    layer: int
+    expert: int
+    copy: AheadCopy
+
+
+class Prefetcher:
+    """Follows a prefetch table: what it asks for waits in a buffer beside the cache.
+
+    Attributes:
+        used: int64 [L], experts begun ahead that were needed then.
+        wasted: int64 [L], experts begun ahead that were not.
+        pace: what computing is expected to take.
+    """
+
+    def __init__(
+        self,
+        table: PrefetchTable,
+        predictors: Sequence[Predictor],
+        store: ExpertStore,
+        link: Link,
+        clock: Clock,
+        device: torch.device,
+        pace: StepPace,
+        gating: GatingTable | None = None,
+    ) -> None:
+        """Allocate the buffer.
+
+        Args:
+            table: whose guesses to follow.
+            predictors: what speaks; at least those of the table.
+            store: where the experts lie on the host.
+            link: what they cross.
+            clock: what time is read from.
+            device: where the buffer is.
+            pace: what computing is expected to take.
+            gating: what will skip experts: guesses that it would skip are not followed.
+        """
+        self.table = table
+        self.pace = pace
+        self._predictors = {predictor.name: predictor for predictor in predictors}
+        self._check_predictors()
+        self._store = store
+        self._link = link
+        self._clock = clock
+        shape = (table.buffer_slots, int(store.expert_bytes.max()))
+        self._buffer = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._rows: list[_Row | None] = [None] * table.buffer_slots
+        self.used = np.zeros(store.n_layers, dtype=np.int64)
+        self.wasted = np.zeros(store.n_layers, dtype=np.int64)
+        self._gating = gating
+        self._bytes_settled = 0
+
+    def _check_predictors(self) -> None:
+        missing = {source.predictor for source in self.table.sources} - set(self._predictors)
+        if missing:
+            raise ValueError(
+                f"Prefetch follows {', '.join(sorted(missing))}, which this model does not offer; "
+                f"it offers {', '.join(self._predictors) or 'none'}. Fitted predictors come with "
+                "the prefetch table."
+            )
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all pieces begun so far."""
+        return self._bytes_settled + sum(row.copy.bytes_begun for row in self._rows if row)
+
+    def settle(self, layer: int, missing: Collection[int]) -> dict[int, AheadCopy]:
+        """Return what was begun ahead of a layer's missing experts, and give up its other guesses.
+
+        The copies' rows stay taken until `release`.
+        """
+        self._link.begin_pieces()
+        begun = {}
+        for number, row in self._rows_of(layer):
+            if row.copy.n_begun and row.expert in missing:
+                begun[row.expert] = row.copy
+                self.used[layer] += 1
+            else:
+                self.wasted[layer] += row.copy.n_begun > 0
+                self._give_up(number, row)
+        return dict(sorted(begun.items()))
+
+    def release(self, layer: int) -> None:
+        """Free the rows of a layer, whose experts were computed or moved."""
+        for number, row in self._rows_of(layer):
+            self._give_up(number, row)
+
+    def begin_pass(self, token_ids: torch.Tensor, cache: ExpertCache) -> None:
+        """Ask for the first layer's experts, by the tokens [T] of the pass that begins."""
+        self._ask(Moment.TOKEN, 0, token_ids, cache, self._link.free_at(), self._clock.now(), 0.0)
+
+    def look_ahead(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        cache: ExpertCache,
+        step: StepPlan,
+        late: Sequence[int],
+    ) -> None:
+        """Ask for later layers' experts, everything that this layer misses being demanded.
+
+        Args:
+            layer: the layer that runs.
+            hidden: what its experts are given [T, D].
+            cache: who is resident.
+            step: what the layer does.
+            late: experts that it will demand once there is staging for them.
+        """
+        link_ready, expert_s = self._link.free_at(), self.pace.expert_s
+        late_s = 0.0
+        for expert in late:
+            late_s += self._link.seconds(int(self._store.expert_bytes[layer, expert]))
+        link_ready += late_s
+        ready_at = max(self._clock.now() + len(step.hits) * expert_s, link_ready)
+        ready_at += expert_s if step.n_misses else 0.0
+        layer_experts_s = (len(step.hits) + step.n_misses) * expert_s
+        self._ask(Moment.EXPERTS_INPUT, layer, hidden, cache, link_ready, ready_at, layer_experts_s)
+
+    def look_again(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:
+        """Ask by a layer's output [T, D], which the next one starts from."""
+        self._ask(
+            Moment.LAYER_OUTPUT, layer, output, cache, self._link.free_at(), self._clock.now(), 0.0
+        )
+
+    def end_pass(self, last_hidden: torch.Tensor, cache: ExpertCache) -> None:
+        """Ask for the first layer's experts of the next token, by this one's last state [1, D]."""
+        ready_at = self._clock.now() + self.pace.head_s
+        self._ask(Moment.LAST_HIDDEN, 0, last_hidden, cache, self._link.free_at(), ready_at, 0.0)
+
+    def _ask(
+        self,
+        moment: int,
+        layer: int,
+        x: torch.Tensor,
+        cache: ExpertCache,
+        link_ready: float,
+        ready_at: float,
+        layer_experts_s: float,
+    ) -> None:
+        """Ask for those guesses that are worth it, of all predictors that speak at a moment."""
+        for number, source in enumerate(self.table.sources):
+            target = layer + source.distance
+            if source.moment != moment or target >= self._store.n_layers:
+                continue
+            needed_at_s = needed_at(
+                ready_at, max(1, source.distance), self.pace.dense_layer_s, layer_experts_s
+            )
+            guesses = self._guesses(number, layer, target, x)
+            self._replace(target, *guesses, cache, link_ready, needed_at_s)
+
+    def _guesses(
+        self, number: int, layer: int, target: int, x: torch.Tensor
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        source = self.table.sources[number]
+        by_rank = source.probability[target]
+        scores = self._predictors[source.predictor].scores(layer, target, x)
+        experts, scores = likeliest(scores, len(by_rank))
+        return candidates(
+            experts.cpu().numpy(),
+            by_rank,
+            scores.cpu().numpy(),
+            (self._gating, target) if self._gating is not None else None,
+        )
+
+    def _replace(
+        self,
+        target: int,
+        experts: NDArray[np.int64],
+        probability: NDArray[np.float64],
+        cache: ExpertCache,
+        link_ready: float,
+        needed_at_s: float,
+    ) -> None:
+        """Ask for guesses of a layer instead of earlier ones that are not begun."""
+        guessed = set(experts.tolist())
+        for number, row in self._rows_of(target):
+            if not row.copy.n_begun and row.expert not in guessed:
+                self._give_up(number, row)
+        for expert, chance in zip(experts.tolist(), probability.tolist(), strict=True):
+            is_here = cache.slot_of[target, expert] >= 0
+            if is_here or any(row.expert == expert for _, row in self._rows_of(target)):
+                continue
+            begins = max(self._clock.now(), link_ready)
+            for row in self._rows:
+                if row is not None and row.layer <= target and not row.copy.is_whole:
+                    begins += self._link.seconds(row.copy.bytes_left)
+            n_bytes = int(self._store.expert_bytes[target, expert])
+            load_s = self._link.seconds(n_bytes)
+            piece_s = self._link.seconds(piece_bounds(n_bytes)[1])
+            if expected_gain_s(chance, begins, needed_at_s, load_s, piece_s) > 0:
+                self._fetch(target, expert)
+
+    def _fetch(self, layer: int, expert: int) -> None:
+        """Ask for an expert if the buffer has room."""
+        if None not in self._rows:
+            return
+        number, source = self._rows.index(None), self._store.row(layer, expert)
+        target = self._buffer[number][: source.numel()]
+        copy = self._link.copy_ahead(source, target, urgency=layer)
+        self._rows[number] = _Row(layer, expert, copy)
+
+    def _rows_of(self, layer: int) -> list[tuple[int, _Row]]:
+        return [
+            (number, row)
+            for number, row in enumerate(self._rows)
+            if row is not None and row.layer == layer
+        ]
+
+    def _give_up(self, number: int, row: _Row) -> None:
+        self._link.drop(row.copy)
+        self._bytes_settled += row.copy.bytes_begun
+        self._rows[number] = None

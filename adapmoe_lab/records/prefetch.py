@@ -1,0 +1,159 @@
+"""What is fetched ahead of its layer, by which guesses, and how far they are trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapmoe_lab.records.files import RecordError, digest, frozen_array
+from adapmoe_lab.records.predictors import Predictors
+
+
+class Moment(IntEnum):
+    """When a predictor can be asked, and what it is then shown.
+
+    At the first and the last of them, layer 0 is its source as well as its target.
+    """
+
+    TOKEN = 0
+    """A forward pass begins: its token ids int64 [T]."""
+    EXPERTS_INPUT = 1
+    """A layer has asked for its experts: hidden states [T, D] as router and experts get them."""
+    LAYER_OUTPUT = 2
+    """A layer is done: the residual stream [T, D] after it."""
+    LAST_HIDDEN = 3
+    """A forward pass is done: the final hidden state [T, D] of the token before each."""
+
+
+MOMENTS: Mapping[str, Moment] = MappingProxyType(
+    {
+        "token_table": Moment.TOKEN,
+        "token_embedding": Moment.TOKEN,
+        "next_router": Moment.EXPERTS_INPUT,
+        "ridge": Moment.EXPERTS_INPUT,
+        "own_norm": Moment.LAYER_OUTPUT,
+        "last_hidden": Moment.LAST_HIDDEN,
+    }
+)
+"""The moment of each predictor."""
+
+FITTED = ("ridge", "token_table", "last_hidden")
+"""Predictors that have to be fitted."""
+
+
+@dataclass(frozen=True, eq=False)
+class PrefetchSource:
+    """One predictor at one distance, and how often its guesses are right.
+
+    Attributes:
+        predictor: one of `MOMENTS`.
+        distance: layers between the one it looks at and the one it speaks of; 0 for those that
+            speak of the first layer before it is reached.
+        probability: float64 [L, C], chance that the guess of each rank, likeliest first, will be
+            needed in each layer spoken of; 0 is never fetched.
+    """
+
+    predictor: str
+    distance: int
+    probability: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        """Freeze the probabilities and check that the predictor speaks at this distance."""
+        if self.predictor not in MOMENTS:
+            raise RecordError(
+                f"Predictor {self.predictor!r} is unknown; expected one of {', '.join(MOMENTS)}."
+            )
+        speaks_of_later = self.moment in (Moment.EXPERTS_INPUT, Moment.LAYER_OUTPUT)
+        if (self.distance > 0) != speaks_of_later or self.distance < 0:
+            raise RecordError(
+                f"Predictor {self.predictor!r} speaks of "
+                + ("later layers, at distances from 1" if speaks_of_later else "layer 0 only")
+                + f"; got distance {self.distance}."
+            )
+        probability = frozen_array("probability", self.probability, np.float64, (None, None))
+        if not ((probability >= 0) & (probability <= 1)).all():
+            raise RecordError("Probabilities of guesses must lie in 0..1.")
+        object.__setattr__(self, "probability", probability)
+
+    @property
+    def moment(self) -> Moment:
+        """When it speaks."""
+        return MOMENTS[self.predictor]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefetchTable:
+    """Whose guesses are followed, and how much room the experts fetched ahead have.
+
+    Attributes:
+        sources: predictors, one for each moment and distance.
+        buffer_slots: experts that can be on their way or waiting at once, beside the cache.
+        fitted: what was fitted of those predictors that have to be.
+    """
+
+    sources: Sequence[PrefetchSource]
+    buffer_slots: int
+    fitted: Predictors | None = None
+
+    def __post_init__(self) -> None:
+        """Order the sources by distance and check that they agree."""
+        sources = tuple(sorted(self.sources, key=lambda s: (s.distance, s.moment)))
+        if not sources or self.buffer_slots < 1:
+            raise RecordError(
+                f"Prefetch needs a predictor and room for an expert; got {len(sources)} "
+                f"predictors and buffer_slots={self.buffer_slots}."
+            )
+        spoken = [(source.moment, source.distance) for source in sources]
+        if len(set(spoken)) < len(spoken):
+            told = ", ".join(f"{s.predictor} at distance {s.distance}" for s in sources)
+            raise RecordError(f"One predictor can speak at each moment and distance; got {told}.")
+        if len({len(source.probability) for source in sources}) > 1:
+            raise RecordError("The predictors' probabilities are for different numbers of layers.")
+        unfitted = [s.predictor for s in sources if s.predictor in FITTED]
+        if unfitted and self.fitted is None:
+            raise RecordError(
+                f"{', '.join(unfitted)} must be fitted; give what `fit_predictors` returned."
+            )
+        object.__setattr__(self, "sources", sources)
+
+    @property
+    def n_layers(self) -> int:
+        """L, the number of layers spoken of."""
+        return len(self.sources[0].probability)
+
+    def fingerprint(self) -> str:
+        """Identify the table by everything it holds."""
+        return digest(
+            str(self.buffer_slots),
+            self.fitted.fingerprint() if self.fitted else "",
+            *(f"{s.predictor} {s.distance}" for s in self.sources),
+            *(s.probability.tobytes() for s in self.sources),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values that `from_json` reads back; what was fitted is left out."""
+        return {
+            "sources": [
+                {
+                    "predictor": source.predictor,
+                    "distance": source.distance,
+                    "probability": source.probability.tolist(),
+                }
+                for source in self.sources
+            ],
+            "buffer_slots": self.buffer_slots,
+        }
+
+    @classmethod
+    def from_json(
+        cls, values: Mapping[str, Any], fitted: Predictors | None = None
+    ) -> PrefetchTable:
+        """Build a table from what `to_json` returned, and what was fitted."""
+        sources = [PrefetchSource(**source) for source in values["sources"]]
+        return cls(sources, values["buffer_slots"], fitted)

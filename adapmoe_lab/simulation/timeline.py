@@ -1,0 +1,152 @@
+"""When everything of a replay happens: computing, demands, and what is fetched ahead meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapmoe_lab.policies.prefetch import N_PIECES, piece_bounds
+from adapmoe_lab.records import HardwareProfile
+from adapmoe_lab.simulation.guesses import NO_GUESSES, Guesses
+from adapmoe_lab.simulation.replay import Replay
+
+
+@dataclass(frozen=True, eq=False)
+class StepCosts:
+    """What the parts of a forward pass take.
+
+    Attributes:
+        dense_layer_s: seconds of a layer before it asks for its experts.
+        expert_s: seconds of one expert that is there.
+        head_s: seconds of what follows the last layer.
+        rest: float64 [L, E, P+1, 2], seconds and bytes to bring what is left of an expert when so
+            many of its P pieces were begun ahead.
+        piece: float64 [L, E, P, 2], seconds and bytes of each piece.
+    """
+
+    dense_layer_s: float
+    expert_s: float
+    head_s: float
+    rest: NDArray[np.float64]
+    piece: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls,
+        expert_bytes: NDArray[np.int64],
+        seconds: Callable[[int], float],
+        *,
+        dense_layer_s: float,
+        expert_s: float,
+        head_s: float = 0.0,
+    ) -> StepCosts:
+        """Return the costs for experts of `expert_bytes` [L, E] over a link.
+
+        Args:
+            expert_bytes: stored bytes of every expert.
+            seconds: returns what the link takes for a number of bytes.
+            dense_layer_s: see the attributes.
+            expert_s: see the attributes.
+            head_s: see the attributes.
+        """
+        rest = np.zeros((*expert_bytes.shape, N_PIECES + 1, 2))
+        piece = np.zeros((*expert_bytes.shape, N_PIECES, 2))
+        for size in np.unique(expert_bytes).tolist():
+            bounds, own = piece_bounds(size), expert_bytes == size
+            left = [size - begun for begun in bounds]
+            parts = np.diff(bounds).tolist()
+            rest[own] = [(seconds(n) if n else 0.0, n) for n in left]
+            piece[own] = [(seconds(n), n) for n in parts]
+        return cls(dense_layer_s, expert_s, head_s, rest, piece)
+
+    @classmethod
+    def on(cls, hardware: HardwareProfile, expert_bytes: NDArray[np.int64]) -> StepCosts:
+        """Return the costs that were measured on a machine."""
+        return cls.of(
+            expert_bytes,
+            hardware.load_s,
+            dense_layer_s=hardware.dense_step_s / len(expert_bytes),
+            expert_s=hardware.expert_s,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """What happened when, of N steps and L layers.
+
+    Attributes:
+        used: int64 [N, L], experts begun ahead that were needed then.
+        wasted: int64 [N, L], experts begun ahead that were not.
+        stall_s: float64 [N, L], seconds that computing waited for the link.
+        n_bytes: int64 [N], bytes that crossed the link.
+        link_s: float64 [N], seconds the link was busy with what was begun in each step.
+        ended_s: float64 [N], when each step ended; the first began at zero.
+        events: float64 [M, 5], the first events in the order they were decided: kind, layer,
+            expert, begin and end; kinds are those of `EVENT_KINDS`, -1 stands for no layer or
+            expert.
+    """
+
+    used: NDArray[np.int64]
+    wasted: NDArray[np.int64]
+    stall_s: NDArray[np.float64]
+    n_bytes: NDArray[np.int64]
+    link_s: NDArray[np.float64]
+    ended_s: NDArray[np.float64]
+    events: NDArray[np.float64]
+
+    @property
+    def step_s(self) -> NDArray[np.float64]:
+        """Seconds of every step, [N]."""
+        return np.diff(self.ended_s, prepend=0.0)
+
+
+EVENT_KINDS = ("dense", "expert", "demand", "ahead")
+
+
+def run_timeline(
+    replayed: Replay,
+    costs: StepCosts,
+    guesses: Guesses = NO_GUESSES,
+    buffer_slots: int = 0,
+    n_events: int = 0,
+) -> Timeline:
+    """Run the clock over a replay.
+
+    Args:
+        replayed: what is needed and resident, replayed with the same guesses.
+        costs: what everything takes.
+        guesses: who is followed in fetching ahead.
+        buffer_slots: experts that can be on their way or waiting at once.
+        n_events: how many events to keep.
+    """
+    from adapmoe_lab.simulation.timeline_loops import run_clock
+
+    shape = replayed.hits.shape
+    used, wasted, stall_s = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape)
+    n_bytes, link_s, ended_s = np.zeros(shape[0], np.int64), np.zeros(shape[0]), np.zeros(shape[0])
+    events = np.zeros((n_events, 5))
+    n_logged = run_clock(
+        replayed.members,
+        replayed.starts,
+        replayed.fates,
+        guesses.moments,
+        guesses.distances,
+        guesses.experts,
+        guesses.probability,
+        replayed.absent,
+        np.array([costs.dense_layer_s, costs.expert_s, costs.head_s]),
+        costs.rest,
+        costs.piece,
+        buffer_slots,
+        used,
+        wasted,
+        stall_s,
+        n_bytes,
+        link_s,
+        ended_s,
+        events,
+    )
+    return Timeline(used, wasted, stall_s, n_bytes, link_s, ended_s, events[:n_logged])

@@ -1,0 +1,325 @@
+"""The clock of a replay, compiled. Import it only where it runs, since that imports numba.
+
+One link serves demands first and fetches ahead, piece by piece, while none waits. The engine on a
+virtual clock does the same sums in the same order, so that both agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from adapmoe_lab.policies import prefetch
+from adapmoe_lab.policies.allocation import N_STAGING
+from adapmoe_lab.policies.prefetch import N_PIECES
+from adapmoe_lab.records.prefetch import Moment
+from adapmoe_lab.simulation.compiled import called, compiled, inlined
+from adapmoe_lab.simulation.replay_loops import HIT, LOAD, STREAM
+
+needed_at = inlined(prefetch.needed_at)
+expected_gain_s = inlined(prefetch.expected_gain_s)
+
+TOKEN, EXPERTS_INPUT = int(Moment.TOKEN), int(Moment.EXPERTS_INPUT)
+LAYER_OUTPUT, LAST_HIDDEN = int(Moment.LAYER_OUTPUT), int(Moment.LAST_HIDDEN)
+
+DENSE, EXPERT, DEMAND, AHEAD = range(4)
+"""Kinds of events: computing beside the experts; one expert computed; an expert brought when it was
+needed, or the rest of one that was begun ahead; a piece of one fetched ahead."""
+
+NOW, LINK_FREE, N_ASKED, N_BYTES, LINK_S, N_LOGGED = range(6)
+"""Places in the clock's state: the time, when the link is free, how many experts were asked for
+ahead, the bytes that crossed and the seconds they took, the events written down."""
+
+LAYER, MEMBER, BEGUN, ASKED_AT, ORDER, ARRIVAL = range(6)
+"""Places in a row of the buffer: whose expert it is for, layer -1 for nobody's; pieces begun; when
+it was asked for, and as which; when its last piece begun arrives."""
+
+SECONDS, BYTES = range(2)
+DENSE_LAYER_S, EXPERT_S, HEAD_S = range(3)
+
+
+@inlined
+def _log(log, clock, kind, layer, expert, begin, end):
+    """Write an event into the next row of `log` [M, 5], if there is one."""
+    if len(log) > 0 and clock[N_LOGGED] < len(log):
+        at = int(clock[N_LOGGED])
+        log[at, 0], log[at, 1], log[at, 2], log[at, 3], log[at, 4] = kind, layer, expert, begin, end
+        clock[N_LOGGED] += 1
+
+
+@inlined
+def _compute(clock, log, kind, layer, expert, seconds):
+    _log(log, clock, kind, layer, expert, clock[NOW], clock[NOW] + seconds)
+    clock[NOW] += seconds
+
+
+@inlined
+def _copy(clock, log, rest, layer, expert, n_begun):
+    """Bring what is left of an expert after so many pieces; return when it is there."""
+    begins = max(clock[NOW], clock[LINK_FREE])
+    clock[LINK_FREE] = begins + rest[layer, expert, n_begun, SECONDS]
+    clock[LINK_S] += rest[layer, expert, n_begun, SECONDS]
+    clock[N_BYTES] += rest[layer, expert, n_begun, BYTES]
+    _log(log, clock, DEMAND, layer, expert, begins, clock[LINK_FREE])
+    return clock[LINK_FREE]
+
+
+@inlined
+def _next_in_line(rows):
+    """Return the row whose next piece goes first, or -1: of the nearest layer, then the oldest."""
+    at = -1
+    for row in range(len(rows)):
+        if rows[row, LAYER] >= 0 and rows[row, BEGUN] < N_PIECES:
+            is_older = rows[row, LAYER] == rows[at, LAYER] and rows[row, ORDER] < rows[at, ORDER]
+            if at < 0 or rows[row, LAYER] < rows[at, LAYER] or is_older:
+                at = row
+    return at
+
+
+@inlined
+def _begin_pieces(clock, log, rows, piece):
+    """Begin every piece whose time came while the link was idle."""
+    at = _next_in_line(rows)
+    while at >= 0:
+        begins = max(clock[LINK_FREE], rows[at, ASKED_AT])
+        if begins >= clock[NOW]:
+            break
+        layer, expert, n_begun = int(rows[at, LAYER]), int(rows[at, MEMBER]), int(rows[at, BEGUN])
+        clock[LINK_FREE] = begins + piece[layer, expert, n_begun, SECONDS]
+        clock[LINK_S] += piece[layer, expert, n_begun, SECONDS]
+        clock[N_BYTES] += piece[layer, expert, n_begun, BYTES]
+        _log(log, clock, AHEAD, layer, expert, begins, clock[LINK_FREE])
+        rows[at, ARRIVAL] = clock[LINK_FREE]
+        rows[at, BEGUN] += 1
+        at = _next_in_line(rows)
+
+
+@inlined
+def _row_of(rows, layer, expert):
+    """Return the row of the buffer that an expert has, or -1."""
+    for row in range(len(rows)):
+        if rows[row, LAYER] == layer and rows[row, MEMBER] == expert:
+            return row
+    return -1
+
+
+@called
+def _ask(guessed, probability, absent, target, distance, times, clock, pace, rest, piece, rows):
+    """Ask for those guesses [C] of a layer that are worth it, instead of earlier ones not begun.
+
+    `times` are when the link is done with what is demanded, when the present layer is done, and
+    what the experts of a layer take.
+    """
+    link_ready, ready_at, layer_experts_s = times
+    for row in range(len(rows)):
+        if rows[row, LAYER] == target and rows[row, BEGUN] == 0:
+            is_guessed = False
+            for c in range(len(guessed)):
+                is_guessed |= guessed[c] == rows[row, MEMBER]
+            if not is_guessed:
+                rows[row, LAYER] = -1
+    needed_at_s = needed_at(ready_at, distance, pace[DENSE_LAYER_S], layer_experts_s)
+    for c in range(len(guessed)):
+        expert = guessed[c]
+        if expert < 0 or not absent[c] or _row_of(rows, target, expert) >= 0:
+            continue
+        begins, at = max(clock[NOW], link_ready), -1
+        for row in range(len(rows) - 1, -1, -1):
+            if rows[row, LAYER] < 0:
+                at = row
+        for row in range(len(rows)):
+            if 0 <= rows[row, LAYER] <= target:
+                layer, other = int(rows[row, LAYER]), int(rows[row, MEMBER])
+                begins += rest[layer, other, int(rows[row, BEGUN]), SECONDS]
+        load_s, piece_s = rest[target, expert, 0, SECONDS], piece[target, expert, 0, SECONDS]
+        gain_s = expected_gain_s(probability[c], begins, needed_at_s, load_s, piece_s)
+        if at >= 0 and gain_s > 0:
+            rows[at, LAYER], rows[at, MEMBER], rows[at, BEGUN] = target, expert, 0
+            rows[at, ASKED_AT], rows[at, ORDER] = clock[NOW], clock[N_ASKED]
+            clock[N_ASKED] += 1
+
+
+@inlined
+def _settle(rows, layer, members, fates, row_of):
+    """Tell which missing members were begun ahead; give up the layer's other rows.
+
+    Fills `row_of` with the member's row or -1; returns how many rows were begun for nothing.
+    """
+    n_wasted = 0
+    for i in range(len(members)):
+        row_of[i] = _row_of(rows, layer, members[i]) if fates[i] != HIT else -1
+        if row_of[i] >= 0 and rows[row_of[i], BEGUN] == 0:
+            row_of[i] = -1
+    for row in range(len(rows)):
+        if rows[row, LAYER] == layer:
+            is_needed = False
+            for i in range(len(members)):
+                is_needed |= row_of[i] == row
+            if not is_needed:
+                n_wasted += rows[row, BEGUN] > 0
+                rows[row, LAYER] = -1
+    return n_wasted
+
+
+@inlined
+def _demand(clock, log, rest, layer, members, fates, rows, row_of, arrives):
+    """Ask for everything that is missing, as far as there is staging; return what it all takes.
+
+    That is when the link will be done, and how many members are missing.
+    """
+    n_missing, n_streamed, late_s = 0, 0, 0.0
+    for i in range(len(members)):
+        n_missing += fates[i] != HIT
+        row = row_of[i]
+        if row >= 0:
+            if rows[row, BEGUN] < N_PIECES:
+                rows[row, ARRIVAL] = _copy(
+                    clock, log, rest, layer, members[i], int(rows[row, BEGUN])
+                )
+                rows[row, BEGUN] = N_PIECES
+            arrives[i] = rows[row, ARRIVAL]
+    for i in range(len(members)):
+        if fates[i] == LOAD and row_of[i] < 0:
+            arrives[i] = _copy(clock, log, rest, layer, members[i], 0)
+    for i in range(len(members)):
+        if fates[i] == STREAM and row_of[i] < 0:
+            n_streamed += 1
+            if n_streamed <= N_STAGING:
+                arrives[i] = _copy(clock, log, rest, layer, members[i], 0)
+            else:
+                late_s += rest[layer, members[i], 0, SECONDS]
+    return clock[LINK_FREE] + late_s, n_missing
+
+
+@inlined
+def _run_when_there(clock, log, layer, expert, arrival, expert_s):
+    """Wait for an expert and compute it; return the seconds waited."""
+    waited = max(0.0, arrival - clock[NOW])
+    clock[NOW] = max(clock[NOW], arrival)
+    _compute(clock, log, EXPERT, layer, expert, expert_s)
+    return waited
+
+
+@inlined
+def _run_experts(clock, log, rest, piece, rows, layer, members, fates, row_of, arrives, expert_s):
+    """Compute a layer's experts as they are there; return the seconds waited."""
+    stall = 0.0
+    for i in range(len(members)):
+        if fates[i] == HIT:
+            _compute(clock, log, EXPERT, layer, members[i], expert_s)
+    for i in range(len(members)):
+        if row_of[i] >= 0:
+            stall += _run_when_there(clock, log, layer, members[i], arrives[i], expert_s)
+    for i in range(len(members)):
+        if fates[i] == LOAD and row_of[i] < 0:
+            stall += _run_when_there(clock, log, layer, members[i], arrives[i], expert_s)
+    late, n_in_flight = 0, 0
+    for i in range(len(members)):
+        if fates[i] == STREAM and row_of[i] < 0:
+            stall += _run_when_there(clock, log, layer, members[i], arrives[i], expert_s)
+            n_in_flight = 0
+            late = i + 1
+            while late < len(members) and n_in_flight < N_STAGING:
+                n_in_flight += fates[late] == STREAM and row_of[late] < 0
+                late += 1
+            if n_in_flight == N_STAGING:
+                _begin_pieces(clock, log, rows, piece)
+                arrives[late - 1] = _copy(clock, log, rest, layer, members[late - 1], 0)
+    for i in range(len(members)):
+        if row_of[i] >= 0:
+            rows[row_of[i], LAYER] = -1
+    return stall
+
+
+@compiled
+def run_clock(
+    members, starts, fates, moments, distances, guessed, probability, absent,
+    pace, rest, piece, n_rows, used, wasted, stall, n_bytes, link_s, ended, log,
+):  # fmt: skip
+    """Run the clock over every step, and return how many events were written down.
+
+    Args:
+        members: int16 [L, T K], the sets of each layer, as `collect_sets` gives them.
+        starts: int64 [L, N+1], where each set begins.
+        fates: int8 [L, T K], what becomes of each member.
+        moments: int64 [J], when each predictor speaks.
+        distances: int64 [J], of which layer, counted from its own.
+        guessed: int16 [J, N, L, C], experts that will be needed, -1 for none.
+        probability: float64 [J, N or 1, L, C], that they will.
+        absent: bool [J, N, L, C], which were not resident when they were guessed.
+        pace: float64 [3], seconds of a layer beside its experts, of an expert, and of what follows
+            the last layer.
+        rest: float64 [L, E, P+1, 2], seconds and bytes of what is left of an expert when so many
+            pieces are begun.
+        piece: float64 [L, E, P, 2], seconds and bytes of each piece.
+        n_rows: rows of the buffer.
+        used: int64 [N, L], filled with the experts that were begun ahead and needed.
+        wasted: int64 [N, L], filled with those that were begun and not needed.
+        stall: float64 [N, L], filled with the seconds that computing waited.
+        n_bytes: int64 [N], filled with the bytes that crossed.
+        link_s: float64 [N], filled with the seconds that took.
+        ended: float64 [N], filled with when each step ended.
+        log: float64 [M, 5], filled with the first events: kind, layer, expert, begin, end.
+    """
+    n_layers, n_steps = starts.shape[0], starts.shape[1] - 1
+    dense_layer_s, expert_s, head_s = pace
+    clock, rows = np.zeros(6), np.zeros((n_rows, 6))
+    rows[:, LAYER] = -1
+    widest = np.diff(starts).max()
+    arrives, row_of = np.zeros(widest), np.full(widest, -1)
+    for step in range(n_steps):
+        p = step % probability.shape[1]
+        for j in range(len(moments)):
+            if moments[j] == TOKEN:
+                times = clock[LINK_FREE], clock[NOW], 0.0
+                _ask(
+                    guessed[j, step, 0], probability[j, p, 0], absent[j, step, 0], 0, 1,
+                    times, clock, pace, rest, piece, rows,
+                )  # fmt: skip
+        for layer in range(n_layers):
+            _compute(clock, log, DENSE, layer, -1, dense_layer_s)
+            _begin_pieces(clock, log, rows, piece)
+            own = members[layer, starts[layer, step] : starts[layer, step + 1]]
+            fate = fates[layer, starts[layer, step] : starts[layer, step + 1]]
+            wasted[step, layer] = _settle(rows, layer, own, fate, row_of)
+            for i in range(len(own)):
+                used[step, layer] += row_of[i] >= 0
+            link_ready, n_missing = _demand(
+                clock, log, rest, layer, own, fate, rows, row_of, arrives
+            )
+            hits_done_at = clock[NOW] + (len(own) - n_missing) * expert_s
+            ready_at = max(hits_done_at, link_ready) + (expert_s if n_missing > 0 else 0.0)
+            for j in range(len(moments)):
+                target = layer + distances[j]
+                if moments[j] == EXPERTS_INPUT and target < n_layers:
+                    times = link_ready, ready_at, len(own) * expert_s
+                    _ask(
+                        guessed[j, step, target], probability[j, p, target],
+                        absent[j, step, target], target, distances[j],
+                        times, clock, pace, rest, piece, rows,
+                    )  # fmt: skip
+            stall[step, layer] = _run_experts(
+                clock, log, rest, piece, rows, layer, own, fate, row_of, arrives, expert_s
+            )
+            for j in range(len(moments)):
+                target = layer + distances[j]
+                if moments[j] == LAYER_OUTPUT and target < n_layers:
+                    times = clock[LINK_FREE], clock[NOW], len(own) * expert_s
+                    _ask(
+                        guessed[j, step, target], probability[j, p, target],
+                        absent[j, step, target], target, distances[j],
+                        times, clock, pace, rest, piece, rows,
+                    )  # fmt: skip
+        for j in range(len(moments) if step + 1 < n_steps else 0):
+            if moments[j] == LAST_HIDDEN:
+                times = clock[LINK_FREE], clock[NOW] + head_s, 0.0
+                p = (step + 1) % probability.shape[1]
+                _ask(
+                    guessed[j, step + 1, 0], probability[j, p, 0], absent[j, step + 1, 0], 0, 1,
+                    times, clock, pace, rest, piece, rows,
+                )  # fmt: skip
+        _compute(clock, log, DENSE, -1, -1, head_s)
+        n_bytes[step] = int(clock[N_BYTES])
+        link_s[step] = clock[LINK_S]
+        clock[N_BYTES] = clock[LINK_S] = 0
+        ended[step] = clock[NOW]
+    return int(clock[N_LOGGED])

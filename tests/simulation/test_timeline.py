@@ -1,0 +1,135 @@
+"""The clock of a replay, by cases small enough to be worked out on paper."""
+
+import numpy as np
+import pytest
+
+from adapmoe_lab.simulation.guesses import Guesses
+from adapmoe_lab.simulation.replay import Replay
+from adapmoe_lab.simulation.timeline import EVENT_KINDS, StepCosts, run_timeline
+
+HIT, LOAD, STREAM = range(3)
+LOAD_S, DENSE_S, EXPERT_S = 4.0, 2.0, 1.0
+
+
+def replay_of(*layers):
+    """Return one step in which each layer needs experts, as {expert: fate}."""
+    members = np.array([list(layer) for layer in layers], dtype=np.int16)
+    fates = np.array([list(layer.values()) for layer in layers], dtype=np.int8)
+    starts = np.tile([0, members.shape[1]], (len(layers), 1))
+    counts = [(fates == fate).sum(axis=1)[None] for fate in (HIT, LOAD, STREAM)]
+    absent = np.ones((1, 1, len(layers), 2), dtype=bool)
+    return Replay(*counts, np.ones(1, dtype=bool), members, starts, fates, absent)
+
+
+def guess_of(target, experts, probability=0.9, n_layers=2, distance=1):
+    """Return what the experts' input of the layer before tells of one layer."""
+    guessed = np.full((1, 1, n_layers, 2), -1, dtype=np.int16)
+    guessed[0, 0, target, : len(experts)] = experts
+    chance = np.full((1, 1, n_layers, 2), probability)
+    return Guesses(np.array([1]), np.array([distance]), guessed, chance)
+
+
+def costs_of(n_layers=2, load_s=LOAD_S, expert_s=EXPERT_S):
+    """Return costs of experts of 400 bytes."""
+    return StepCosts.of(
+        np.full((n_layers, 8), 400),
+        lambda n_bytes: load_s * n_bytes / 400,
+        dense_layer_s=DENSE_S,
+        expert_s=expert_s,
+    )
+
+
+def layer_by_events(hits, loads, streamed, load_s, expert_s):
+    """Walk through one layer's step: a link in order, two staging rows, one compute unit."""
+    now, link_free, stream_done = hits * expert_s, 0.0, []
+    for miss in range(loads + streamed):
+        position = miss - loads  # within the streamed experts
+        row_free = stream_done[position - 2] if position >= 2 else 0.0
+        link_free = max(link_free, row_free) + load_s
+        now = max(now, link_free) + expert_s
+        if position >= 0:
+            stream_done.append(now)
+    return now
+
+
+@pytest.mark.parametrize("load_s", [0.1, 1.0, 3.0])
+def test_a_layer_without_guesses_takes_what_its_events_take(load_s):
+    for hits, loads, streamed in np.ndindex(4, 4, 5):
+        if hits + loads + streamed == 0:
+            continue
+        fates = [HIT] * hits + [LOAD] * loads + [STREAM] * streamed
+        members = dict(enumerate(np.random.default_rng(hits).permutation(fates).tolist()))
+        wide = costs_of(1, load_s)
+        wide = StepCosts(DENSE_S, 1.0, 0.0, wide.rest.repeat(2, axis=1), wide.piece.repeat(2, 1))
+        timeline = run_timeline(replay_of(members), wide)
+        expected = DENSE_S + layer_by_events(hits, loads, streamed, load_s, 1.0)
+        assert timeline.ended_s[0] == pytest.approx(expected)
+        assert timeline.n_bytes[0] == 400 * (loads + streamed)
+
+
+def test_a_right_guess_saves_what_is_over_when_it_is_asked_for():
+    """Asked at 2; pieces of 1 s from 2 to 5, when the next layer asks; the rest is demanded."""
+    replayed = replay_of({0: HIT}, {5: LOAD})
+    before = run_timeline(replayed, costs_of())
+    after = run_timeline(replayed, costs_of(), guess_of(1, [5]), 2, n_events=20)
+    assert before.ended_s[0] == 2 + 1 + 2 + 4 + 1
+    assert after.ended_s[0] == before.ended_s[0] - 3
+    assert (after.used.tolist(), after.wasted.sum()) == ([[0, 1]], 0)
+    assert after.n_bytes[0] == before.n_bytes[0] == 400
+    assert after.stall_s.tolist() == [[0, 1]]
+    ahead = after.events[after.events[:, 0] == EVENT_KINDS.index("ahead")]
+    assert ahead[:, 3].tolist() == [2, 3, 4]
+    demand = after.events[after.events[:, 0] == EVENT_KINDS.index("demand")]
+    assert demand[:, 3:].tolist() == [[5, 6]]
+
+
+def test_a_wrong_guess_delays_a_demand_by_less_than_a_piece():
+    replayed = replay_of({0: HIT}, {5: LOAD})
+    slow = costs_of(load_s=2.4 * LOAD_S)  # pieces of 2.4 s: the second ends 1.8 s too late
+    without = run_timeline(replayed, slow)
+    wrong = run_timeline(replayed, slow, guess_of(1, [6]), 2)
+    assert wrong.ended_s[0] == pytest.approx(without.ended_s[0] + 1.8)
+    assert (wrong.used.sum(), wrong.wasted.tolist()) == (0, [[0, 1]])
+    assert wrong.n_bytes[0] == 400 + 200
+
+
+def test_a_guess_of_what_is_here_or_not_worth_it_is_not_fetched():
+    replayed = replay_of({0: HIT}, {5: LOAD})
+    here = Replay(**{**vars(replayed), "absent": np.zeros_like(replayed.absent)})
+    for run, guesses in (
+        (here, guess_of(1, [6])),
+        (replayed, guess_of(1, [6], probability=0.0)),
+        (replayed, guess_of(1, [6], probability=0.2)),  # 0.2 x 3 s against 0.8 x 1 s
+    ):
+        timeline = run_timeline(run, costs_of(), guesses, 2)
+        assert timeline.wasted.sum() == 0
+        assert timeline.n_bytes[0] == 400
+
+
+def test_no_guess_is_followed_when_the_link_has_no_idle_time():
+    """Layer 0 loads until 6 and is done at 7; layer 1 asks at 9, so one second guess is begun."""
+    replayed = replay_of({0: LOAD, 1: HIT}, {5: LOAD, 6: LOAD})
+    busy = run_timeline(replayed, costs_of(), guess_of(1, [5, 6]), 4)
+    assert busy.used.tolist() == [[0, 1]]
+    crowded = replay_of({0: LOAD, 1: LOAD, 2: LOAD}, {5: LOAD, 6: HIT, 7: HIT})
+    never = run_timeline(crowded, costs_of(expert_s=0.0), guess_of(1, [6], probability=0.3), 4)
+    assert never.wasted.sum() == 0
+
+
+def test_the_buffer_holds_no_more_than_its_slots():
+    replayed = replay_of({0: HIT, 1: HIT}, {5: LOAD, 6: LOAD})
+    quick = costs_of(load_s=0.4)
+    assert run_timeline(replayed, quick, guess_of(1, [5, 6]), 2).used.sum() == 2
+    assert run_timeline(replayed, quick, guess_of(1, [5, 6]), 1).used.sum() == 1
+
+
+def test_demands_go_first_and_what_was_begun_goes_on_after_them():
+    """Guessed for layer 2 while layer 0 runs; the demand of layer 1 comes between its pieces."""
+    replayed = replay_of({0: HIT}, {3: LOAD}, {5: LOAD})
+    guesses = guess_of(2, [5], n_layers=3, distance=2)
+    timeline = run_timeline(replayed, costs_of(3), guesses, 2, n_events=30)
+    link = timeline.events[timeline.events[:, 0] >= 2]
+    kinds = [EVENT_KINDS[int(kind)] for kind in link[:, 0]]
+    assert kinds == ["ahead"] * 3 + ["demand", "ahead"]
+    assert (link[1:, 3] >= link[:-1, 4]).all()
+    assert timeline.used.tolist() == [[0, 0, 1]]
