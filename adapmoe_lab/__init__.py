@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivities, sensitivity
     from adapmoe_lab.profiling.surrogates import fit_surrogates
-    from adapmoe_lab.records import RoutingTrace, SensitivityProfile, Surrogates, TunedConfig
+    from adapmoe_lab.records import (
+        HardwareProfile,
+        RoutingTrace,
+        SensitivityProfile,
+        Surrogates,
+        TunedConfig,
+    )
     from adapmoe_lab.records.published import published_adapmoe
     from adapmoe_lab.simulation.miss_curves import miss_curves
     from adapmoe_lab.simulation.simulate import simulate
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "HardwareProfile": "records",
     "RoutingTrace": "records",
     "SensitivityProfile": "records",
     "Surrogates": "records",
@@ -56,6 +63,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "HardwareProfile",
     "RoutingTrace",
     "SensitivityProfile",
     "Surrogates",

@@ -1,56 +1,88 @@
-"""A probe of the machine: what a decode step and a copy of an expert cost here."""
+"""A probe of the machine: what the parts of a decode step and a copy of an expert cost here."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import cycle
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.device import device_name
+from adapmoe_lab.engine.link import EmulatedLink
 from adapmoe_lab.engine.loading import LabModel
-from adapmoe_lab.engine.pace import decode_step_times
-from adapmoe_lab.records import GatingTable, HardwareProfile
+from adapmoe_lab.engine.machine_times import (
+    copy_times,
+    expert_times,
+    host_rates,
+    interleaved_medians,
+    seconds_each,
+    sync_and_launch_s,
+)
+from adapmoe_lab.engine.pace import PROMPT_TOKENS
+from adapmoe_lab.models.experts import run_expert
+from adapmoe_lab.records import CachePlan, GatingTable, HardwareProfile
+from adapmoe_lab.simulation.cost import layer_step_s
 
-COPY_FRACTIONS = (0.125, 0.25, 0.5, 1.0)
+HELD_S = 5.0
+"""Most seconds, about, of decoding over a link that holds its copies."""
 
 
-def probe_hardware(
-    model: LabModel, *, n_steps: int = 24, rounds: int = 3, copies: int = 12
-) -> HardwareProfile:
-    """Measure the parts of a decode step on this machine.
+def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 4) -> HardwareProfile:
+    """Measure the parts of a decode step on this machine, in less than 20 s.
 
-    Decode is timed with every expert resident, once with all K experts per token and once with
-    one, in turn; the difference is the cost of an expert, the rest that of everything else.
-    Copies are timed over the model's own link, from an expert's row to a slot.
+    Decode runs in the memory the model was loaded with, every expert and one expert per token by
+    turns, step by step: what an expert more adds is the cost of an expert, the rest that of
+    everything else; misses are counted and taken out. Over an emulated link it also runs held, for
+    what waiting adds. Everything else is timed by itself, in turns, and its median taken.
 
     Args:
         model: the model to run; its configuration is restored afterwards.
         n_steps: decode steps timed per round.
-        rounds: rounds of each kind.
-        copies: copies timed per size.
+        rounds: rounds of decoding.
     """
     spec, engine = model.spec, model.engine
-    one_expert = GatingTable.per_layer(np.zeros(spec.n_layers), spec.top_k)
-    samples: dict[int, list[float]] = {spec.top_k: [], 1: []}
-    with model.running(), engine.unpaced():
-        for _ in range(rounds):
-            for n_kept, table in ((spec.top_k, None), (1, one_expert)):
-                engine.configure(table, model.memory.slots)
-                decode_step_times(model.hf, engine, n_steps)  # loads what the same steps need next
-                samples[n_kept].extend(decode_step_times(model.hf, engine, n_steps))
-    full_s, single_s = np.median(samples[spec.top_k]), np.median(samples[1])
-    dropped = spec.n_layers * max(1, spec.top_k - 1)
-    expert_s = max(0.0, float(full_s - single_s)) / dropped
-    dense_step_s = max(0.0, float(full_s) - expert_s * spec.n_layers * spec.top_k)
-    sizes, times = _copy_times(model, copies)
-    return HardwareProfile(
+    hidden = torch.ones(1, spec.hidden_size, dtype=model.hf.dtype, device=engine.device)
+    hidden = hidden / spec.hidden_size
+    stored = {layout.precision: layout for layer in engine.store.formats for layout in layer}
+    sync_s, launch_s = None, None
+    if engine.device.type == "cuda":
+        sync_s, launch_s = sync_and_launch_s(engine.device)
+    memory_rate, matmul_rate = host_rates(model.hf.dtype)
+    with model.running():
+        layer_host_s = _layer_host_s(model, hidden)
+        host_copy_s, miss_s = _host_miss_s(model, hidden)
+        engine.release()
+        copies = copy_times(engine.store, engine.link, engine.clock, engine.device)
+        by_precision = expert_times(model.layers[0].experts, list(stored.values()), hidden)
+        n_held = _n_held(model, copies.linked[-1], n_steps, rounds)
+        free, held = [], []
+        for turn in range(rounds):
+            free += _steps(model, model.memory.slots, n_steps, first=turn)
+            held += _steps(model, _half(model), n_held, is_held=True) if n_held else []
+    dense_step_s, expert_s = _solved(free, miss_s, next(iter(by_precision.values())))
+    profile = HardwareProfile(
         device=device_name(engine.device),
         link=engine.link.name,
-        copy_bytes=sizes,
-        copy_s=times,
+        copy_bytes=np.array(copies.sizes),
+        copy_s=np.array(copies.linked),
         dense_step_s=dense_step_s,
         expert_s=expert_s,
         conditions=measurement_conditions(model),
+        pageable_copy_s=None if copies.pageable is None else np.array(copies.pageable),
+        expert_s_by_precision=by_precision,
+        layer_host_s=layer_host_s,
+        host_copy_s=host_copy_s,
+        miss_s=miss_s,
+        host_sync_s=sync_s,
+        launch_s=launch_s,
+        host_memory_bytes_per_s=memory_rate,
+        host_matmul_bytes_per_s=matmul_rate,
     )
+    return replace(profile, wait_s=_wait_s(held, profile, model) if held else None)
 
 
 def measurement_conditions(model: LabModel) -> dict[str, str | int]:
@@ -65,23 +97,186 @@ def measurement_conditions(model: LabModel) -> dict[str, str | int]:
     }
 
 
-def _copy_times(model: LabModel, copies: int) -> tuple[list[int], list[float]]:
-    """Return sizes in bytes and the median seconds of a waited-for copy of each."""
-    engine = model.engine
-    n_experts = engine.store.n_experts(0)
-    n_bytes = min(layout.n_bytes for layout in engine.store.formats[0])
-    target = torch.empty(n_bytes, dtype=torch.uint8, device=engine.device)
-    sizes, times = [], []
-    for fraction in COPY_FRACTIONS:
-        size = max(1, int(n_bytes * fraction))
-        samples = []
-        for turn in range(copies + 2):
-            source = engine.store.row(0, turn % n_experts)[:size]
-            start = engine.clock.now()
-            engine.link.wait(engine.link.copy(source, target[:size]))
-            if engine.device.type == "cuda":
-                torch.cuda.synchronize(engine.device)
-            samples.append(engine.clock.now() - start)
-        sizes.append(size)
-        times.append(float(np.median(samples[2:])))
-    return sizes, times
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One timed decode step: its place in the run, seconds, and counters of every layer [L]."""
+
+    place: tuple[int, int]
+    seconds: float
+    n_run: int
+    hits: NDArray[np.int64]
+    misses: NDArray[np.int64]
+
+
+def _steps(
+    model: LabModel, plan: CachePlan, n_steps: int, *, first: int = 0, is_held: bool = False
+) -> list[_Step]:
+    """Decode with empty caches; return the steps after the prompt.
+
+    Unless the link holds its copies, steps run all K experts per token and one by turns.
+    """
+    engine, spec, steps = model.engine, model.spec, []
+    one_expert = GatingTable.per_layer(np.zeros(spec.n_layers), spec.top_k)
+    tables = [None, None] if is_held else [None, one_expert]
+    before, start = engine.traffic, engine.clock.now()
+
+    def note(step: int) -> None:
+        nonlocal before, start
+        seconds, passed = engine.clock.now() - start, engine.traffic - before
+        if step > 0:
+            place = (step, first % 2)
+            steps.append(_Step(place, seconds, passed.kept, passed.hits, passed.misses))
+        elif is_held:
+            unheld.close()
+        engine.gating = tables[(step + first) % 2]
+        before, start = engine.traffic, engine.clock.now()
+
+    engine.configure(None, plan)
+    with ExitStack() as unheld:
+        unheld.enter_context(engine.unpaced())
+        before = engine.traffic
+        decode(model.hf, torch.arange(PROMPT_TOKENS), n_steps + 1, after_step=note)
+    return steps
+
+
+def _n_held(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
+    """Return how many steps over a held link each round has time for; 0 if nothing is held."""
+    if not model.engine.link.name.startswith("emulated:"):
+        return 0
+    step_s = max(1e-6, model.spec.n_layers * load_s)
+    return int(np.clip(HELD_S / rounds / step_s, 2, n_steps))
+
+
+def _half(model: LabModel) -> CachePlan:
+    """Return room for half of the experts, less where the model was loaded with less."""
+    slots = model.memory.slots
+    return replace(slots, slots=np.minimum(slots.slots, model.spec.n_experts // 2))
+
+
+def _solved(steps: list[_Step], miss_s: float | None, alone_s: float) -> tuple[float, float]:
+    """Return the seconds of a step outside the experts and of an expert, by least squares.
+
+    Equal steps of several rounds count by their median. Where a router chooses one expert, that
+    expert takes what it takes alone.
+    """
+    places: dict[tuple[int, int], list[_Step]] = {}
+    for step in steps:
+        places.setdefault(step.place, []).append(step)
+    alike = [same[0] for same in places.values()]
+    seconds = np.array([np.median([s.seconds for s in same]) for same in places.values()])
+    n_run = np.array([step.n_run for step in alike], dtype=np.float64)
+    misses = np.array([step.misses.sum() for step in alike], dtype=np.float64)
+    columns = [np.ones_like(n_run)]
+    if np.ptp(n_run):
+        columns.append(n_run)
+    else:
+        seconds = seconds - n_run * alone_s
+    if miss_s is not None:
+        seconds = seconds - misses * miss_s
+    elif np.ptp(misses):
+        columns.append(misses)  # what a miss adds over this link, with what hides it
+    solution = np.linalg.lstsq(np.stack(columns, axis=1), seconds, rcond=None)[0]
+    expert_s = max(0.0, float(solution[1])) if np.ptp(n_run) else alone_s
+    return max(0.0, float(solution[0])), expert_s
+
+
+def _wait_s(steps: list[_Step], hardware: HardwareProfile, model: LabModel) -> float:
+    """Return what a layer that waited took beyond what the cost model says; the median of steps."""
+    store = model.engine.store
+    load_s = np.array([hardware.load_s(store.slot_bytes(n)) for n in range(store.n_layers)])
+    counts = [np.stack([getattr(step, name) for step in steps]) for name in ("hits", "misses")]
+
+    def busy_s(wait_s: float) -> NDArray[np.float64]:
+        hits, loads = counts
+        return layer_step_s(
+            hits,
+            loads,
+            np.zeros_like(loads),
+            load_s,
+            hardware.expert_s,
+            miss_s=hardware.miss_s or 0.0,
+            wait_s=wait_s,
+        ).sum(axis=1)
+
+    n_waits = busy_s(1.0) - busy_s(0.0)
+    rest = np.array([step.seconds for step in steps]) - hardware.dense_step_s - busy_s(0.0)
+    has_waited = n_waits > 0
+    if not has_waited.any():
+        return 0.0
+    return max(0.0, float(np.median(rest[has_waited] / n_waits[has_waited])))
+
+
+@torch.no_grad()
+def _layer_host_s(model: LabModel, hidden: torch.Tensor) -> float | None:
+    """Return what a layer takes around K resident experts; None if it has no room for them."""
+    engine, top_k = model.engine, model.spec.top_k
+    if model.memory.slots.slots[0] < top_k:
+        return None
+    engine.configure(None, model.memory.slots)
+    module = model.layers[0].experts
+    index = torch.arange(top_k, device=hidden.device)[None]
+    weights = torch.full(index.shape, 1 / top_k, dtype=hidden.dtype, device=hidden.device)
+
+    def layer() -> object:
+        return engine.run_layer(0, module, hidden, index, weights)
+
+    with engine.unpaced():
+        layer()
+        resident = [found for _, found in engine.arrivals(0, range(top_k), hidden)]
+        medians = interleaved_medians(
+            {
+                "layer": lambda: seconds_each([layer] * 8, hidden.device, engine.clock),
+                "experts": lambda: seconds_each(
+                    [
+                        lambda found=found: run_expert(module, found, hidden)
+                        for found in resident * 8
+                    ],
+                    hidden.device,
+                    engine.clock,
+                ),
+            },
+            budget_s=0.5,
+        )
+    return max(0.0, medians["layer"] - top_k * medians["experts"])
+
+
+def _host_miss_s(
+    model: LabModel, hidden: torch.Tensor
+) -> tuple[float, float | None] | tuple[None, None]:
+    """Return the seconds of one copy in host memory, and of all that a miss adds there.
+
+    Each layer runs by turns experts it has and as many it lacks, the link not holding. The second
+    is None where there are too few experts or slots for that, both where the link is real.
+    """
+    engine, spec, store = model.engine, model.spec, model.engine.store
+    if not isinstance(engine.link, EmulatedLink):
+        return None, None
+    n_asked = min(spec.top_k, spec.n_experts // 2, int(model.memory.slots.slots.min()))
+    engine.configure(None, replace(model.memory.slots, slots=np.full(spec.n_layers, n_asked)))
+    target = torch.empty(int(store.expert_bytes.max()), dtype=torch.uint8)
+    copied = cycle(store.numbers())
+    sets = cycle([range(n_asked), range(n_asked, 2 * n_asked)])
+    asked = next(sets)
+
+    def copy() -> None:
+        row = store.row(*next(copied))
+        engine.link.copy(row, target[: row.numel()])
+
+    def ask(layer: int) -> None:
+        for _, weights in engine.arrivals(layer, asked, hidden):
+            run_expert(model.layers[layer].experts, weights, hidden)  # faster for being just copied
+
+    def asking(is_missing: bool) -> float:
+        nonlocal asked
+        asked = next(sets) if is_missing else asked
+        asks = [lambda layer=layer: ask(layer) for layer in range(spec.n_layers)]
+        return seconds_each(asks, engine.device, engine.clock)
+
+    works = {"copy": lambda: seconds_each([copy] * spec.n_layers, engine.device, engine.clock)}
+    if n_asked:
+        works |= {"missing": lambda: asking(True), "hitting": lambda: asking(False)}
+    with engine.unpaced():
+        medians = interleaved_medians(works, budget_s=1.0)
+    if not n_asked:
+        return medians["copy"], None
+    return medians["copy"], max(0.0, medians["missing"] - medians["hitting"]) / n_asked

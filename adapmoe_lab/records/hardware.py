@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import RecordError, frozen_array
+from adapmoe_lab.records.files import RecordError, check_version, frozen_array, save_json
+
+KIND = "hardware-profile"
+SCHEMA_VERSION = 1
+TIMES = (
+    "dense_step_s",
+    "expert_s",
+    "layer_host_s",
+    "host_copy_s",
+    "miss_s",
+    "wait_s",
+    "host_sync_s",
+    "launch_s",
+)
+RATES = ("host_memory_bytes_per_s", "host_matmul_bytes_per_s")
 
 
 @dataclass(frozen=True, eq=False)
 class HardwareProfile:
     """Measured times of one decode step's parts, at batch 1.
 
+    A step takes `dense_step_s`, `expert_s` for each expert it runs, and what its misses add: the
+    link's time as far as nothing hides it, `miss_s` each and `wait_s` per layer that waited.
+    What is None was not measured, or there is no such thing on the device.
+
     Attributes:
         device: name of the compute device.
         link: what experts travel over: `pcie`, or `emulated:<target>`.
         copy_bytes: int64 [n] ascending sizes copied from host to device.
-        copy_s: float64 [n] median seconds of a copy of that size.
-        dense_step_s: seconds of one decode step outside the experts.
+        copy_s: float64 [n] median seconds of a copy of that size, pinned where there is CUDA.
+        dense_step_s: seconds of one decode step outside the experts: attention, router, head, and
+            all that the host does for it, `layer_host_s` of every layer included.
         expert_s: seconds one resident expert takes for one token.
         conditions: what else the numbers depend on (versions, threads, target, dtype).
+        pageable_copy_s: float64 [n], the same copies from pageable memory; CUDA only.
+        expert_s_by_precision: seconds of one expert of the model's shape for one token, alone and
+            not from the processor's caches, by the precision it is stored in.
+        layer_host_s: seconds a layer takes around its experts when all are resident: gating,
+            residency, the weighted sum. Router and attention are not in it.
+        host_copy_s: seconds the host itself spends on one copy over an emulated link.
+        miss_s: seconds a miss adds on the host, `host_copy_s` included; emulated links only, a
+            real one copies by itself.
+        wait_s: seconds that waiting for an emulated link adds to a layer beyond the wait itself, as
+            for waking up on a busy machine.
+        host_sync_s: seconds until the host knows that an idle device is idle; CUDA only.
+        launch_s: seconds the host takes to launch a kernel; CUDA only.
+        host_memory_bytes_per_s: bytes read and written by a large copy in host memory.
+        host_matmul_bytes_per_s: bytes of weights that a matrix-vector product on the CPU reads.
     """
 
     device: str
@@ -34,23 +69,76 @@ class HardwareProfile:
     dense_step_s: float
     expert_s: float
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    pageable_copy_s: NDArray[np.float64] | None = None
+    expert_s_by_precision: Mapping[str, float] | None = None
+    layer_host_s: float | None = None
+    host_copy_s: float | None = None
+    miss_s: float | None = None
+    wait_s: float | None = None
+    host_sync_s: float | None = None
+    launch_s: float | None = None
+    host_memory_bytes_per_s: float | None = None
+    host_matmul_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
-        """Freeze the arrays and check that times are positive."""
+        """Freeze arrays and mappings, and check that times and rates make sense."""
         sizes = frozen_array("copy_bytes", self.copy_bytes, np.int64, (None,))
-        times = frozen_array("copy_s", self.copy_s, np.float64, sizes.shape)
-        if not len(sizes) or (np.diff(sizes) <= 0).any():
+        if not len(sizes) or sizes[0] < 1 or (np.diff(sizes) <= 0).any():
             raise RecordError("copy_bytes must hold at least one size, in ascending order.")
-        if (times < 0).any() or self.dense_step_s < 0 or self.expert_s < 0:
-            raise RecordError("A hardware profile cannot hold negative times.")
         object.__setattr__(self, "copy_bytes", sizes)
-        object.__setattr__(self, "copy_s", times)
+        for name in ("copy_s", "pageable_copy_s"):
+            if getattr(self, name) is not None:
+                times = frozen_array(name, getattr(self, name), np.float64, sizes.shape)
+                object.__setattr__(self, name, times)
+        by_precision = self.expert_s_by_precision
+        if by_precision is not None:
+            frozen = MappingProxyType(dict(by_precision))
+            object.__setattr__(self, "expert_s_by_precision", frozen)
         object.__setattr__(self, "conditions", MappingProxyType(dict(self.conditions)))
+        self._check_times()
+
+    def _check_times(self) -> None:
+        for name in (*TIMES, "copy_s", "pageable_copy_s"):
+            value = getattr(self, name)
+            if value is not None and not (np.isfinite(value).all() and np.min(value) >= 0):
+                raise RecordError(f"A hardware profile cannot hold negative times: {name} {value}.")
+        if any(not 0 <= s < np.inf for s in (self.expert_s_by_precision or {}).values()):
+            raise RecordError("A hardware profile cannot hold negative times of an expert.")
+        for name in RATES:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < np.inf:
+                raise RecordError(f"{name} must be above zero, got {value}.")
 
     @property
     def is_emulated(self) -> bool:
         """Whether the link is emulated rather than a real bus."""
         return self.link.startswith("emulated:")
+
+    @property
+    def link_latency_s(self) -> float:
+        """Seconds that a copy takes whatever its size, by the line through the measured copies."""
+        return self._line(self.copy_s)[0]
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """Bandwidth of the link, by the line through the measured copies, its latency left out."""
+        return self._line(self.copy_s)[1]
+
+    @property
+    def pageable_bytes_per_s(self) -> float | None:
+        """Bandwidth of the link from pageable memory; None where that was not measured."""
+        return None if self.pageable_copy_s is None else self._line(self.pageable_copy_s)[1]
+
+    def _line(self, times: NDArray[np.float64]) -> tuple[float, float]:
+        """Return seconds at size zero and bytes per second beyond, fitted to relative errors."""
+        sizes = self.copy_bytes.astype(np.float64)
+        if len(sizes) == 1 or not times.all():
+            latency_s, byte_s = 0.0, float(times[-1] / sizes[-1])
+        else:
+            byte_s, latency_s = map(float, np.polyfit(sizes, times, 1, w=1 / times))
+            if byte_s <= 0:  # too small to tell sizes apart
+                return float(times.mean()), float("inf")
+        return max(0.0, latency_s), 1 / byte_s if byte_s else float("inf")
 
     def load_s(self, n_bytes: float) -> float:
         """Seconds to bring `n_bytes` to the device, interpolated between measured sizes."""
@@ -58,19 +146,93 @@ class HardwareProfile:
             return float(self.copy_s[-1] * n_bytes / self.copy_bytes[-1])
         return float(np.interp(n_bytes, self.copy_bytes, self.copy_s))
 
+    def __str__(self) -> str:
+        """Say in a few lines what was measured, and what is emulated."""
+        rate = f"{_rate(self.link_bytes_per_s)} + {_short(self.link_latency_s)}"
+        if self.is_emulated:
+            rate += "; emulated: real copies, each held as long as on the named machine"
+        if self.pageable_bytes_per_s is not None:
+            rate += f" pinned, {_rate(self.pageable_bytes_per_s)} pageable"
+        on_host = {
+            "a layer around its experts": self.layer_host_s,
+            "a miss": self.miss_s,
+            "a wait": self.wait_s,
+            "synchronising": self.host_sync_s,
+            "a launch": self.launch_s,
+        }
+        rates = {
+            "a copy": self.host_memory_bytes_per_s,
+            "a matrix-vector product": self.host_matmul_bytes_per_s,
+        }
+        lines = {
+            "device": self.device,
+            "link": f"{self.link}, {rate}",
+            "step": f"{_short(self.dense_step_s)} outside the experts",
+            "expert": f"{_short(self.expert_s)} resident, "
+            f"{_short(self.load_s(float(self.copy_bytes[-1])))} to load",
+            "stored in": _listed(self.expert_s_by_precision or {}, _short),
+            "host": _listed(on_host, _short),
+            "memory": _listed(rates, _rate),
+        }
+        return "\n".join(f"{name:10} {text}" for name, text in lines.items() if text)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values that `from_json` reads back."""
-        return {
-            "device": self.device,
-            "link": self.link,
-            "copy_bytes": self.copy_bytes.tolist(),
-            "copy_s": self.copy_s.tolist(),
-            "dense_step_s": self.dense_step_s,
-            "expert_s": self.expert_s,
-            "conditions": dict(self.conditions),
-        }
+        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> HardwareProfile:
-        """Build a profile from what `to_json` returned."""
-        return cls(**values)
+        """Build a profile from what `to_json` returned.
+
+        What an older version did not measure is None; what a later one adds is left out.
+        """
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+    def save(self, path: str | Path) -> Path:
+        """Write the profile as JSON, whole or not at all, and return its path."""
+        path = Path(path)
+        header = {"kind": KIND, "schema_version": SCHEMA_VERSION}
+        save_json(path, {**header, **self.to_json()}, allow_nan=False)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> HardwareProfile:
+        """Read a saved profile.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RecordError: cut short, of another kind or version, or with wrong values.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"No {KIND} at {path}.")
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            check_version(document, KIND, SCHEMA_VERSION, path)
+            return cls.from_json(document)
+        except RecordError:
+            raise
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RecordError(
+                f"{path} is not a readable {KIND}: it is damaged, cut short, or another kind of "
+                f"file ({error}). Probe the hardware again."
+            ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _listed(values: Mapping[str, float | None], in_words: Callable[[float], str]) -> str:
+    known = [(name, value) for name, value in values.items() if value is not None]
+    return ", ".join(f"{name} {in_words(value)}" for name, value in known)
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.3g} GB/s"
+
+
+def _short(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"

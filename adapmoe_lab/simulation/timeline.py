@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,10 @@ class StepCosts:
         rest: float64 [L, E, P+1, 2], seconds and bytes to bring what is left of an expert when so
             many of its P pieces were begun ahead.
         piece: float64 [L, E, P, 2], seconds and bytes of each piece.
+        miss_s: seconds that the host takes for each demand.
+        wait_s: seconds that a layer takes more for having waited.
+        guess_s: seconds that the host takes to ask a predictor about a layer.
+        piece_s: seconds that the host takes for each piece.
     """
 
     dense_layer_s: float
@@ -32,6 +36,25 @@ class StepCosts:
     head_s: float
     rest: NDArray[np.float64]
     piece: NDArray[np.float64]
+    miss_s: float = 0.0
+    wait_s: float = 0.0
+    guess_s: float = 0.0
+    piece_s: float = 0.0
+
+    @property
+    def pace(self) -> NDArray[np.float64]:
+        """Seconds of everything but the link, in the order the compiled clock reads them."""
+        return np.array(
+            [
+                self.dense_layer_s,
+                self.expert_s,
+                self.head_s,
+                self.miss_s,
+                self.wait_s,
+                self.guess_s,
+                self.piece_s,
+            ]
+        )
 
     @classmethod
     def of(
@@ -64,12 +87,19 @@ class StepCosts:
 
     @classmethod
     def on(cls, hardware: HardwareProfile, expert_bytes: NDArray[np.int64]) -> StepCosts:
-        """Return the costs that were measured on a machine."""
-        return cls.of(
+        """Return the costs that were measured on a machine; what was not is taken as nothing."""
+        costs = cls.of(
             expert_bytes,
             hardware.load_s,
             dense_layer_s=hardware.dense_step_s / len(expert_bytes),
             expert_s=hardware.expert_s,
+        )
+        return replace(
+            costs,
+            miss_s=hardware.miss_s or 0.0,
+            wait_s=hardware.wait_s or 0.0,
+            guess_s=hardware.guess_s or 0.0,
+            piece_s=(hardware.host_copy_s or 0.0) / N_PIECES,
         )
 
 
@@ -137,7 +167,7 @@ def run_timeline(
         guesses.experts,
         guesses.probability,
         replayed.absent,
-        np.array([costs.dense_layer_s, costs.expert_s, costs.head_s]),
+        costs.pace,
         costs.rest,
         costs.piece,
         buffer_slots,

@@ -34,7 +34,8 @@ LAYER, MEMBER, BEGUN, ASKED_AT, ORDER, ARRIVAL = range(6)
 it was asked for, and as which; when its last piece begun arrives."""
 
 SECONDS, BYTES = range(2)
-DENSE_LAYER_S, EXPERT_S, HEAD_S = range(3)
+DENSE_LAYER_S, EXPERT_S, HEAD_S, MISS_S, WAIT_S, GUESS_S, PIECE_S = range(7)
+"""Places in the pace, as `timeline.StepCosts` names them."""
 
 
 @inlined
@@ -53,13 +54,14 @@ def _compute(clock, log, kind, layer, expert, seconds):
 
 
 @inlined
-def _copy(clock, log, rest, layer, expert, n_begun):
+def _copy(clock, log, pace, rest, layer, expert, n_begun):
     """Bring what is left of an expert after so many pieces; return when it is there."""
     begins = max(clock[NOW], clock[LINK_FREE])
     clock[LINK_FREE] = begins + rest[layer, expert, n_begun, SECONDS]
     clock[LINK_S] += rest[layer, expert, n_begun, SECONDS]
     clock[N_BYTES] += rest[layer, expert, n_begun, BYTES]
     _log(log, clock, DEMAND, layer, expert, begins, clock[LINK_FREE])
+    clock[NOW] += pace[MISS_S]
     return clock[LINK_FREE]
 
 
@@ -76,9 +78,9 @@ def _next_in_line(rows):
 
 
 @inlined
-def _begin_pieces(clock, log, rows, piece):
+def _begin_pieces(clock, log, pace, rows, piece):
     """Begin every piece whose time came while the link was idle."""
-    at = _next_in_line(rows)
+    at, spent_s = _next_in_line(rows), 0.0
     while at >= 0:
         begins = max(clock[LINK_FREE], rows[at, ASKED_AT])
         if begins >= clock[NOW]:
@@ -90,7 +92,9 @@ def _begin_pieces(clock, log, rows, piece):
         _log(log, clock, AHEAD, layer, expert, begins, clock[LINK_FREE])
         rows[at, ARRIVAL] = clock[LINK_FREE]
         rows[at, BEGUN] += 1
+        spent_s += pace[PIECE_S]
         at = _next_in_line(rows)
+    clock[NOW] += spent_s
 
 
 @inlined
@@ -110,6 +114,7 @@ def _ask(guessed, probability, absent, target, distance, times, clock, pace, res
     what the experts of a layer take.
     """
     link_ready, ready_at, layer_experts_s = times
+    clock[NOW] += pace[GUESS_S]
     for row in range(len(rows)):
         if rows[row, LAYER] == target and rows[row, BEGUN] == 0:
             is_guessed = False
@@ -161,7 +166,7 @@ def _settle(rows, layer, members, fates, row_of):
 
 
 @inlined
-def _demand(clock, log, rest, layer, members, fates, rows, row_of, arrives):
+def _demand(clock, log, pace, rest, layer, members, fates, rows, row_of, arrives):
     """Ask for everything that is missing, as far as there is staging; return what it all takes.
 
     That is when the link will be done, and how many members are missing.
@@ -173,18 +178,18 @@ def _demand(clock, log, rest, layer, members, fates, rows, row_of, arrives):
         if row >= 0:
             if rows[row, BEGUN] < N_PIECES:
                 rows[row, ARRIVAL] = _copy(
-                    clock, log, rest, layer, members[i], int(rows[row, BEGUN])
+                    clock, log, pace, rest, layer, members[i], int(rows[row, BEGUN])
                 )
                 rows[row, BEGUN] = N_PIECES
             arrives[i] = rows[row, ARRIVAL]
     for i in range(len(members)):
         if fates[i] == LOAD and row_of[i] < 0:
-            arrives[i] = _copy(clock, log, rest, layer, members[i], 0)
+            arrives[i] = _copy(clock, log, pace, rest, layer, members[i], 0)
     for i in range(len(members)):
         if fates[i] == STREAM and row_of[i] < 0:
             n_streamed += 1
             if n_streamed <= N_STAGING:
-                arrives[i] = _copy(clock, log, rest, layer, members[i], 0)
+                arrives[i] = _copy(clock, log, pace, rest, layer, members[i], 0)
             else:
                 late_s += rest[layer, members[i], 0, SECONDS]
     return clock[LINK_FREE] + late_s, n_missing
@@ -200,9 +205,9 @@ def _run_when_there(clock, log, layer, expert, arrival, expert_s):
 
 
 @inlined
-def _run_experts(clock, log, rest, piece, rows, layer, members, fates, row_of, arrives, expert_s):
+def _run_experts(clock, log, pace, rest, piece, rows, layer, members, fates, row_of, arrives):
     """Compute a layer's experts as they are there; return the seconds waited."""
-    stall = 0.0
+    stall, expert_s = 0.0, pace[EXPERT_S]
     for i in range(len(members)):
         if fates[i] == HIT:
             _compute(clock, log, EXPERT, layer, members[i], expert_s)
@@ -222,11 +227,12 @@ def _run_experts(clock, log, rest, piece, rows, layer, members, fates, row_of, a
                 n_in_flight += fates[late] == STREAM and row_of[late] < 0
                 late += 1
             if n_in_flight == N_STAGING:
-                _begin_pieces(clock, log, rows, piece)
-                arrives[late - 1] = _copy(clock, log, rest, layer, members[late - 1], 0)
+                _begin_pieces(clock, log, pace, rows, piece)
+                arrives[late - 1] = _copy(clock, log, pace, rest, layer, members[late - 1], 0)
     for i in range(len(members)):
         if row_of[i] >= 0:
             rows[row_of[i], LAYER] = -1
+    clock[NOW] += pace[WAIT_S] if stall > 0 else 0.0
     return stall
 
 
@@ -246,8 +252,7 @@ def run_clock(
         guessed: int16 [J, N, L, C], experts that will be needed, -1 for none.
         probability: float64 [J, N or 1, L, C], that they will.
         absent: bool [J, N, L, C], which were not resident when they were guessed.
-        pace: float64 [3], seconds of a layer beside its experts, of an expert, and of what follows
-            the last layer.
+        pace: float64 [7], seconds of everything but the link.
         rest: float64 [L, E, P+1, 2], seconds and bytes of what is left of an expert when so many
             pieces are begun.
         piece: float64 [L, E, P, 2], seconds and bytes of each piece.
@@ -261,7 +266,7 @@ def run_clock(
         log: float64 [M, 5], filled with the first events: kind, layer, expert, begin, end.
     """
     n_layers, n_steps = starts.shape[0], starts.shape[1] - 1
-    dense_layer_s, expert_s, head_s = pace
+    dense_layer_s, expert_s, head_s = pace[DENSE_LAYER_S], pace[EXPERT_S], pace[HEAD_S]
     clock, rows = np.zeros(6), np.zeros((n_rows, 6))
     rows[:, LAYER] = -1
     widest = np.diff(starts).max()
@@ -277,14 +282,14 @@ def run_clock(
                 )  # fmt: skip
         for layer in range(n_layers):
             _compute(clock, log, DENSE, layer, -1, dense_layer_s)
-            _begin_pieces(clock, log, rows, piece)
+            _begin_pieces(clock, log, pace, rows, piece)
             own = members[layer, starts[layer, step] : starts[layer, step + 1]]
             fate = fates[layer, starts[layer, step] : starts[layer, step + 1]]
             wasted[step, layer] = _settle(rows, layer, own, fate, row_of)
             for i in range(len(own)):
                 used[step, layer] += row_of[i] >= 0
             link_ready, n_missing = _demand(
-                clock, log, rest, layer, own, fate, rows, row_of, arrives
+                clock, log, pace, rest, layer, own, fate, rows, row_of, arrives
             )
             hits_done_at = clock[NOW] + (len(own) - n_missing) * expert_s
             ready_at = max(hits_done_at, link_ready) + (expert_s if n_missing > 0 else 0.0)
@@ -298,7 +303,7 @@ def run_clock(
                         times, clock, pace, rest, piece, rows,
                     )  # fmt: skip
             stall[step, layer] = _run_experts(
-                clock, log, rest, piece, rows, layer, own, fate, row_of, arrives, expert_s
+                clock, log, pace, rest, piece, rows, layer, own, fate, row_of, arrives
             )
             for j in range(len(moments)):
                 target = layer + distances[j]

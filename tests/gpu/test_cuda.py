@@ -114,6 +114,11 @@ def test_probe_and_latency_are_of_the_real_link(demo):
     assert hardware.link == "pcie"
     assert not hardware.is_emulated
     assert hardware.device == torch.cuda.get_device_name()
+    assert (hardware.miss_s, hardware.wait_s, hardware.host_copy_s) == (None, None, None)
+    assert hardware.link_bytes_per_s > 1e9
+    assert (hardware.pageable_copy_s > 0).all()
+    assert 1e-7 < hardware.launch_s < hardware.host_sync_s + 1e-4 < 1e-2
+    assert {"bfloat16", "int8", "int4"} <= set(hardware.expert_s_by_precision)
     report = measure_latency(demo, config_with(demo, 4), [PROMPT], new_tokens=16, repeats=2)
     assert report.decode.median > 0
     assert report.decode_traffic.bytes_moved > 0

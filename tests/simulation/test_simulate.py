@@ -54,6 +54,19 @@ def test_gating_lowers_experts_loads_and_time():
     assert fewer.loss_increase_nats is None
 
 
+def test_what_misses_and_waits_take_of_the_host_is_in_the_prediction():
+    trace = make_trace(n_tokens=600)
+    plain = HardwareProfile("cpu", "emulated:x", [1000], [0.01], 0.001, 0.0005)
+    config = replace(TunedConfig.untuned(trace.spec), plan=slots_plan(trace.spec, 4))
+    of_plain = simulate(trace, config, plain)
+    with_miss = simulate(trace, config, replace(plain, miss_s=0.02)).ms_per_token
+    n_misses = of_plain.loads_per_token.sum()
+    assert with_miss > of_plain.ms_per_token + 5 * n_misses  # some of it hides behind the link
+    with_wait = simulate(trace, config, replace(plain, wait_s=0.003)).ms_per_token
+    waits = with_wait - of_plain.ms_per_token
+    assert n_misses / 2 * 3 <= waits <= n_misses * 3  # one wait is for one or two experts
+
+
 def test_right_guesses_hide_loads_and_move_the_same_bytes():
     trace = make_trace(n_tokens=600)
     hardware = HardwareProfile("cpu", "emulated:x", [250, 1000], [0.0005, 0.002], 0.006, 0.0005)

@@ -1,0 +1,130 @@
+"""What a machine was measured to do, in a file of its own and inside configs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapmoe_lab.records import HardwareProfile, RecordError, TunedConfig
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "tuned_config_v1.json"
+SIZES = np.array([10_000, 100_000, 1_000_000])
+
+
+def a_profile(**values):
+    times = {"copy_bytes": SIZES, "copy_s": 20e-6 + SIZES / 25e9}
+    return HardwareProfile(
+        **{
+            "device": "a GPU",
+            "link": "pcie",
+            "dense_step_s": 2e-3,
+            "expert_s": 3e-5,
+            **times,
+            **values,
+        }
+    )
+
+
+def whole():
+    return a_profile(
+        pageable_copy_s=30e-6 + SIZES / 10e9,
+        expert_s_by_precision={"int4": 1e-5, "bfloat16": 3e-5},
+        layer_host_s=1e-4,
+        host_sync_s=21e-6,
+        launch_s=6e-6,
+        host_memory_bytes_per_s=80e9,
+        host_matmul_bytes_per_s=40e9,
+    )
+
+
+def test_bandwidth_and_latency_are_those_the_copies_were_made_of():
+    profile = whole()
+    assert profile.link_bytes_per_s == pytest.approx(25e9)
+    assert profile.link_latency_s == pytest.approx(20e-6)
+    assert profile.pageable_bytes_per_s == pytest.approx(10e9)
+    assert a_profile().pageable_bytes_per_s is None
+
+
+def test_the_fit_is_as_close_for_small_copies_as_for_large_ones():
+    noisy = (20e-6 + SIZES / 25e9) * [1.0, 1.0, 1.05]
+    assert a_profile(copy_s=noisy).link_latency_s == pytest.approx(20e-6, rel=0.05)
+
+
+def test_one_size_says_nothing_of_latency():
+    profile = a_profile(copy_bytes=[1000], copy_s=[1e-3])
+    assert (profile.link_latency_s, profile.link_bytes_per_s) == (0.0, pytest.approx(1e6))
+
+
+def test_copies_that_all_take_as_long_are_latency():
+    profile = a_profile(copy_s=[2e-5, 2e-5, 1.9e-5])
+    assert profile.link_latency_s == pytest.approx(1.97e-5, rel=0.01)
+    assert profile.link_bytes_per_s == np.inf
+
+
+def test_it_comes_back_from_its_file_as_it_was(tmp_path):
+    profile = whole()
+    again = HardwareProfile.load(profile.save(tmp_path / "machine.json"))
+    assert again.to_json() == profile.to_json()
+    assert again.pageable_copy_s == pytest.approx(profile.pageable_copy_s)
+    assert not again.copy_s.flags.writeable
+
+
+def test_profiles_in_old_configs_lack_what_was_not_measured_then():
+    hardware = TunedConfig.load(FIXTURE).hardware
+    assert (hardware.dense_step_s, hardware.expert_s) == (0.001, 0.0001)
+    assert hardware.miss_s is None
+    assert hardware.expert_s_by_precision is None
+    assert hardware.host_matmul_bytes_per_s is None
+
+
+def test_what_a_later_version_measured_is_left_out():
+    values = {**whole().to_json(), "gpu_clock_hz": 1e9}
+    assert HardwareProfile.from_json(values).to_json() == whole().to_json()
+
+
+def test_it_says_in_a_few_lines_what_was_measured_and_what_is_emulated():
+    told = str(whole()).splitlines()
+    assert "25 GB/s + 20 us pinned, 10 GB/s pageable" in told[1]
+    assert "emulated" not in str(whole())
+    assert "int4 10 us, bfloat16 30 us" in told[4]
+    assert "synchronising 21 us, a launch 6 us" in told[5]
+    assert "a copy 80 GB/s, a matrix-vector product 40 GB/s" in told[6]
+    few = str(a_profile(link="emulated:some/machine")).splitlines()
+    assert len(few) == 4
+    assert "emulated: real copies, each held as long as on the named machine" in few[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"miss_s": -1e-3}, "cannot hold negative times: miss_s"),
+        ({"dense_step_s": float("nan")}, "cannot hold negative times: dense_step_s"),
+        ({"copy_s": [1.0, 2.0]}, r"copy_s must have shape \[3\]"),
+        ({"copy_bytes": [3, 2, 1]}, "in ascending order"),
+        ({"expert_s_by_precision": {"int4": -1.0}}, "negative times of an expert"),
+        ({"host_memory_bytes_per_s": 0.0}, "host_memory_bytes_per_s must be above zero, got 0"),
+    ],
+)
+def test_impossible_numbers_are_refused(values, message):
+    with pytest.raises(RecordError, match=message):
+        a_profile(**values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"kind": "hardware-prof', "is not a readable hardware-profile: it is damaged, cut short"),
+        ('{"kind": "tuned-config"}', "holds a 'tuned-config'; expected a 'hardware-profile'"),
+        ("[]", "is not a readable hardware-profile"),
+        (json.dumps({"kind": "hardware-profile", "schema_version": 9}), "has schema version 9"),
+        (json.dumps({"kind": "hardware-profile", "schema_version": 1}), "Probe the hardware again"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "machine.json"
+    path.write_text(content)
+    with pytest.raises(RecordError, match=message):
+        HardwareProfile.load(path)
+    with pytest.raises(FileNotFoundError, match="No hardware-profile at"):
+        HardwareProfile.load(tmp_path / "none.json")
