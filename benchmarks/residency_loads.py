@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.loading import LabModel
-from adapmoe_lab.policies.allocation import shared, slots_plan, with_pins
+from adapmoe_lab.policies.allocation import slots_plan, with_pins
 from adapmoe_lab.policies.eviction import POLICIES
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.records import CachePlan, GatingTable, RoutingTrace, TunedConfig
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.residency import gap_closed, slot_divisions
 
 SHARES = (0.25, 0.5, 0.75)
 ORDERS = {
@@ -65,26 +66,10 @@ def record(model: LabModel, texts: list[str], skipped_fraction: float) -> Iterat
 
 def plans_of(case: Case, share: float) -> dict[str, CachePlan]:
     """Return every division of a share of all experts' slots."""
-    trace, spec = case.calibration, case.calibration.spec
-    keep = kept_experts(trace, case.gating)
-    uniform = slots_plan(spec, round(share * spec.n_experts))
-    predicted = trace.predictions["next_router"][1].experts[:, :, :, None]
-    is_foreseen = (predicted == trace.expert_indices[:, :, None, :]).any(axis=2)
-    adapmoe = lab.plan_slots(
-        uniform.n_slots,
-        n_experts=spec.n_experts,
-        single_expert_ratio=(keep.sum(axis=2) == 1).mean(axis=0),
-        prefetch_accuracy=is_foreseen.mean(axis=(0, 2)),
-        method="adapmoe",
+    spec = case.calibration.spec
+    return slot_divisions(
+        case.calibration, slots_plan(spec, round(share * spec.n_experts)), case.gating
     )
-    curves = lab.miss_curves(trace, case.gating)
-    measured = lab.plan_slots(uniform.n_slots, miss_curves=curves, method="measured")
-    return {
-        "uniform": uniform,
-        "adapmoe": adapmoe,
-        "measured": measured,
-        "shared": shared(uniform),
-    }
 
 
 def uses_of(case: Case) -> NDArray[np.int64]:
@@ -133,7 +118,7 @@ def judge(case: Case, order_name: str, share: float) -> list[dict[str, Any]]:
     rows = []
     for (name, eviction), by_text in loads.items():
         ratio, error = ratio_and_error(by_text, base)
-        gap = base.sum() - loads[name, "belady"].sum()
+        closed = gap_closed(by_text.sum(), base.sum(), loads[name, "belady"].sum())
         row = {
             "gated": case.gating is not None,
             "skipped_fraction": float(1 - keep.mean()),
@@ -144,7 +129,7 @@ def judge(case: Case, order_name: str, share: float) -> list[dict[str, Any]]:
             "loads_per_token": float(by_text.sum() / trace.n_tokens),
             "ratio": ratio,
             "ratio_se": error,
-            "belady_gap_closed": float((base.sum() - by_text.sum()) / gap) if gap else None,
+            "belady_gap_closed": None if np.isnan(closed) else float(closed),
         }
         if share == RAW_SHARE and eviction in RAW_POLICIES:
             row["loads_by_text"] = by_text.tolist()

@@ -25,7 +25,7 @@ from adapmoe_lab.engine.machine_times import (
 from adapmoe_lab.engine.pace import PROMPT_TOKENS
 from adapmoe_lab.models.experts import run_expert
 from adapmoe_lab.records import CachePlan, GatingTable, HardwareProfile
-from adapmoe_lab.simulation.cost import layer_step_s
+from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timeline
 
 HELD_S = 5.0
 """Most seconds, about, of decoding over a link that holds its copies."""
@@ -182,24 +182,11 @@ def _solved(steps: list[_Step], miss_s: float | None, alone_s: float) -> tuple[f
 
 def _wait_s(steps: list[_Step], hardware: HardwareProfile, model: LabModel) -> float:
     """Return what a layer that waited took beyond what the cost model says; the median of steps."""
-    store = model.engine.store
-    load_s = np.array([hardware.load_s(store.slot_bytes(n)) for n in range(store.n_layers)])
     counts = [np.stack([getattr(step, name) for step in steps]) for name in ("hits", "misses")]
-
-    def busy_s(wait_s: float) -> NDArray[np.float64]:
-        hits, loads = counts
-        return layer_step_s(
-            hits,
-            loads,
-            np.zeros_like(loads),
-            load_s,
-            hardware.expert_s,
-            miss_s=hardware.miss_s or 0.0,
-            wait_s=wait_s,
-        ).sum(axis=1)
-
-    n_waits = busy_s(1.0) - busy_s(0.0)
-    rest = np.array([step.seconds for step in steps]) - hardware.dense_step_s - busy_s(0.0)
+    costs = StepCosts.on(hardware, model.engine.store.expert_bytes)
+    timeline = run_timeline(counted_replay(*counts), costs)
+    n_waits = (timeline.stall_s > 0).sum(axis=1)
+    rest = np.array([step.seconds for step in steps]) - timeline.step_s
     has_waited = n_waits > 0
     if not has_waited.any():
         return 0.0

@@ -23,6 +23,7 @@ TIMES = (
     "host_copy_s",
     "miss_s",
     "wait_s",
+    "guess_s",
     "host_sync_s",
     "launch_s",
 )
@@ -56,6 +57,7 @@ class HardwareProfile:
             real one copies by itself.
         wait_s: seconds that waiting for an emulated link adds to a layer beyond the wait itself, as
             for waking up on a busy machine.
+        guess_s: seconds the host takes to ask a predictor about a layer and to weigh its answer.
         host_sync_s: seconds until the host knows that an idle device is idle; CUDA only.
         launch_s: seconds the host takes to launch a kernel; CUDA only.
         host_memory_bytes_per_s: bytes read and written by a large copy in host memory.
@@ -75,6 +77,7 @@ class HardwareProfile:
     host_copy_s: float | None = None
     miss_s: float | None = None
     wait_s: float | None = None
+    guess_s: float | None = None
     host_sync_s: float | None = None
     launch_s: float | None = None
     host_memory_bytes_per_s: float | None = None
@@ -157,6 +160,7 @@ class HardwareProfile:
             "a layer around its experts": self.layer_host_s,
             "a miss": self.miss_s,
             "a wait": self.wait_s,
+            "a guess": self.guess_s,
             "synchronising": self.host_sync_s,
             "a launch": self.launch_s,
         }

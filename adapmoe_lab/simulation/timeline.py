@@ -133,7 +133,26 @@ class Timeline:
         return np.diff(self.ended_s, prepend=0.0)
 
 
+LOADED = 1
+"""The fate of a member that gets a slot, see `Replay`."""
+
 EVENT_KINDS = ("dense", "expert", "demand", "ahead")
+
+
+def counted_replay(hits: NDArray[np.int64], loads: NDArray[np.int64]) -> Replay:
+    """Return a replay of steps [N, L] of which only counts are known; which experts is made up."""
+    n_steps, n_layers = hits.shape
+    width = int((hits + loads).sum(axis=0).max())
+    members = np.zeros((n_layers, width), dtype=np.int16)
+    fates = np.zeros((n_layers, width), dtype=np.int8)
+    starts = np.zeros((n_layers, n_steps + 1), dtype=np.int64)
+    starts[:, 1:] = (hits + loads).cumsum(axis=0).T
+    for step, layer in np.ndindex(n_steps, n_layers):
+        first, end = starts[layer, step : step + 2]
+        members[layer, first:end] = np.arange(end - first)
+        fates[layer, first + hits[step, layer] : end] = LOADED
+    is_decode, absent = np.ones(n_steps, dtype=np.bool_), np.zeros((0, 0, 0, 0), dtype=np.bool_)
+    return Replay(hits, loads, np.zeros_like(hits), is_decode, members, starts, fates, absent)
 
 
 def run_timeline(

@@ -20,6 +20,7 @@ from adapmoe_lab.records import (
     Surrogates,
     TunedConfig,
 )
+from adapmoe_lab.simulation.residency import Residency, best_residency
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 
 MAX_STEPS_BACK = 4
@@ -40,9 +41,10 @@ def tune(
     model: LabModel | None = None,
     texts: Sequence[str] | None = None,
 ) -> TunedConfig:
-    """Choose cuts and slots for a memory budget.
+    """Choose cuts, slots and eviction for a memory budget.
 
-    With a model the loss increase is measured too, and where the fraction was left open less is
+    Slots are divided, and the eviction chosen, by what loads least in a replay of the trace. With a
+    model the loss increase is measured too, and where the fraction was left open less is
     skipped until the measurement keeps what was allowed.
 
     Args:
@@ -103,10 +105,15 @@ def tune(
     if model is not None:
         allowed = None if is_fixed else max_loss_increase_nats
         config, measured = _verified(skipping, skipped_fraction, allowed, model, texts)
+    chosen, tried = best_residency(trace, plan, config.gating)
+    residency = {"plan": chosen.plan, "eviction": chosen.eviction}
+    config = replace(config, **residency)
+    without = replace(ungated, **residency)
     predicted = simulate(trace, config, hardware, sensitivity=sensitivity)
-    baseline = simulate(trace, ungated, hardware, sensitivity=sensitivity)
+    baseline = simulate(trace, without, hardware, sensitivity=sensitivity)
     return config.with_evidence(
         method=method,
+        residency=residency_summary(chosen, tried),
         trace=trace.fingerprint(),
         verified=measured is not None,
         measured=measured,
@@ -151,6 +158,15 @@ def check_skippable(spec: MoESpec) -> None:
             f"{spec.model_id} routes every token to one expert, so none can be skipped; tuning "
             "needs a model whose router chooses two or more."
         )
+
+
+def residency_summary(chosen: Residency, tried: Sequence[Residency]) -> dict[str, Any]:
+    """Return which residency was chosen, and the loads of all that were tried, as JSON values."""
+    return {
+        "slots": chosen.division,
+        "eviction": chosen.eviction,
+        "loads_per_token": {f"{r.division}, {r.eviction}": r.loads_per_token for r in tried},
+    }
 
 
 def prediction_summary(simulation: Simulation) -> dict[str, Any]:

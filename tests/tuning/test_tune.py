@@ -2,17 +2,20 @@
 
 import io
 import zipfile
+from dataclasses import replace
 
 import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
 from adapmoe_lab.evaluation.loss import evaluate_loss
+from adapmoe_lab.policies.allocation import uniform_plan
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.policies.thresholds import RULES
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity
 from adapmoe_lab.profiling.surrogates import fit_surrogates
 from adapmoe_lab.records import TunedConfig
+from adapmoe_lab.simulation.simulate import simulate
 from adapmoe_lab.tuning.tune import tune
 
 
@@ -52,6 +55,31 @@ def test_slots_come_from_the_memory_budget():
     assert config.plan.n_slots == 12 - 2  # half of 24 experts, two slots for staging
     kept = kept_experts(trace, config.gating)
     assert 1 - kept.mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_slots_and_eviction_are_what_loads_least_in_the_replay():
+    trace = make_trace(n_tokens=800)
+    experts = trace.expert_indices.copy()
+    experts[:, 0] = [0, 1]  # this layer needs two slots, whatever comes
+    trace = replace(trace, expert_indices=experts)
+    config = tune(trace, sensitivity_of(trace), expert_memory="50%", skipped_fraction=0.1)
+    evidence = config.evidence["residency"]
+    loads = evidence["loads_per_token"]
+    assert loads[f"{evidence['slots']}, {evidence['eviction']}"] == min(loads.values())
+    assert min(loads.values()) < 0.9 * loads["uniform, lru"]
+    assert evidence["slots"] == config.plan.method == "measured"
+    assert evidence["eviction"] == config.eviction
+    assert config.plan.slots[0] == 2
+    assert config.plan.n_slots == 10
+    lru = replace(config, plan=uniform_plan(trace.spec, 12_000), eviction="lru")
+    bytes_of_lru = simulate(trace, lru).bytes_per_token
+    assert config.evidence["predicted"]["bytes_per_token"] < bytes_of_lru
+
+
+def test_nothing_beats_lru_where_all_experts_fit():
+    trace = make_trace()
+    config = tune(trace, sensitivity_of(trace), expert_memory=None)
+    assert (config.eviction, config.plan.method) == ("lru", "uniform")
 
 
 def test_verifying_measures_and_keeps_the_promise(load_tiny, texts, tmp_path):
