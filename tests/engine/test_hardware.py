@@ -7,24 +7,23 @@ import numpy as np
 import pytest
 from runs import PROMPT, half_cached
 
-from adapmoe_lab.engine.clock import VirtualClock
+from adapmoe_lab.engine.clock import StepPace, VirtualClock
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.hardware import probe_hardware
 from adapmoe_lab.engine.machine_times import interleaved_medians
-from adapmoe_lab.engine.offload import VirtualCosts
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.profiling.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, TunedConfig
 from adapmoe_lab.simulation.simulate import simulate
 
-COSTS = VirtualCosts(dense_layer_s=2e-3, expert_s=5e-4)
+COSTS = StepPace(dense_layer_s=2e-3, expert_s=5e-4)
 LOAD_S = 3e-3
 
 
 def virtual(load_tiny, **arguments):
     """Return a model on a virtual machine that takes `COSTS` and loads an expert in `LOAD_S`."""
     model = load_tiny(clock=VirtualClock(), **arguments)
-    model.engine.costs = COSTS
+    model.engine.pace = COSTS
     model.engine.link.name = "emulated:virtual"
     model.engine.link.bytes_per_s = model.spec.stored_expert_bytes / LOAD_S
     return model
