@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from adapmoe_lab.records.published import published_adapmoe
     from adapmoe_lab.simulation.miss_curves import miss_curves
+    from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
     from adapmoe_lab.simulation.simulate import simulate
     from adapmoe_lab.tuning.tune import tune
     from adapmoe_lab.workbench.panel import Workbench
@@ -50,6 +51,7 @@ _HOMES = {
     "load": "engine.loading",
     "measure_latency": "evaluation.latency",
     "miss_curves": "simulation.miss_curves",
+    "plan_prefetch": "simulation.prefetch_tables",
     "plan_slots": "policies.allocation",
     "probe_hardware": "engine.hardware",
     "profile": "profiling.routing",
@@ -77,6 +79,7 @@ __all__ = [
     "load",
     "measure_latency",
     "miss_curves",
+    "plan_prefetch",
     "plan_slots",
     "probe_hardware",
     "profile",

@@ -24,7 +24,14 @@ from adapmoe_lab.engine.machine_times import (
 )
 from adapmoe_lab.engine.pace import PROMPT_TOKENS
 from adapmoe_lab.models.experts import run_expert
-from adapmoe_lab.records import CachePlan, GatingTable, HardwareProfile
+from adapmoe_lab.policies.residency import StepPlan
+from adapmoe_lab.records import (
+    CachePlan,
+    GatingTable,
+    HardwareProfile,
+    PrefetchSource,
+    PrefetchTable,
+)
 from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timeline
 
 HELD_S = 5.0
@@ -55,6 +62,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 4) -> Ha
     with model.running():
         layer_host_s = _layer_host_s(model, hidden)
         host_copy_s, miss_s = _host_miss_s(model, hidden)
+        guess_s = _guess_s(model, hidden)
         engine.release()
         copies = copy_times(engine.store, engine.link, engine.clock, engine.device)
         by_precision = expert_times(model.layers[0].experts, list(stored.values()), hidden)
@@ -77,6 +85,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 4) -> Ha
         layer_host_s=layer_host_s,
         host_copy_s=host_copy_s,
         miss_s=miss_s,
+        guess_s=guess_s,
         host_sync_s=sync_s,
         launch_s=launch_s,
         host_memory_bytes_per_s=memory_rate,
@@ -225,6 +234,25 @@ def _layer_host_s(model: LabModel, hidden: torch.Tensor) -> float | None:
             budget_s=0.5,
         )
     return max(0.0, medians["layer"] - top_k * medians["experts"])
+
+
+def _guess_s(model: LabModel, hidden: torch.Tensor) -> float | None:
+    """Return what it takes to ask a predictor about a layer; None if none can be asked."""
+    engine, spec = model.engine, model.spec
+    if spec.n_layers < 2 or not all(layer.router.reads_experts_input for layer in model.layers):
+        return None
+    never = PrefetchSource("next_router", 1, np.zeros((spec.n_layers, spec.top_k)))
+    table = PrefetchTable([never], buffer_slots=1)
+    engine.configure(None, model.memory.slots, prefetch=table, predictors=model.predictors())
+    prefetcher, cache = engine.cached.prefetcher, engine.cached.cache
+    assert prefetcher is not None, "the table asks for one"  # noqa: S101
+    nothing = StepPlan((), (), ())
+    asks = [
+        lambda layer=layer: prefetcher.look_ahead(layer, hidden, cache, nothing, ())
+        for layer in range(spec.n_layers - 1)
+    ]
+    works = {"ask": lambda: seconds_each(asks, engine.device, engine.clock)}
+    return interleaved_medians(works, budget_s=0.3)["ask"]
 
 
 def _host_miss_s(

@@ -323,6 +323,7 @@ def load(
         host_memory=host_memory,
         slots=config.plan if config is not None else None,
         surrogate_bytes=_surrogate_bytes(config, checkpoint),
+        prefetch_bytes=_prefetch_bytes(config, spec),
     )
     announce(f"{spec.model_id} {plan}")
 
@@ -355,6 +356,13 @@ def _surrogate_bytes(config: TunedConfig | None, checkpoint: Checkpoint) -> int:
     if config is None or config.compensation is None:
         return 0
     return config.compensation.n_bytes(DTYPES[checkpoint.model.dtype].itemsize)
+
+
+def _prefetch_bytes(config: TunedConfig | None, spec: MoESpec) -> int:
+    """Return the device bytes of what a config fetches ahead."""
+    if config is None or config.prefetch is None:
+        return 0
+    return config.prefetch.n_bytes(spec.stored_expert_bytes)
 
 
 def _check_precision(config: TunedConfig, spec: MoESpec) -> None:

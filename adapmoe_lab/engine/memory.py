@@ -65,6 +65,7 @@ class MemoryPlan:
         slots: the experts' room on the device.
         slot_bytes: bytes of that room, staging included.
         surrogate_bytes: bytes of what stands in for skipped experts.
+        prefetch_bytes: bytes of the buffer for experts fetched ahead, and of fitted predictors.
         device_bytes: free bytes on the device that were planned with.
         store_bytes: bytes of all experts.
         host_bytes: bytes of host memory for the store; less than `store_bytes` leaves it on disk.
@@ -75,6 +76,7 @@ class MemoryPlan:
     slots: CachePlan
     slot_bytes: int
     surrogate_bytes: int
+    prefetch_bytes: int
     device_bytes: int
     store_bytes: int
     host_bytes: int
@@ -90,6 +92,8 @@ class MemoryPlan:
         if not self.fits_host and self.host_bytes > 0:
             store += f", the last {in_words(self.host_bytes)} read kept in host memory"
         beside = f"surrogates: {in_words(self.surrogate_bytes)}; " if self.surrogate_bytes else ""
+        if self.prefetch_bytes:
+            beside += f"prefetch: {in_words(self.prefetch_bytes)}; "
         return (
             f"on {device_name(self.device)}, {in_words(self.device_bytes)} to plan with: "
             f"{self.needs}\nexpert slots: {self.slots.n_slots} of {in_words(self.slot_bytes)} "
@@ -134,6 +138,7 @@ def plan_memory(
     host_memory: str | float | None = None,
     slots: CachePlan | None = None,
     surrogate_bytes: int = 0,
+    prefetch_bytes: int = 0,
 ) -> MemoryPlan:
     """Decide how many experts get a slot, and whether the rest waits in memory or on disk.
 
@@ -147,12 +152,14 @@ def plan_memory(
         host_memory: host memory for experts, slots included on the CPU; None takes what is free.
         slots: the slots of a tuned config, which then decide.
         surrogate_bytes: bytes of what stands in for skipped experts.
+        prefetch_bytes: bytes of the buffer for experts fetched ahead, and of fitted predictors.
 
     Raises:
         MemoryError: it does not fit; the text has the numbers and the most that does.
         ValueError: the room is too small for one expert per layer.
     """
     store_bytes, slot_bytes = int(expert_bytes.sum()), expert_bytes.max(axis=1)
+    beside_bytes = surrogate_bytes + prefetch_bytes
     free = _free_bytes(device)
     left = int(HEADROOM * free) - needs.total
     host = budget_bytes(host_memory, spec, "host_memory") if host_memory is not None else None
@@ -162,14 +169,14 @@ def plan_memory(
         if expert_memory is not None:
             room = budget_bytes(expert_memory, spec)
         else:
-            every_slot = expert_bytes.shape[1] * int(slot_bytes.sum()) + surrogate_bytes
+            every_slot = expert_bytes.shape[1] * int(slot_bytes.sum()) + beside_bytes
             on_host = store_bytes if device.type == "cpu" else 0
             room = every_slot if every_slot + on_host <= left else left
-            least = int(slot_bytes.sum() + N_STAGING * slot_bytes.max()) + surrogate_bytes
+            least = int(slot_bytes.sum() + N_STAGING * slot_bytes.max()) + beside_bytes
             if room < min(least, every_slot) and host is None:
                 raise MemoryError(_does_not_fit(spec, device, needs, free, least, left))
-        slots = uniform_plan(spec, room, slot_bytes=slot_bytes, surrogate_bytes=surrogate_bytes)
-    taken = planned_bytes(slots, expert_bytes) + surrogate_bytes
+        slots = uniform_plan(spec, room, slot_bytes=slot_bytes, beside_bytes=beside_bytes)
+    taken = planned_bytes(slots, expert_bytes) + beside_bytes
     if taken > max(left, 0):
         raise MemoryError(_does_not_fit(spec, device, needs, free, taken, left))
     if device.type == "cpu":
@@ -181,8 +188,9 @@ def plan_memory(
         device=device,
         needs=needs,
         slots=slots,
-        slot_bytes=taken - surrogate_bytes,
+        slot_bytes=taken - beside_bytes,
         surrogate_bytes=surrogate_bytes,
+        prefetch_bytes=prefetch_bytes,
         device_bytes=int(HEADROOM * free),
         store_bytes=store_bytes,
         host_bytes=max(0, host_left),

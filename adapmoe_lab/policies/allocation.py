@@ -54,7 +54,7 @@ def uniform_plan(
     budget: int,
     min_slots: int = 1,
     slot_bytes: NDArray[np.int64] | None = None,
-    surrogate_bytes: int = 0,
+    beside_bytes: int = 0,
 ) -> CachePlan:
     """Divide a byte budget evenly over the layers.
 
@@ -66,7 +66,7 @@ def uniform_plan(
         budget: bytes for slots, surrogates and staging.
         min_slots: slots every layer must get.
         slot_bytes: int64 [L], bytes of a slot of each layer where experts differ in precision.
-        surrogate_bytes: bytes of the surrogates that stand in for skipped experts.
+        beside_bytes: bytes of what lies in the same room: surrogates, a prefetch buffer.
 
     Raises:
         ValueError: the budget does not give every layer `min_slots`.
@@ -75,12 +75,12 @@ def uniform_plan(
     if slot_bytes is None:
         slot_bytes = np.full(n_layers, spec.stored_expert_bytes)
     widest, all_layers = int(slot_bytes.max()), int(slot_bytes.sum())
-    whole_room = budget - surrogate_bytes
+    whole_room = budget - beside_bytes
     room = whole_room - N_STAGING * widest
     if whole_room >= n_experts * all_layers:
         slots = np.full(n_layers, n_experts)
     elif room < min_slots * all_layers:
-        beside = f" and {surrogate_bytes / 2**20:.1f} MiB of surrogates" if surrogate_bytes else ""
+        beside = f" and {beside_bytes / 2**20:.1f} MiB beside it" if beside_bytes else ""
         n_slots = max(0, room // widest)
         short = -(-(min_slots * all_layers - room) // widest)
         raise ValueError(

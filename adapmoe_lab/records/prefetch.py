@@ -127,6 +127,10 @@ class PrefetchTable:
         """L, the number of layers spoken of."""
         return len(self.sources[0].probability)
 
+    def n_bytes(self, expert_bytes: int) -> int:
+        """Return the device bytes of a buffer for experts of this size, and of what is fitted."""
+        return self.buffer_slots * expert_bytes + (self.fitted.n_bytes if self.fitted else 0)
+
     def fingerprint(self) -> str:
         """Identify the table by everything it holds."""
         return digest(

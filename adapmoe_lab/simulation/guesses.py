@@ -43,6 +43,22 @@ def step_bounds(trace: RoutingTrace) -> NDArray[np.int64]:
     return np.flatnonzero(np.diff(ids, prepend=ids[0] - 1, append=ids[-1] + 1))
 
 
+def recorded_prediction(trace: RoutingTrace, predictor: str, distance: int) -> Prediction:
+    """Return what a predictor said at a distance.
+
+    Raises:
+        RecordError: the trace has no such predictions; the text says which it has.
+    """
+    try:
+        return trace.predictions[predictor][distance]
+    except KeyError:
+        held = [f"{name} at {list(by)}" for name, by in trace.predictions.items()]
+        raise RecordError(
+            f"The trace holds no predictions of {predictor!r} at distance {distance}; it holds "
+            f"{', '.join(held) or 'none'}. Record it again with that predictor."
+        ) from None
+
+
 def recorded_guesses(
     trace: RoutingTrace, table: PrefetchTable | None, gating: GatingTable | None = None
 ) -> Guesses:
@@ -78,7 +94,7 @@ def recorded_guesses(
 
 def _spoken(trace, source, bounds, gating):
     """Return one predictor's experts [N, L, C] and their probability [N or 1, L, C]."""
-    predicted = _prediction(trace, source.predictor, source.distance)
+    predicted = recorded_prediction(trace, source.predictor, source.distance)
     width = min(predicted.experts.shape[2], source.probability.shape[1])
     experts, scores = predicted.experts[:, :, :width], predicted.scores[:, :, :width]
     by_rank = source.probability[:, :width]
@@ -108,14 +124,3 @@ def _together(experts, by_rank, bounds, one_token_only):
             guessed[step, layer, : len(named)] = named
             probability[step, layer, : len(named)] = chance
     return guessed, probability
-
-
-def _prediction(trace: RoutingTrace, predictor: str, distance: int) -> Prediction:
-    try:
-        return trace.predictions[predictor][distance]
-    except KeyError:
-        held = [f"{name} at {list(by)}" for name, by in trace.predictions.items()]
-        raise RecordError(
-            f"The trace holds no predictions of {predictor!r} at distance {distance}; it holds "
-            f"{', '.join(held) or 'none'}. Record it again with that predictor."
-        ) from None

@@ -15,15 +15,20 @@ from adapmoe_lab.policies.thresholds import RULES, largest_skipped_fraction
 from adapmoe_lab.records import (
     HardwareProfile,
     MoESpec,
+    Predictors,
     RoutingTrace,
     SensitivityProfile,
     Surrogates,
     TunedConfig,
 )
+from adapmoe_lab.simulation.prefetch_tables import best_prefetch, buffer_slots, ms_per_token
 from adapmoe_lab.simulation.residency import Residency, best_residency
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 
 MAX_STEPS_BACK = 4
+MIN_PREFETCH_GAIN = 0.01
+"""Share of the predicted time that fetching ahead must save to be taken."""
+
 BFLOAT16_BYTES = 2
 """Of a number of the surrogates, where no model says what it computes in."""
 
@@ -38,6 +43,8 @@ def tune(
     max_loss_increase_nats: float = 0.01,
     method: str = "uniform",
     compensation: Surrogates | None = None,
+    prefetch: bool = True,
+    predictors: Predictors | None = None,
     model: LabModel | None = None,
     texts: Sequence[str] | None = None,
 ) -> TunedConfig:
@@ -59,6 +66,9 @@ def tune(
             `"curve"` (least predicted loss).
         compensation: what stands in for skipped experts; the sensitivity must be measured with it,
             and its bytes come out of `expert_memory`.
+        prefetch: whether to fetch ahead if that is predicted to be faster, with its buffer out of
+            `expert_memory`; needs hardware, and a trace with predictions.
+        predictors: fitted predictors whose predictions the trace has.
         model: the model to verify the loss on; without it the config is only predicted.
         texts: what to verify on, best other texts than the trace and the sensitivity are from;
             the shipped calibration texts if None.
@@ -84,11 +94,9 @@ def tune(
             rule, sensitivity, trace.spec.top_k, max_loss_increase_nats
         )
     item_bytes = model.hf.dtype.itemsize if model is not None else BFLOAT16_BYTES
-    plan = uniform_plan(
-        trace.spec,
-        budget_bytes(expert_memory, trace.spec),
-        surrogate_bytes=compensation.n_bytes(item_bytes) if compensation is not None else 0,
-    )
+    budget = budget_bytes(expert_memory, trace.spec)
+    surrogate_bytes = compensation.n_bytes(item_bytes) if compensation is not None else 0
+    plan = uniform_plan(trace.spec, budget, beside_bytes=surrogate_bytes)
     ungated = TunedConfig(
         model=TunedConfig.model_identity(trace.spec),
         compensation=compensation,
@@ -106,20 +114,53 @@ def tune(
         allowed = None if is_fixed else max_loss_increase_nats
         config, measured = _verified(skipping, skipped_fraction, allowed, model, texts)
     chosen, tried = best_residency(trace, plan, config.gating)
-    residency = {"plan": chosen.plan, "eviction": chosen.eviction}
-    config = replace(config, **residency)
-    without = replace(ungated, **residency)
+    config = replace(config, plan=chosen.plan, eviction=chosen.eviction)
+    prefetch_tried = None
+    if prefetch and hardware is not None:
+        config, prefetch_tried = _fetching_ahead(
+            trace, config, hardware, predictors, budget, surrogate_bytes
+        )
+    without = replace(config, gating=None)
     predicted = simulate(trace, config, hardware, sensitivity=sensitivity)
     baseline = simulate(trace, without, hardware, sensitivity=sensitivity)
     return config.with_evidence(
         method=method,
         residency=residency_summary(chosen, tried),
+        prefetch=prefetch_tried,
         trace=trace.fingerprint(),
         verified=measured is not None,
         measured=measured,
         predicted=prediction_summary(predicted),
         predicted_without_skipping=prediction_summary(baseline),
     )
+
+
+def _fetching_ahead(
+    trace: RoutingTrace,
+    config: TunedConfig,
+    hardware: HardwareProfile,
+    predictors: Predictors | None,
+    budget: int,
+    surrogate_bytes: int,
+) -> tuple[TunedConfig, dict[str, float] | None]:
+    """Return the config with what is worth fetching ahead, and milliseconds by what was tried.
+
+    The buffer takes slots away, so that the times compared are of the same memory.
+    """
+    spec = trace.spec
+    n_bytes = buffer_slots(spec) * spec.stored_expert_bytes
+    n_bytes += predictors.n_bytes if predictors is not None else 0
+    try:
+        plan = uniform_plan(spec, budget, beside_bytes=surrogate_bytes + n_bytes)
+    except ValueError:  # no room for a buffer
+        return config, None
+    chosen, _ = best_residency(trace, plan, config.gating)
+    beside = replace(config, plan=chosen.plan, eviction=chosen.eviction)
+    table, times = best_prefetch(trace, beside, hardware, fitted=predictors)
+    times["nobody"] = ms_per_token(simulate(trace, config, hardware))
+    if table is None or min(times.values()) > (1 - MIN_PREFETCH_GAIN) * times["nobody"]:
+        return config, times
+    return replace(beside, prefetch=table), times
 
 
 def _verified(

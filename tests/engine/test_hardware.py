@@ -64,9 +64,9 @@ def test_it_uses_the_memory_that_was_given_and_restores_the_configuration(load_t
     model.apply(config)
     used = []
     configure = model.engine.configure
-    model.engine.configure = lambda gating, plan, *rest: (
+    model.engine.configure = lambda gating, plan, *rest, **ahead: (
         used.append(plan.slots),
-        configure(gating, plan, *rest),
+        configure(gating, plan, *rest, **ahead),
     )
     hardware = probe_hardware(model, n_steps=6, rounds=2)
     assert all((slots <= model.memory.slots.slots).all() for slots in used)

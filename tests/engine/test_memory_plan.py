@@ -126,7 +126,7 @@ def test_surrogates_come_out_of_the_budget(plan):
     tight = plan(GPU, 60, surrogate_bytes=8 * one)
     assert tight.slot_bytes + tight.surrogate_bytes <= 0.9 * 60 * MIB - tight.needs.total
     assert plan(GPU, 1000, surrogate_bytes=8 * one).slots.n_slots == 64
-    with pytest.raises(ValueError, match=r"staging of 2 and 30\.0 MiB of surrogates included"):
+    with pytest.raises(ValueError, match=r"staging of 2 and 30\.0 MiB beside it included"):
         plan(GPU, 1000, expert_memory="50%", surrogate_bytes=30 * MIB)
 
 
