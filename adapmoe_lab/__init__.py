@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from adapmoe_lab.evaluation.loss import evaluate_loss
     from adapmoe_lab.evaluation.texts import calibration_labels, calibration_texts, read_texts
     from adapmoe_lab.policies.allocation import plan_slots
+    from adapmoe_lab.profiling.predictability import fit_predictors
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivities, sensitivity
     from adapmoe_lab.profiling.surrogates import fit_surrogates
     from adapmoe_lab.records import (
         HardwareProfile,
+        Predictors,
         RoutingTrace,
         SensitivityProfile,
         Surrogates,
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "HardwareProfile": "records",
+    "Predictors": "records",
     "RoutingTrace": "records",
     "SensitivityProfile": "records",
     "Surrogates": "records",
@@ -47,6 +50,7 @@ _HOMES = {
     "calibration_texts": "evaluation.texts",
     "evaluate": "evaluation.harness",
     "evaluate_loss": "evaluation.loss",
+    "fit_predictors": "profiling.predictability",
     "fit_surrogates": "profiling.surrogates",
     "load": "engine.loading",
     "measure_latency": "evaluation.latency",
@@ -66,6 +70,7 @@ _HOMES = {
 
 __all__ = [
     "HardwareProfile",
+    "Predictors",
     "RoutingTrace",
     "SensitivityProfile",
     "Surrogates",
@@ -75,6 +80,7 @@ __all__ = [
     "calibration_texts",
     "evaluate",
     "evaluate_loss",
+    "fit_predictors",
     "fit_surrogates",
     "load",
     "measure_latency",

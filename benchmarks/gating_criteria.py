@@ -24,10 +24,11 @@ from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.policies.thresholds import RULES, LeastLoss
 from adapmoe_lab.profiling.estimators import ESTIMATORS, MEASURED
-from adapmoe_lab.profiling.loss_change import LossChanges, jackknife, loss_changes
+from adapmoe_lab.profiling.loss_change import LossChanges, loss_changes
 from adapmoe_lab.profiling.sensitivity import sensitivities
 from adapmoe_lab.records import GatingTable, RoutingTrace, SensitivityProfile, TunedConfig
 from adapmoe_lab.records.files import save_json
+from adapmoe_lab.simulation.jackknife import jackknife
 from adapmoe_lab.simulation.rank_agreement import rank_correlation
 
 FRACTIONS = (0.1, 0.25)

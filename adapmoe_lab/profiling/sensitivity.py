@@ -13,9 +13,10 @@ from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.profiling.estimators import ESTIMATORS, MEASURED
 from adapmoe_lab.profiling.gradient_terms import GradientTerms, gradient_terms
-from adapmoe_lab.profiling.loss_change import LossChanges, jackknife, loss_changes
+from adapmoe_lab.profiling.loss_change import LossChanges, loss_changes
 from adapmoe_lab.records import OFF, GatingTable, SensitivityProfile, Surrogates, TunedConfig
 from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
+from adapmoe_lab.simulation.jackknife import jackknife
 
 Progress = Callable[[int, int, str], None]
 Floats = NDArray[np.float64]

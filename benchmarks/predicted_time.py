@@ -1,0 +1,177 @@
+"""Predicted milliseconds per output token against those measured, cache, gating and prefetch apart.
+
+`python benchmarks/predicted_time.py MODEL --out FILE [--target NAME ...] [--rounds N]`
+
+In every round the machine is probed, every configuration predicted from that probe, and measured,
+one after the other, so that what else the machine does falls on all alike. The probe decodes a
+prompt of its own in a memory size of its own; the trace that is replayed was recorded without
+gating. A configuration's error is that of the median over rounds of predicted over measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+import adapmoe_lab as lab
+from adapmoe_lab.engine.hardware import measurement_conditions
+from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.thresholds import UniformCut
+from adapmoe_lab.records import HardwareProfile, RoutingTrace, TunedConfig
+from adapmoe_lab.records.files import save_json
+from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
+from adapmoe_lab.simulation.rank_agreement import rank_correlation
+from adapmoe_lab.simulation.simulate import simulate
+
+SHARES = (0.25, 0.375, 0.625, 0.75, 1.0)
+PROBED_SHARE = 0.875
+"""What the model is loaded with, and the probe decodes in; and half of all experts."""
+
+SKIPPED_FRACTION = 0.2
+N_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 32, 32
+EVICTION = "lfu_aged"
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A configuration, and what is varied in it."""
+
+    share: float
+    is_gated: bool
+    fetches_ahead: bool
+    config: TunedConfig
+
+    def __str__(self) -> str:
+        """Name what is varied."""
+        gated = "gated" if self.is_gated else "all experts"
+        return f"{self.share:.1%} cached, {gated}{', ahead' if self.fetches_ahead else ''}"
+
+
+def cases_of(trace: RoutingTrace) -> list[Case]:
+    """Return every configuration: shares cached, gating off and on, prefetch off and on."""
+    spec, cases = trace.spec, []
+    for share in SHARES:
+        plan = slots_plan(spec, round(share * spec.n_experts))
+        for gating in (None, UniformCut(trace).table(SKIPPED_FRACTION)):
+            plain = replace(TunedConfig.untuned(spec), plan=plan, gating=gating, eviction=EVICTION)
+            cases.append(Case(share, gating is not None, False, plain))
+            if share < 1:
+                table = plan_prefetch(trace, gating=gating, plan=plan, eviction=EVICTION)
+                ahead = replace(plain, prefetch=table)
+                cases.append(Case(share, gating is not None, True, ahead))
+    return cases
+
+
+def continued(model: LabModel, prompts: list[str]) -> list[str]:
+    """Return prompts with what the model says after them."""
+    return [model.generate(prompt, NEW_TOKENS) for prompt in prompts]
+
+
+def run_rounds(
+    model: LabModel, prompts: list[str], n_rounds: int
+) -> tuple[list[HardwareProfile], list[dict[str, object]]]:
+    """Probe, predict and measure by turns; return the probes, and a row per configuration."""
+    trace = lab.profile(model, continued(model, prompts))
+    cases, probes = cases_of(trace), []
+    rows: list[dict[str, object]] = [
+        {
+            "case": str(case),
+            "share": case.share,
+            "is_gated": case.is_gated,
+            "fetches_ahead": case.fetches_ahead,
+            "predicted_ms": [],
+            "measured_ms": [],
+            "samples_ms": [],
+            "prefetch": [],
+        }
+        for case in cases
+    ]
+    for number in range(n_rounds):
+        probes.append(lab.probe_hardware(model))
+        for case, row in zip(cases, rows, strict=True):
+            config = replace(case.config, hardware=probes[-1])
+            predicted = simulate(trace, config, probes[-1])
+            report = lab.measure_latency(
+                model, config, prompts, new_tokens=NEW_TOKENS, repeats=1,
+                max_prompt_tokens=PROMPT_TOKENS,
+            )  # fmt: skip
+            samples = 1e3 * np.asarray(report.decode.samples)
+            traffic = report.decode_traffic
+            row["predicted_ms"].append(predicted.ms_per_token)
+            row["measured_ms"].append(float(np.median(samples)))
+            row["samples_ms"].append(samples.tolist())
+            row["prefetch"].append(
+                {
+                    "used": int(traffic.prefetch_used.sum()) / traffic.n_steps,
+                    "wasted": int(traffic.prefetch_wasted.sum()) / traffic.n_steps,
+                    "used_predicted": float(predicted.prefetch_used_per_token.sum()),
+                    "wasted_predicted": float(predicted.prefetch_wasted_per_token.sum()),
+                }
+            )
+        print(f"round {number + 1} of {n_rounds} done", flush=True)
+    return probes, rows
+
+
+def judge(rows: list[dict[str, object]]) -> dict[str, float]:
+    """Add to every row how far off it is; return how far off they are together."""
+    for row in rows:
+        ratios = np.array(row["predicted_ms"]) / np.array(row["measured_ms"])
+        row["ratio"] = float(np.median(ratios))
+    errors = np.array([abs(row["ratio"] - 1) for row in rows])
+    predicted = np.array([np.median(row["predicted_ms"]) for row in rows])
+    measured = np.array([np.median(row["measured_ms"]) for row in rows])
+    return {
+        "n": len(rows),
+        "median_error": float(np.median(errors)),
+        "worst_error": float(errors.max()),
+        "rank_correlation": float(rank_correlation(predicted, measured)),
+    }
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--target", nargs="+", default=[None], help="links to emulate, on a CPU")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    arguments = parser.parse_args()
+    results = []
+    for target in arguments.target:
+        model = lab.load(
+            arguments.model, dtype=arguments.dtype, link=target,
+            expert_memory=f"{PROBED_SHARE:.1%}",
+        )  # fmt: skip
+        texts = lab.calibration_texts()
+        prompts = [
+            model.tokenizer.decode(model.encode(text)[:PROMPT_TOKENS])
+            for text in texts[:: max(1, len(texts) // N_PROMPTS)][:N_PROMPTS]
+        ]
+        probes, rows = run_rounds(model, prompts, arguments.rounds)
+        verdict = judge(rows)
+        print(f"\n{model.engine.link.name}: predicted over measured")
+        for row in rows:
+            spent = np.median(row["measured_ms"])
+            print(f"{row['case']:45} {spent:8.2f} ms  {row['ratio']:.3f}")
+        print(", ".join(f"{name} {value:.3f}" for name, value in verdict.items()), flush=True)
+        results.append(
+            {
+                "link": model.engine.link.name,
+                "conditions": measurement_conditions(model),
+                "verdict": verdict,
+                "rows": rows,
+                "probes": [probe.to_json() for probe in probes],
+            }
+        )
+        save_json(arguments.out, {"benchmark": "predicted_time", "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
