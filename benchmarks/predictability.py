@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from held_out import DOMAINS, PIECE_TOKENS, calibration_and_evaluation
+from numpy.typing import NDArray
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
@@ -58,10 +60,10 @@ def judge(trace: RoutingTrace) -> list[dict[str, Any]]:
                 row[f"with_{n_candidates}"] = {
                     "mean_recall": found.mean_recall,
                     "mean_precision": found.mean_precision,
-                    "recall": found.recall.tolist(),
-                    "recall_se": found.recall_se.tolist(),
-                    "precision": found.precision.tolist(),
-                    "precision_se": found.precision_se.tolist(),
+                    "recall": by_layer(found.recall),
+                    "recall_se": by_layer(found.recall_se),
+                    "precision": by_layer(found.precision),
+                    "precision_se": by_layer(found.precision_se),
                 }
             row["reference_recall"] = REFERENCE.get((predictor, distance))
             print(line_of(row, top_k), flush=True)
@@ -69,10 +71,15 @@ def judge(trace: RoutingTrace) -> list[dict[str, Any]]:
     return rows
 
 
+def by_layer(values: NDArray[np.float64]) -> list[float | None]:
+    """Return one value per layer, None for layers that are not predicted."""
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
 def line_of(row: dict[str, Any], top_k: int) -> str:
     """Say a row in one line."""
     exact, wider = row[f"with_{top_k}"], row[f"with_{top_k + 1}"]
-    first = next(value for value in exact["recall"] if value == value)  # the first that is a number
+    first = next(value for value in exact["recall"] if value is not None)
     reference = row["reference_recall"]
     return (
         f"{row['predictor']:16} +{row['distance']}: recall {exact['mean_recall'][0]:.3f} ± "

@@ -78,6 +78,7 @@ def every_figure():
             figures.loss_by_rule_info({"one": uniform}, a_profile(), {"one": [loss]}, loss)
         ),
         "stand_ins": figures.plot_stand_ins(figures.stand_ins_info({"nothing": loss}, loss)),
+        "predictability": figures.plot_predictability(figures.predictability_info(trace)),
         "published_cuts": figures.plot_published_cuts(figures.published_cuts_info(published)),
         "published_accuracy": figures.plot_published_accuracy(
             figures.published_accuracy_info(published)

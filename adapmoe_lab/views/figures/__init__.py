@@ -28,6 +28,11 @@ from adapmoe_lab.views.figures.loss_by_rule import (
     loss_by_rule_info,
     plot_loss_by_rule,
 )
+from adapmoe_lab.views.figures.predictability import (
+    PredictabilityInfo,
+    plot_predictability,
+    predictability_info,
+)
 from adapmoe_lab.views.figures.published_accuracy import (
     AccuracyCurve,
     PublishedAccuracyInfo,
@@ -98,6 +103,7 @@ __all__ = [
     "LocalityInfo",
     "LossByRuleInfo",
     "MeasuredPoint",
+    "PredictabilityInfo",
     "PublishedAccuracyInfo",
     "PublishedCutsInfo",
     "RuleCutsInfo",
@@ -124,6 +130,7 @@ __all__ = [
     "plot_load_heterogeneity",
     "plot_locality",
     "plot_loss_by_rule",
+    "plot_predictability",
     "plot_published_accuracy",
     "plot_published_cuts",
     "plot_rule_cuts",
@@ -135,6 +142,7 @@ __all__ = [
     "plot_token_routing",
     "plot_tradeoff",
     "plot_use_against_chance",
+    "predictability_info",
     "published_accuracy_info",
     "published_cuts_info",
     "rule_cuts_info",
