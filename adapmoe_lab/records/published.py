@@ -16,6 +16,7 @@ from adapmoe_lab.assets import data_folder
 from adapmoe_lab.records.files import RecordError, frozen_array
 
 SENSITIVITY_PREFIX = "sensitivity_"
+GATED_SUFFIX = "adaptive_gating=true"
 N_MMLU_QUESTIONS = 14_042
 """Questions of MMLU's test split; every published accuracy is a whole number of them over this."""
 
@@ -73,17 +74,25 @@ class PublishedRun:
 
 @dataclass(frozen=True, eq=False)
 class PublishedAdapMoE:
-    """Published sensitivities, and MMLU under the rule they drive (arXiv 2408.10284).
+    """Published sensitivities, MMLU under the rule they drive, and slots (arXiv 2408.10284).
 
     Attributes:
         source: where the numbers come from.
         sensitivity: float64 [L] by model, S_l of every layer.
         mmlu: runs of Mixtral-8x7B by evaluation, in ascending order of T.
+        single_expert_ratio: float64 [L], share of Mixtral-8x7B's tokens run with one expert in the
+            authors' own use of the rule.
+        prefetch_accuracy: float64 [L], share of its needed experts that are foreseen; 0 for the
+            first layer, which nothing foresees.
+        slots: int64 [L] by their sum, what the authors' allocator made of these two.
     """
 
     source: str
     sensitivity: Mapping[str, NDArray[np.float64]]
     mmlu: Mapping[str, tuple[PublishedRun, ...]]
+    single_expert_ratio: NDArray[np.float64]
+    prefetch_accuracy: NDArray[np.float64]
+    slots: Mapping[int, NDArray[np.int64]]
 
     def __post_init__(self) -> None:
         """Freeze the mappings and their arrays."""
@@ -93,6 +102,11 @@ class PublishedAdapMoE:
         }
         object.__setattr__(self, "sensitivity", MappingProxyType(frozen))
         object.__setattr__(self, "mmlu", MappingProxyType(dict(self.mmlu)))
+        for name in ("single_expert_ratio", "prefetch_accuracy"):
+            array = frozen_array(name, getattr(self, name), np.float64, (None,))
+            object.__setattr__(self, name, array)
+        slots = {n: frozen_array("slots", s, np.int64, (None,)) for n, s in self.slots.items()}
+        object.__setattr__(self, "slots", MappingProxyType(slots))
 
     @classmethod
     def load(cls, path: str | Path) -> PublishedAdapMoE:
@@ -113,6 +127,13 @@ class PublishedAdapMoE:
                 mmlu={
                     evaluation: tuple(_run(entry) for entry in entries)
                     for evaluation, entries in stored["mmlu_8x7b"].items()
+                },
+                single_expert_ratio=stored["single_expert_ratio_8x7b"],
+                prefetch_accuracy=stored["prefetch_accuracy_8x7b"],
+                slots={
+                    sum(entry["published_slots"]): entry["published_slots"]
+                    for name, entry in stored["allocations"].items()
+                    if name.endswith(GATED_SUFFIX)
                 },
             )
         except (ValueError, KeyError, TypeError) as error:

@@ -38,6 +38,17 @@ GATING = (
     ],
     "a map of rank 16, over nothing",
 )
+CACHE_PLAN = (
+    "04_cache_plan",
+    [
+        "What a slot is worth",
+        "Where the slots go, demo",
+        "Where the slots go, Mixtral-8x7B as published",
+        "What each eviction loads",
+        "How much of the way to Belady",
+    ],
+    "ms per token, emulated:",
+)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +57,7 @@ GATING = (
         pytest.param(*ROUTING, id="01_routing"),
         pytest.param(*SENSITIVITY, id="02_sensitivity", marks=pytest.mark.slow),
         pytest.param(*GATING, id="03_gating", marks=pytest.mark.slow),
+        pytest.param(*CACHE_PLAN, id="04_cache_plan", marks=pytest.mark.slow),
     ],
 )
 def test_every_figure_is_drawn_and_the_question_answered(tmp_path, name, titles, answer):

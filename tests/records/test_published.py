@@ -7,6 +7,7 @@ import pytest
 
 import adapmoe_lab as lab
 from adapmoe_lab.assets import data_folder
+from adapmoe_lab.policies.allocation import adapmoe_loads
 from adapmoe_lab.records import PublishedAdapMoE, PublishedRun, RecordError
 from adapmoe_lab.records.published import N_MMLU_QUESTIONS
 
@@ -39,6 +40,21 @@ def test_it_holds_what_the_file_says_and_where_it_is_from():
         published.sensitivity["mixtral-8x7b"][0] = 1
     with pytest.raises(TypeError):
         published.sensitivity["mixtral-8x7b"] = np.ones(32)
+
+
+def test_it_holds_what_the_authors_divided_slots_by_and_what_came_of_it():
+    published, stored = lab.published_adapmoe(), json.loads(FILE.read_text())
+    assert published.single_expert_ratio.tolist() == stored["single_expert_ratio_8x7b"]
+    assert published.prefetch_accuracy.tolist() == stored["prefetch_accuracy_8x7b"]
+    assert list(published.slots) == [32, 64, 128]
+    loads = adapmoe_loads(8, published.single_expert_ratio, published.prefetch_accuracy)
+    for n_slots, slots in published.slots.items():
+        entry = stored["allocations"][f"slots={n_slots},adaptive_gating=true"]
+        assert slots.sum() == n_slots
+        cost = loads[np.arange(32), slots].sum()
+        assert cost == pytest.approx(entry["published_cost"], abs=1e-5)
+    with pytest.raises(ValueError, match="read-only"):
+        published.slots[32][0] = 8
 
 
 def test_means_over_layers_are_the_published_means():

@@ -10,6 +10,12 @@ from adapmoe_lab.views.figures.estimator_agreement import (
     estimator_agreement_info,
     plot_estimator_agreement,
 )
+from adapmoe_lab.views.figures.eviction_loads import (
+    EvictionLoadsInfo,
+    eviction_loads_info,
+    plot_eviction_loads,
+    plot_gap_closed,
+)
 from adapmoe_lab.views.figures.expert_use import ExpertUseInfo, expert_use_info, plot_expert_use
 from adapmoe_lab.views.figures.layer_bars import LayerBarsInfo, layer_bars_info, plot_layer_bars
 from adapmoe_lab.views.figures.load_heterogeneity import (
@@ -59,6 +65,16 @@ from adapmoe_lab.views.figures.sensitivity_shares import (
     plot_sensitivity_shares,
     sensitivity_shares_info,
 )
+from adapmoe_lab.views.figures.slot_plans import (
+    SlotPlansInfo,
+    plot_slot_plans,
+    slot_plans_info,
+)
+from adapmoe_lab.views.figures.slot_worth import (
+    SlotWorthInfo,
+    plot_slot_worth,
+    slot_worth_info,
+)
 from adapmoe_lab.views.figures.specialisation import (
     SpecialisationInfo,
     plot_specialisation,
@@ -96,6 +112,7 @@ __all__ = [
     "AccuracyCurve",
     "CoActivationInfo",
     "EstimatorAgreementInfo",
+    "EvictionLoadsInfo",
     "ExpertUseInfo",
     "LayerBarsInfo",
     "LayerSums",
@@ -110,6 +127,8 @@ __all__ = [
     "RuleLoss",
     "SensitivityInfo",
     "SensitivitySharesInfo",
+    "SlotPlansInfo",
+    "SlotWorthInfo",
     "SpecialisationInfo",
     "StandInsInfo",
     "SumOfLayersInfo",
@@ -118,6 +137,7 @@ __all__ = [
     "UseAgainstChanceInfo",
     "co_activation_info",
     "estimator_agreement_info",
+    "eviction_loads_info",
     "expert_use_info",
     "layer_bars_info",
     "load_heterogeneity_info",
@@ -125,7 +145,9 @@ __all__ = [
     "loss_by_rule_info",
     "plot_co_activation",
     "plot_estimator_agreement",
+    "plot_eviction_loads",
     "plot_expert_use",
+    "plot_gap_closed",
     "plot_layer_bars",
     "plot_load_heterogeneity",
     "plot_locality",
@@ -136,6 +158,8 @@ __all__ = [
     "plot_rule_cuts",
     "plot_sensitivity",
     "plot_sensitivity_shares",
+    "plot_slot_plans",
+    "plot_slot_worth",
     "plot_specialisation",
     "plot_stand_ins",
     "plot_sum_of_layers",
@@ -148,6 +172,8 @@ __all__ = [
     "rule_cuts_info",
     "sensitivity_info",
     "sensitivity_shares_info",
+    "slot_plans_info",
+    "slot_worth_info",
     "specialisation_info",
     "stand_ins_info",
     "sum_of_layers_info",
