@@ -38,7 +38,7 @@ HELD_S = 5.0
 """Most seconds, about, of decoding over a link that holds its copies."""
 
 
-def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 4) -> HardwareProfile:
+def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> HardwareProfile:
     """Measure the parts of a decode step on this machine, in less than 20 s.
 
     Decode runs in the memory the model was loaded with, every expert and one expert per token by
@@ -218,7 +218,7 @@ def _layer_host_s(model: LabModel, hidden: torch.Tensor) -> float | None:
 
     with engine.unpaced():
         layer()
-        resident = [found for _, found in engine.arrivals(0, range(top_k), hidden)]
+        resident = [found for _, found in engine.arrivals(0, range(top_k), hidden)]  # hits stay
         medians = interleaved_medians(
             {
                 "layer": lambda: seconds_each([layer] * 8, hidden.device, engine.clock),

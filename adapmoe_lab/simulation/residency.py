@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation import plan_slots, shared
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.records import CachePlan, GatingTable, RoutingTrace
 from adapmoe_lab.simulation.miss_curves import miss_curves
+from adapmoe_lab.simulation.predictability import recall_and_precision
 from adapmoe_lab.simulation.replay import replay
 
 EVICTIONS = ("lru", "lfu_aged", "router_average")
@@ -49,17 +51,12 @@ def slot_divisions(
     curves = miss_curves(trace, gating)
     divided = {"measured": plan_slots(n_slots, miss_curves=curves, method="measured")}
     if spec.top_k == 2:
-        keep = kept_experts(trace, gating)
-        predicted = trace.predictions.get("next_router", {}).get(1)
+        n_kept = kept_experts(trace, gating).sum(axis=2)
         divided["adapmoe"] = plan_slots(
             n_slots,
             n_experts=spec.n_experts,
-            single_expert_ratio=(keep.sum(axis=2) == 1).mean(axis=0),
-            prefetch_accuracy=None
-            if predicted is None
-            else (predicted.experts[:, :, :, None] == trace.expert_indices[:, :, None, :])
-            .any(axis=2)
-            .mean(axis=(0, 2)),
+            single_expert_ratio=(n_kept == 1).mean(axis=0),
+            prefetch_accuracy=_share_foreseen(trace),
             method="adapmoe",
         )
     plans = {
@@ -69,6 +66,13 @@ def slot_divisions(
         for name, plan in divided.items()
     }
     return {"uniform": uniform, **plans, "shared": shared(uniform)}
+
+
+def _share_foreseen(trace: RoutingTrace) -> NDArray[np.float64] | None:
+    """Return the share of each layer's experts that the layer before predicts, float64 [L]."""
+    if 1 not in trace.predictions.get("next_router", {}):
+        return None
+    return np.nan_to_num(recall_and_precision(trace, "next_router", 1).recall)
 
 
 def residencies(

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from checkpoints import save_tiny_mixtral
 from runs import PROMPT, half_cached
 
 from adapmoe_lab.engine.clock import StepPace, VirtualClock
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.hardware import probe_hardware
+from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.machine_times import interleaved_medians
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.profiling.recorder import RoutingRecorder
@@ -76,6 +78,13 @@ def test_it_uses_the_memory_that_was_given_and_restores_the_configuration(load_t
     assert hardware.link == "none"
 
 
+def test_where_the_router_chooses_one_expert_it_takes_what_it_takes_alone(tmp_path):
+    model = load(save_tiny_mixtral(tmp_path, top_k=1), device="cpu", link="none")
+    hardware = probe_hardware(model, n_steps=6, rounds=2)
+    assert hardware.expert_s == hardware.expert_s_by_precision["float32"] > 0
+    assert hardware.dense_step_s > 0
+
+
 def test_it_measures_every_part_on_a_cpu(load_tiny):
     hardware = probe_hardware(load_tiny(expert_dtype="int8"), n_steps=6, rounds=2)
     assert set(hardware.expert_s_by_precision) == {"int8", "bfloat16", "int4"}
@@ -105,8 +114,6 @@ def test_works_take_turns_and_the_first_turn_does_not_count():
 
 @pytest.mark.slow
 def test_the_demo_is_probed_in_twenty_seconds():
-    from adapmoe_lab.engine.loading import load
-
     model = load("demo", dtype="float32", device="cpu", announce=lambda _: None)
     start = time.monotonic()
     hardware = probe_hardware(model)
