@@ -55,7 +55,8 @@ def recorded_prediction(trace: RoutingTrace, predictor: str, distance: int) -> P
         held = [f"{name} at {list(by)}" for name, by in trace.predictions.items()]
         raise RecordError(
             f"The trace holds no predictions of {predictor!r} at distance {distance}; it holds "
-            f"{', '.join(held) or 'none'}. Record it again with that predictor."
+            f"{', '.join(held) or 'none'}. Record it again with that predictor; those that are "
+            "fitted need profile(..., predictors=fit_predictors(...))."
         ) from None
 
 

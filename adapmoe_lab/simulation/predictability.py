@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.gating import keep_by_cuts, kept_experts
 from adapmoe_lab.records import GatingTable, Prediction, RoutingTrace
+from adapmoe_lab.simulation.guesses import recorded_prediction
 from adapmoe_lab.simulation.jackknife import jackknife
 from adapmoe_lab.simulation.routing_patterns import expert_use
 from adapmoe_lab.simulation.token_means import means_by_token
@@ -64,9 +65,10 @@ def recall_and_precision(
             a gating those of them that it would keep by the predicted scores.
 
     Raises:
-        ValueError: the trace has no such predictions, or too few candidates.
+        RecordError: the trace has no such predictions.
+        ValueError: they name too few candidates.
     """
-    prediction = _prediction(trace, predictor, distance)
+    prediction = recorded_prediction(trace, predictor, distance)
     named = _candidates(trace, prediction, gating, candidates)
     is_asked = prediction.experts[:, :, :1] >= 0  # [T, L, 1]
     needed = kept_experts(trace, gating) & is_asked
@@ -113,9 +115,10 @@ def hit_probability(
         gating: counts only candidates that it would keep by their predicted scores; all if None.
 
     Raises:
-        ValueError: the trace has no such predictions, or too few candidates.
+        RecordError: the trace has no such predictions.
+        ValueError: they name too few candidates.
     """
-    prediction = _prediction(trace, predictor, distance)
+    prediction = recorded_prediction(trace, predictor, distance)
     named = _candidates(trace, prediction, gating, None if gating else prediction.n_candidates)
     hits = (_needed(trace, keep, prediction) & named).sum(axis=0)
     return hits / np.maximum(1, named.sum(axis=0))
@@ -171,18 +174,6 @@ def _ranked(scores: NDArray[np.floating], n_candidates: int) -> Prediction:
     experts = np.argsort(-scores, axis=2, kind="stable")[:, :, :n_candidates]
     best = np.take_along_axis(scores, experts, axis=2)
     return Prediction(experts.astype(np.int16), best.astype(np.float16))
-
-
-def _prediction(trace: RoutingTrace, predictor: str, distance: int) -> Prediction:
-    found = trace.predictions.get(predictor, {}).get(distance)
-    if found is None:
-        known = [f"{name} at {d}" for name, ds in trace.predictions.items() for d in ds]
-        raise ValueError(
-            f"The trace has no predictions by {predictor!r} at distance {distance}, only: "
-            f"{', '.join(known) or 'none'}. Record it again; those that are fitted need "
-            "profile(..., predictors=fit_predictors(...))."
-        )
-    return found
 
 
 def _needed(
