@@ -170,7 +170,10 @@ def test_baselines_know_one_half_and_are_judged_on_the_other():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mine", 2), r"no predictions by 'mine' at distance 2, only: mine at 1\. Record it again"),
+        (
+            ("mine", 2),
+            r"no predictions of 'mine' at distance 2; it holds mine at \[1\]\. Record it again",
+        ),
         (("ridge", 1), r"those that are fitted need profile\(\.\.\., predictors="),
         (("mine", 1, None, 5), r"5 candidates are asked for, and 4 were recorded"),
     ],
