@@ -275,6 +275,7 @@ def test_every_axis_says_what_it_shows_and_in_which_unit():
             "xaxis2": "difference (millinats per token)",
             **{"yaxis": "", "yaxis2": ""},
         },
+        "predictability": {"xaxis": "layer", "yaxis": "predictor"},
         "published_cuts": {
             **layers,
             "yaxis": "published sensitivity S",
