@@ -64,7 +64,11 @@ def token_ids_observed_by(
 def last_hidden_observed_by(
     hf: PreTrainedModel, observer: Callable[[torch.Tensor], None]
 ) -> Iterator[None]:
-    """Show an observer what every forward pass gives the output embeddings, [T, D]."""
+    """Show an observer the final hidden states [T, D] of every forward pass, as it ends.
+
+    They are the model's last ones, which its output embeddings read. Batch and sequence are one
+    axis.
+    """
 
     def note(_: nn.Module, __: Any, output: Any) -> None:
         observer(_first(output).flatten(0, 1))
