@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
+import adapmoe_lab as lab
 from adapmoe_lab.cli import main
 from adapmoe_lab.records import RoutingTrace, TunedConfig
 
@@ -46,6 +49,32 @@ def test_tune_may_verify(tiny_checkpoint, text_file, tmp_path):
     evidence = TunedConfig.load(tuned).evidence
     assert evidence["verified"] is True
     assert evidence["measured"]["loss_increase_nats"] <= 0.01
+
+
+def test_tune_may_fit_stand_ins_that_run_from_the_file(
+    tiny_checkpoint, text_file, tmp_path, capsys
+):
+    tuned = tmp_path / "tuned.json"
+    arguments = (tiny_checkpoint, "--link", "none", "--texts", text_file, "--budget", "60%")
+    fitted = ("--surrogate-memory", "4KiB", "--skipped-fraction", 0.4)
+    assert run("tune", *arguments, *fitted, "--out", tuned) == 0
+    config = TunedConfig.load(tuned)
+    surrogates = config.compensation
+    assert surrogates is not None
+    assert 0 < surrogates.n_bytes(4) <= 4 * 1024
+    named = json.loads(tuned.read_text())["compensation"]["file"]
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == [named]
+    capsys.readouterr()
+    generate = ("generate", tiny_checkpoint, "Hello", "--max-new-tokens", 5, "--link", "none")
+    assert run(*generate, "--config", tuned) == 0
+    assert capsys.readouterr().out.startswith("Hello")
+    model = lab.load(tiny_checkpoint, config=tuned, link="none")
+    ids = model.encode("Once upon a time")[None]
+    with torch.no_grad():
+        stood_in = model.hf(ids).logits
+        model.apply(replace(config, compensation=None))
+        left_out = model.hf(ids).logits
+    assert not torch.allclose(stood_in, left_out)
 
 
 def test_bench_prints_ratios_for_each_link(tiny_checkpoint, text_file, tmp_path, capsys):
