@@ -22,9 +22,12 @@ Progress = Callable[[int, int, str], None]
 Floats = NDArray[np.float64]
 
 N_CUTS = 33
-ANCHORS = (0.2, 0.4, 0.6, 0.9)
 ABLATED = (0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
-"""Where to measure, as shares of the experts that can be skipped at all."""
+"""Where one layer skips alone, as shares of the experts that can be skipped at all."""
+ANCHORS = (0.1, 0.15, 0.2, 0.3)
+"""Where all layers skip at once, as fractions of all expert activations."""
+LARGEST_ANCHOR = 0.9
+"""And once more far beyond: the share of the experts that can be skipped at all."""
 
 
 def sensitivity(
@@ -151,6 +154,7 @@ class _Assembly:
         compensation: Surrogates | None,
     ) -> None:
         self._spec = model.spec
+        self._most = (model.spec.top_k - 1) / model.spec.top_k
         self._cuts, self._terms, self._renormalise = cuts, terms, renormalise
         self._stand_in = RENORMALISED if renormalise else NOTHING
         if compensation is not None:
@@ -177,7 +181,7 @@ class _Assembly:
         """Return a table for every layer and cut to measure, in that order."""
         tables = []
         for layer in range(self._spec.n_layers):
-            for cut in self._cuts_to_measure(ABLATED):
+            for cut in self._ablated_cuts():
                 cuts = np.full(self._spec.n_layers, OFF)
                 cuts[layer] = cut
                 tables.append(self._table(cuts))
@@ -188,21 +192,25 @@ class _Assembly:
         increase, increase_se = (
             values.reshape(self._spec.n_layers, -1) for values in getattr(changes, f"mean_{name}")
         )
-        return self._profile(name, self._cuts_to_measure(ABLATED), increase, increase_se)
+        return self._profile(name, self._ablated_cuts(), increase, increase_se)
 
     def anchors(self) -> list[GatingTable]:
         """Return tables with one cut for all layers, those that skip least first."""
-        cuts = self._cuts_to_measure(ANCHORS)[::-1]
+        fractions = (*ANCHORS, LARGEST_ANCHOR * self._most)
+        cuts = self._cuts_skipping(fractions)
         return [self._table(np.full(self._spec.n_layers, cut)) for cut in cuts]
 
     def _table(self, cuts: Floats) -> GatingTable:
         return GatingTable.per_layer(cuts, self._spec.top_k, self._renormalise)
 
-    def _cuts_to_measure(self, shares: Sequence[float]) -> Floats:
-        """Return ascending cuts that skip these shares of all that can be skipped."""
-        most = (self._spec.top_k - 1) / self._spec.top_k
+    def _ablated_cuts(self) -> Floats:
+        """Return the ascending cuts at which one layer skips alone."""
+        return self._cuts_skipping([self._most * share for share in ABLATED])[::-1]
+
+    def _cuts_skipping(self, fractions: Sequence[float]) -> Floats:
+        """Return the cut that skips each fraction of all activations, if all layers use it."""
         skipped = self._skipped.mean(axis=0)[::-1]  # ascends where cuts descend
-        return np.interp([most * share for share in shares[::-1]], skipped, self._cuts[::-1])
+        return np.interp(fractions, skipped, self._cuts[::-1])
 
     def _profile(
         self, name: str, cuts: Floats, increase: Floats, increase_se: Floats
@@ -230,8 +238,13 @@ def _anchored(
 ) -> SensitivityProfile:
     """Return the profile corrected by what was measured with all layers skipping."""
     divergence, divergence_se = changes.mean_divergence
-    excess, excess_se = changes.excess
+    near, far = slice(len(ANCHORS)), slice(len(ANCHORS), None)
+    excess, excess_se = np.concatenate(
+        [changes.of_tables(some).excess for some in (near, far)], axis=1
+    )
     estimated = [profile.total_increase(table.cuts[:, 0])[0] for table in tables]
     anchors = np.stack([estimated, divergence, divergence_se], axis=1)
     rising = np.flatnonzero(np.diff(np.maximum.accumulate([0.0, *estimated])) > 0)
-    return replace(profile, anchors=anchors[rising], excess=excess, excess_se=excess_se)
+    return replace(
+        profile, anchors=anchors[rising], excess=excess[rising], excess_se=excess_se[rising]
+    )

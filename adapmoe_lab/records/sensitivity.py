@@ -13,7 +13,7 @@ from adapmoe_lab.records.files import RecordError, frozen_array, load_arrays, sa
 from adapmoe_lab.records.gating_table import OFF
 
 KIND = "sensitivity-profile"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ARRAYS = (
     "cost",
     "standard_error",
@@ -24,6 +24,8 @@ ARRAYS = (
     "increase_se",
     "skipped",
     "anchors",
+    "excess",
+    "excess_se",
 )
 SCALARS = (
     "model_fingerprint",
@@ -31,8 +33,6 @@ SCALARS = (
     "stand_in",
     "n_tokens",
     "n_sequences",
-    "excess",
-    "excess_se",
 )
 NOTHING = "nothing"
 RENORMALISED = "renormalised"
@@ -60,10 +60,11 @@ class SensitivityProfile:
         skipped: float64 [L, B], share of the layer's expert activations that `cuts[b]` skips.
         anchors: float64 [A, 3], settings in which all layers skipped at once, by what the curves
             add up to: that sum, the Kullback-Leibler divergence from the ungated model measured
-            there, and its standard error, in nats per token. None if the estimate is not anchored.
-        excess: measured loss increase over measured divergence, at all anchors together: above one
-            where the model is surer of its predictions than it should be on these texts.
-        excess_se: its standard error.
+            there, and its standard error, in nats per token. A is 0 if the estimate is not
+            anchored.
+        excess: float64 [A], loss increase over divergence at each anchor, smoothed over anchors;
+            not one, as the model's probabilities are not those of the texts.
+        excess_se: float64 [A], its standard error.
     """
 
     model_fingerprint: str
@@ -80,8 +81,8 @@ class SensitivityProfile:
     increase_se: NDArray[np.float64]
     skipped: NDArray[np.float64]
     anchors: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 3)))
-    excess: float = 1.0
-    excess_se: float = 0.0
+    excess: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    excess_se: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
         """Freeze the arrays and check their shapes."""
@@ -89,13 +90,14 @@ class SensitivityProfile:
         shapes = dict.fromkeys(("cost", "standard_error", "fisher", "fisher_se"), (n_layers,))
         shapes |= dict.fromkeys(("increase_nats", "increase_se", "skipped"), (n_layers, n_cuts))
         shapes |= {"cuts": (n_cuts,), "anchors": (None, 3)}
+        shapes |= dict.fromkeys(("excess", "excess_se"), (len(self.anchors),))
         for name, shape in shapes.items():
             array = frozen_array(name, getattr(self, name), np.float64, shape)
             object.__setattr__(self, name, array)
         if n_cuts < 2 or (np.diff(self.cuts) <= 0).any():
             raise RecordError("cuts must hold at least two values in ascending order.")
-        if (np.diff(self.anchors[:, 0]) <= 0).any():
-            raise RecordError("anchors must ascend in what the curves add up to.")
+        if (np.diff(self.anchors[:, 0], prepend=0) <= 0).any():
+            raise RecordError("anchors must ascend from above zero in what the curves add up to.")
 
     @property
     def n_layers(self) -> int:
@@ -128,7 +130,8 @@ class SensitivityProfile:
 
     def uncorrected(self) -> SensitivityProfile:
         """Return the curves alone, as they were estimated, without what the anchors correct."""
-        return replace(self, anchors=np.empty((0, 3)), excess=1.0, excess_se=0.0)
+        nothing = np.empty(0)
+        return replace(self, anchors=np.empty((0, 3)), excess=nothing, excess_se=nothing)
 
     def _corrected(
         self, cuts: ArrayLike
@@ -140,15 +143,17 @@ class SensitivityProfile:
     def correction(self, total: float) -> tuple[float, float]:
         """Return what to multiply curves that add up to `total` by, and its standard error.
 
-        Between anchors the ratio of measured to estimated changes linearly with the estimate;
-        beyond them it stays.
+        At an anchor it is measured over estimated divergence, times the excess of the loss. Between
+        anchors it changes linearly with the logarithm of the estimate; beyond them it stays.
         """
         if not len(self.anchors):
             return 1.0, 0.0
         estimated, measured, error = self.anchors.T
-        ratio = float(np.interp(total, estimated, measured / estimated))
-        ratio_se = float(np.interp(total, estimated, error / estimated))
-        return ratio * self.excess, float(np.hypot(ratio_se * self.excess, ratio * self.excess_se))
+        factors = measured / estimated * self.excess
+        errors = np.hypot(error * self.excess, measured * self.excess_se) / estimated
+        place = np.log(max(total, estimated[0]))
+        factor, factor_se = (np.interp(place, np.log(estimated), v) for v in (factors, errors))
+        return float(factor), float(factor_se)
 
     def _curve(self, values: NDArray[np.float64], cuts: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the value of each layer's curve at its cut; beyond the grid's end, nothing."""

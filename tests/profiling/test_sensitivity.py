@@ -189,14 +189,36 @@ def test_anchors_correct_the_sum_of_the_curves(load_tiny, texts):
     raw = sensitivity(model, texts, anchored=False)
     profile = sensitivity(model, texts)
     np.testing.assert_allclose(profile.increase_nats, raw.increase_nats)
-    estimated, divergence, error = profile.anchors[-1]
-    factor, factor_se = profile.correction(estimated)
-    assert factor == pytest.approx(divergence / estimated * profile.excess)
-    assert factor_se > error / estimated * profile.excess
+    for (estimated, divergence, error), excess in zip(profile.anchors, profile.excess, strict=True):
+        factor, factor_se = profile.correction(estimated)
+        assert factor == pytest.approx(divergence / estimated * excess)
+        assert factor_se > abs(error / estimated * excess)
     assert raw.correction(estimated) == (1.0, 0.0)
     assert profile.total_increase(np.full(3, OFF))[0] == 0
     cuts = np.full(3, 0.6)
     assert profile.total_increase(cuts)[0] == pytest.approx(profile.increase(cuts)[0].sum())
+
+
+def test_anchors_lie_where_budgets_do_and_the_farthest_stands_for_itself(load_tiny, texts):
+    """The prediction at the farthest anchor is the loss measured there, by ungated difference."""
+    model = load_tiny()
+    profile = sensitivity(model, texts)
+    skipped = [
+        np.mean([np.interp(cut, profile.cuts, row) for row in profile.skipped])
+        for cut in anchor_cuts(profile)
+    ]
+    assert skipped == pytest.approx([0.1, 0.15, 0.2, 0.3, 0.45], abs=1e-6)
+    table = GatingTable.per_layer(np.full(3, anchor_cuts(profile)[-1]), 2)
+    config = TunedConfig(model=TunedConfig.model_identity(model.spec), gating=table)
+    baseline = evaluate_loss(model, TunedConfig.untuned(model.spec), texts)
+    increase, _ = evaluate_loss(model, config, texts).increase_over(baseline)
+    assert profile.total_increase(table.cuts[:, 0])[0] == pytest.approx(increase, rel=1e-3)
+
+
+def anchor_cuts(profile):
+    """Return the one cut of all layers at which the curves add up to each anchor's estimate."""
+    sums = profile.increase_nats.sum(axis=0)[::-1]  # ascends where cuts descend
+    return np.interp(profile.anchors[:, 0], sums, profile.cuts[::-1])
 
 
 def test_one_slot_per_layer_gives_the_resident_result(load_tiny, texts):

@@ -100,7 +100,9 @@ def test_the_judge_is_not_corrected_by_its_anchors():
     trace = make_trace(n_tokens=500)
     plain = figures.estimator_agreement_info(profiles(), trace)
     anchored = {
-        name: replace(profile, anchors=np.array([[0.01, 0.03, 0.001]]), excess=0.8)
+        name: replace(
+            profile, anchors=np.array([[0.01, 0.03, 0.001]]), excess=[0.8], excess_se=[0.1]
+        )
         for name, profile in profiles().items()
     }
     info = figures.estimator_agreement_info(anchored, trace)
@@ -130,7 +132,9 @@ def test_the_label_of_the_line_stays_inside(one_cut, side):
 def test_sums_of_layers_are_compared_with_what_was_measured():
     rising = np.array([[0.002, 0.001, 0.0001], [0.012, 0.010, 0.002]])
     some = profiles()
-    some["directional"] = replace(some["directional"], anchors=rising)
+    some["directional"] = replace(
+        some["directional"], anchors=rising, excess=[1.0, 1.0], excess_se=[0.0, 0.0]
+    )
     info = figures.sum_of_layers_info(some)
     assert list(info.sums) == ["directional"]
     sums = info.sums["directional"]

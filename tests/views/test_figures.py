@@ -19,7 +19,9 @@ from adapmoe_lab.views.figures import theme
 
 def a_profile(fisher=(40.0, 8.0, 1.0)):
     profile = make_sensitivity(fisher=fisher, increase_scale=1.0)
-    return replace(profile, anchors=np.array([[1.0, 2.0, 0.1]]))  # twice what the curves say
+    return replace(
+        profile, anchors=np.array([[1.0, 2.0, 0.1]]), excess=[1.0], excess_se=[0.0]
+    )  # twice what the curves say
 
 
 def a_simulation(skipped_fraction=0.2):
