@@ -31,9 +31,7 @@ from adapmoe_lab.records.files import save_json
 
 SKIPPED_FRACTIONS = (0.125, 0.25, 0.5)
 TIMED_FRACTION = 0.25
-CALIBRATION_TOKENS = 18_000
 OTHER_CALIBRATION_TOKENS = (8_000, 60_000)
-EVALUATION_TOKENS = 40_000
 N_ROUNDS = 6
 
 BEST = "rank 16, gradient-weighted, scaled kept"
@@ -114,11 +112,6 @@ def time_ratio(seconds: dict[str, list[float]]) -> float:
     return ratio
 
 
-def texts_of(folder: Path, calibration_tokens: int) -> tuple[list[str], list[str]]:
-    """Return calibration and evaluation texts; the latter are always the same."""
-    return calibration_and_evaluation(folder, calibration_tokens, EVALUATION_TOKENS)
-
-
 def main() -> int:
     """Measure every stand-in, print a table, write the raw losses; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -126,10 +119,14 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--calibration-tokens", type=int, default=18_000)
+    parser.add_argument("--evaluation-tokens", type=int, default=40_000)
     options = parser.parse_args()
     link = {"link": "none"} if options.device == "cpu" else {}
     model = lab.load(options.model, dtype="float32", device=options.device, **link)
-    calibration, held_out = texts_of(options.text, CALIBRATION_TOKENS)
+    calibration, held_out = calibration_and_evaluation(
+        options.text, options.calibration_tokens, options.evaluation_tokens
+    )
     with tempfile.TemporaryDirectory() as project:
         trace = lab.profile(model, calibration, max_tokens=PIECE_TOKENS, project=project)
     rule = UniformCut(trace)
@@ -148,7 +145,7 @@ def main() -> int:
     ]
     by_tokens = []
     for n_tokens in OTHER_CALIBRATION_TOKENS:
-        other = texts_of(options.text, n_tokens)[0]
+        other, _ = calibration_and_evaluation(options.text, n_tokens, options.evaluation_tokens)
         one = lab.fit_surrogates(model, other, max_tokens=PIECE_TOKENS, **ways[BEST] or {})
         name = f"{BEST}, {one.n_tokens} tokens"
         by_tokens += [losses.row(name, table, one) for table in tables.values()]
