@@ -3,9 +3,8 @@
 `python benchmarks/gating_criteria.py MODEL --text FOLDER --out FILE`
 
 Sensitivities and cuts come from one half of the held-out documents of the folder (layout in
-data/README.md), losses from the other, paired by text. Three tables: what each criterion costs at
-equal skipping; how well each sensitivity ranks the layers; what was predicted against what was
-measured, on as much text as there is.
+data/README.md), losses from the other, paired by text. Two tables: how well each sensitivity ranks
+the layers; what each criterion costs at equal skipping.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from held_out import PIECE_TOKENS, calibration_and_evaluation
 
 import adapmoe_lab as lab
@@ -32,8 +30,6 @@ from adapmoe_lab.simulation.jackknife import jackknife
 from adapmoe_lab.simulation.rank_agreement import rank_correlation
 
 FRACTIONS = (0.1, 0.25)
-VALIDATED = (0.1, 0.2)
-VALIDATED_CRITERIA = ("uniform", "adapmoe", "curve: directional")
 
 Profiles = dict[str, SensitivityProfile]
 
@@ -46,25 +42,19 @@ class Setting:
     renormalise: bool
     fraction: float
     table: GatingTable
-    profile: SensitivityProfile
 
 
-def settings(
-    trace: RoutingTrace, profiles: Profiles, renormalise: bool, fractions: tuple[float, ...]
-) -> list[Setting]:
+def settings(trace: RoutingTrace, profiles: Profiles, renormalise: bool) -> list[Setting]:
     """Return every criterion at every fraction."""
     rules = {
-        "uniform": (RULES["uniform"](trace, profiles["directional"]), profiles["directional"]),
-        "adapmoe": (RULES["adapmoe"](trace, profiles["fisher"]), profiles["directional"]),
-        **{
-            f"curve: {name}": (LeastLoss(trace, profile), profile)
-            for name, profile in profiles.items()
-        },
+        "uniform": RULES["uniform"](trace, profiles["directional"]),
+        "adapmoe": RULES["adapmoe"](trace, profiles["fisher"]),
+        **{f"curve: {name}": LeastLoss(trace, profile) for name, profile in profiles.items()},
     }
     return [
-        Setting(name, renormalise, fraction, _renormalised(rule.table(fraction), renormalise), by)
-        for name, (rule, by) in rules.items()
-        for fraction in fractions
+        Setting(name, renormalise, fraction, _renormalised(rule.table(fraction), renormalise))
+        for name, rule in rules.items()
+        for fraction in FRACTIONS
     ]
 
 
@@ -82,7 +72,6 @@ def measured(
     increase, error = changes.mean_ablation
     rows = []
     for c, setting in enumerate(chosen):
-        predicted, predicted_se = setting.profile.total_increase(setting.table.cuts[:, 0])
         rows.append(
             {
                 "criterion": setting.criterion,
@@ -91,8 +80,6 @@ def measured(
                 "skipped_fraction": float(changes.skipped_fraction[c]),
                 "increase_nats": float(increase[c]),
                 "increase_se": float(error[c]),
-                "predicted_nats": predicted,
-                "predicted_se": predicted_se,
                 "cuts": setting.table.cuts[:, 0].tolist(),
             }
         )
@@ -160,23 +147,6 @@ def print_criteria(rows: list[dict[str, object]]) -> None:
             print(f"{name:22}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
-def print_validation(rows: list[dict[str, object]]) -> None:
-    """Print predictions beside measurements, and whether they agree."""
-    print("\npredicted against measured, millinats per token")
-    for row in rows:
-        got, predicted, error = (
-            1e3 * float(row[name]) for name in ("increase_nats", "predicted_nats", "increase_se")
-        )
-        both = float(np.hypot(error, 1e3 * float(row["predicted_se"])))
-        row["within"] = bool(abs(predicted - got) <= max(2 * both, 0.2 * got))
-        print(
-            f"{row['criterion']:22} renormalise={row['renormalise']!s:5} "
-            f"skipped {row['skipped_fraction']:.1%}: measured {got:6.2f} ± {error:.2f} "
-            f"({error / got:.0%}), predicted {predicted:6.2f} ± {1e3 * row['predicted_se']:.2f}, "
-            f"{predicted / got - 1:+.0%}, {'within' if row['within'] else 'OUTSIDE'}"
-        )
-
-
 def main() -> int:
     """Measure, print the tables, write the file; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -186,9 +156,6 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--calibration-tokens", type=int, default=18_000)
     parser.add_argument("--evaluation-tokens", type=int, default=36_000)
-    parser.add_argument(
-        "--validation-tokens", type=int, default=100_000, help="0 leaves out the third table"
-    )
     options = parser.parse_args()
     link = {"link": "none"} if options.device == "cpu" else {}
     model = lab.load(options.model, dtype="float32", device=options.device, **link)
@@ -198,13 +165,18 @@ def main() -> int:
     trace = lab.profile(model, calibration, max_tokens=PIECE_TOKENS)
     by_renormalise = {
         renormalise: sensitivities(
-            model, calibration, names, renormalise=renormalise, max_tokens=PIECE_TOKENS
+            model,
+            calibration,
+            names,
+            renormalise=renormalise,
+            max_tokens=PIECE_TOKENS,
+            anchored=False,
         )
         for renormalise, names in ((True, (*ESTIMATORS, *MEASURED)), (False, tuple(ESTIMATORS)))
     }
     ranks = ranking(by_renormalise[True])
     print_ranking(ranks)
-    chosen = [s for r, p in by_renormalise.items() for s in settings(trace, p, r, FRACTIONS)]
+    chosen = [s for r, p in by_renormalise.items() for s in settings(trace, p, r)]
     changes, rows = measured(model, evaluation, chosen, PIECE_TOKENS)
     compare_with_adapmoe(changes, rows)
     print_criteria(rows)
@@ -215,22 +187,6 @@ def main() -> int:
         "criteria": rows,
         "ranking": ranks,
     }
-    save_json(options.out, document)
-    if not options.validation_tokens:
-        return 0
-    chosen = [
-        setting
-        for renormalise, profiles in by_renormalise.items()
-        for setting in settings(trace, profiles, renormalise, VALIDATED)
-        if setting.criterion in VALIDATED_CRITERIA
-    ]
-    _, texts = calibration_and_evaluation(
-        options.text, options.calibration_tokens, options.validation_tokens
-    )
-    changes, rows = measured(model, texts, chosen, PIECE_TOKENS)
-    print_validation(rows)
-    document["validation"] = rows
-    document["validation_tokens"] = int(changes.n_predicted.sum())
     save_json(options.out, document)
     return 0
 
