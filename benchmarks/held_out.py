@@ -37,12 +37,13 @@ def held_out_texts(folder: Path) -> list[str]:
 
 
 def calibration_and_evaluation(
-    folder: Path, calibration_tokens: int, evaluation_tokens: int
+    folder: Path, calibration_tokens: int, evaluation_tokens: int, split: str = "documents"
 ) -> tuple[list[str], list[str]]:
-    """Return texts to calibrate with and others to evaluate on, never of one document.
+    """Return texts to calibrate with and others to evaluate on, evenly spaced, domains by turns.
 
-    Every second document of a domain, counted from its first, is for calibration. Each piece
-    is to be cut to `PIECE_TOKENS` tokens; domains take turns.
+    Every second one of a domain, counted from its first, is for calibration: of its `documents`,
+    so that the halves differ in books and authors, or of its `pieces`, so that they are alike.
+    Each text is to be cut to `PIECE_TOKENS` tokens.
 
     Raises:
         ValueError: the folder has too little text.
@@ -50,17 +51,29 @@ def calibration_and_evaluation(
     halves = []
     for half, n_tokens in enumerate((calibration_tokens, evaluation_tokens)):
         n_pieces = -(-n_tokens // (PIECE_TOKENS * len(DOMAINS)))
-        by_domain = []
-        for domain in DOMAINS:
-            whole = "\n\n".join(documents(folder, domain)[half::2])
-            if len(whole) < n_pieces * PIECE_CHARACTERS:
-                raise ValueError(
-                    f"{n_tokens} tokens need {n_pieces} pieces of {PIECE_CHARACTERS} characters "
-                    f"of {domain}, half of whose held-out documents have {len(whole)} characters."
-                )
-            by_domain.append(spaced_pieces(whole, n_pieces, PIECE_CHARACTERS))
+        by_domain = [_half_of(folder, domain, half, split, n_pieces) for domain in DOMAINS]
         halves.append([piece for turn in zip(*by_domain, strict=True) for piece in turn])
     return halves[0], halves[1]
+
+
+def _half_of(folder: Path, domain: str, half: int, split: str, n_pieces: int) -> Sequence[str]:
+    """Return pieces of one half of a domain's held-out text."""
+    of_documents = documents(folder, domain)
+    if split == "documents":
+        whole = "\n\n".join(of_documents[half::2])
+        n_possible = len(whole) // PIECE_CHARACTERS
+        pieces = spaced_pieces(whole, n_pieces, PIECE_CHARACTERS)
+    else:
+        whole = "\n\n".join(of_documents)
+        every = spaced_pieces(whole, len(whole) // PIECE_CHARACTERS, PIECE_CHARACTERS)[half::2]
+        n_possible = len(every)
+        pieces = [every[n_possible * number // n_pieces] for number in range(n_pieces)]
+    if n_pieces > n_possible:
+        raise ValueError(
+            f"{n_pieces} pieces of {PIECE_CHARACTERS} characters are asked of {domain}, half of "
+            f"whose held-out text has {n_possible}."
+        )
+    return pieces
 
 
 def spaced_pieces(whole: str, n_pieces: int, n_characters: int) -> Sequence[str]:

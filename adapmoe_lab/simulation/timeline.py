@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from adapmoe_lab.policies.prefetch import N_PIECES, piece_bounds
 from adapmoe_lab.records import HardwareProfile
 from adapmoe_lab.simulation.guesses import NO_GUESSES, Guesses
-from adapmoe_lab.simulation.replay import Replay
+from adapmoe_lab.simulation.replay import Replay, in_threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +171,8 @@ def run_timeline(
         buffer_slots: experts that can be on their way or waiting at once.
         n_events: how many events to keep.
     """
+    if not len(guesses.moments) and not n_events:
+        return _layer_by_layer(replayed, costs)
     from adapmoe_lab.simulation.timeline_loops import run_clock
 
     shape = replayed.hits.shape
@@ -199,3 +201,33 @@ def run_timeline(
         events,
     )
     return Timeline(used, wasted, stall_s, n_bytes, link_s, ended_s, events[:n_logged])
+
+
+def _layer_by_layer(replayed: Replay, costs: StepCosts) -> Timeline:
+    """Time layers by themselves, as many at once as there are cores, and add them up.
+
+    That is the same, since without fetching ahead a layer finds and leaves the link idle.
+    """
+    from adapmoe_lab.simulation.timeline_loops import time_layer
+
+    n_steps, n_layers = replayed.hits.shape
+    stall_s, spent_s, link_s = np.zeros((3, n_layers, n_steps))
+    n_bytes = np.zeros((n_layers, n_steps), dtype=np.int64)
+    loads = np.ascontiguousarray(costs.rest[:, :, 0])
+
+    def run(layer: int) -> None:
+        out = stall_s[layer], spent_s[layer], n_bytes[layer], link_s[layer]
+        own = replayed.members[layer], replayed.starts[layer], replayed.fates[layer]
+        time_layer(*own, loads[layer], costs.pace, *out)
+
+    in_threads(run, n_layers)
+    nothing = np.zeros((n_steps, n_layers), dtype=np.int64)
+    return Timeline(
+        used=nothing,
+        wasted=nothing,
+        stall_s=stall_s.T,
+        n_bytes=n_bytes.sum(axis=0),
+        link_s=link_s.sum(axis=0),
+        ended_s=np.cumsum(spent_s.sum(axis=0) + costs.head_s),
+        events=np.zeros((0, 5)),
+    )

@@ -328,3 +328,55 @@ def run_clock(
         clock[N_BYTES] = clock[LINK_S] = 0
         ended[step] = clock[NOW]
     return int(clock[N_LOGGED])
+
+
+@compiled
+def time_layer(members, starts, fates, load, pace, stall, spent, n_bytes, link_s):
+    """Time every step of one layer that finds and leaves the link idle, as `run_clock` does.
+
+    The inner loop is one function on purpose: it runs a million times for a slider.
+
+    Args:
+        members: int16 [T K], the sets of the layer.
+        starts: int64 [N+1], where each set begins.
+        fates: int8 [T K], what becomes of each member.
+        load: float64 [E, 2], seconds and bytes of each expert.
+        pace: as `run_clock` takes it.
+        stall: float64 [N], filled with the seconds that computing waited.
+        spent: float64 [N], filled with the seconds of the layer.
+        n_bytes: int64 [N], filled with the bytes that crossed.
+        link_s: float64 [N], filled with the seconds that took.
+    """
+    expert_s, miss_s = pace[EXPERT_S], pace[MISS_S]
+    missing = np.zeros(np.diff(starts).max(), dtype=np.int64)
+    arrives = np.zeros(len(missing))
+    for step in range(len(starts) - 1):
+        now, link_free, waited, crossed, busy = pace[DENSE_LAYER_S], 0.0, 0.0, 0.0, 0.0
+        n_members, n_loads, n_missing = starts[step + 1] - starts[step], 0, 0
+        for i in range(starts[step], starts[step + 1]):
+            if fates[i] == LOAD:
+                missing[n_loads] = members[i]
+                n_loads += 1
+        n_missing = n_loads
+        for i in range(starts[step], starts[step + 1]):
+            if fates[i] == STREAM:
+                missing[n_missing] = members[i]
+                n_missing += 1
+        n_asked = min(n_missing, n_loads + N_STAGING)
+        for n in range(n_asked):
+            link_free = max(now, link_free) + load[missing[n], SECONDS]
+            arrives[n] = link_free
+            now += miss_s
+        now += (n_members - n_missing) * expert_s
+        for n in range(n_missing):
+            busy += load[missing[n], SECONDS]
+            crossed += load[missing[n], BYTES]
+            waited += max(0.0, arrives[n] - now)
+            now = max(now, arrives[n]) + expert_s
+            if n >= n_loads and n_asked < n_missing:
+                link_free = max(now, link_free) + load[missing[n_asked], SECONDS]
+                arrives[n_asked] = link_free
+                now += miss_s
+                n_asked += 1
+        stall[step], spent[step] = waited, now + (pace[WAIT_S] if waited > 0 else 0.0)
+        n_bytes[step], link_s[step] = int(crossed), busy

@@ -1,10 +1,15 @@
 """The clock of a replay, by cases small enough to be worked out on paper."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from traces import make_spec, make_trace
 
+from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.simulation.guesses import Guesses
-from adapmoe_lab.simulation.replay import Replay
+from adapmoe_lab.simulation.replay import Replay, replay
 from adapmoe_lab.simulation.timeline import EVENT_KINDS, StepCosts, run_timeline
 
 HIT, LOAD, STREAM = range(3)
@@ -65,6 +70,26 @@ def test_a_layer_without_guesses_takes_what_its_events_take(load_s):
         expected = DENSE_S + layer_by_events(hits, loads, streamed, load_s, 1.0)
         assert timeline.ended_s[0] == pytest.approx(expected)
         assert timeline.n_bytes[0] == 400 * (loads + streamed)
+
+
+def test_layers_timed_by_themselves_take_what_the_whole_clock_says():
+    trace = make_trace(make_spec(n_experts=12, top_k=6), n_tokens=300)
+    replayed = replay(trace, kept_experts(trace, None), slots_plan(trace.spec, 2), "lru")
+    costs = costs_of(3, load_s=0.7, expert_s=0.3)
+    wide = replace(
+        costs,
+        rest=costs.rest.repeat(2, axis=1),
+        piece=costs.piece.repeat(2, axis=1),
+        head_s=1.1,
+        miss_s=0.05,
+        wait_s=0.2,
+    )
+    whole = run_timeline(replayed, wide, n_events=1)
+    by_layer = run_timeline(replayed, wide)
+    assert replayed.streamed.max() > 3
+    for name in ("stall_s", "link_s", "ended_s"):
+        np.testing.assert_allclose(getattr(by_layer, name), getattr(whole, name), atol=1e-9)
+    np.testing.assert_array_equal(by_layer.n_bytes, whole.n_bytes)
 
 
 def test_a_right_guess_saves_what_is_over_when_it_is_asked_for():
