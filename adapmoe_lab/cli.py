@@ -51,6 +51,7 @@ def _profile(options: argparse.Namespace) -> None:
 def _tune(options: argparse.Namespace) -> None:
     from adapmoe_lab.engine.hardware import probe_hardware
     from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
+    from adapmoe_lab.profiling.predictability import fit_predictors
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivity
     from adapmoe_lab.profiling.surrogates import fit_surrogates
@@ -64,11 +65,14 @@ def _tune(options: argparse.Namespace) -> None:
         surrogates = fit_surrogates(
             model, calibration, budget_bytes=options.surrogate_memory, progress=_progress
         )
+    predictors = fit_predictors(model, calibration) if options.fit_predictors else None
     config = tune(
-        profile(model, calibration, progress=_progress),
+        profile(model, calibration, predictors=predictors, progress=_progress),
         sensitivity(model, calibration, compensation=surrogates, progress=_progress),
         probe_hardware(model),
         compensation=surrogates,
+        prefetch=not options.no_prefetch,
+        predictors=predictors,
         expert_memory=options.budget,
         skipped_fraction=options.skipped_fraction,
         max_loss_increase_nats=options.max_loss_increase_nats,
@@ -236,6 +240,10 @@ def _add_tune(commands: Any) -> None:
     tune.add_argument(
         "--surrogate-memory", metavar="SIZE", help="device memory for stand-ins, such as 2%%"
     )
+    tune.add_argument(
+        "--fit-predictors", action="store_true", help="fit what may tell which experts come next"
+    )
+    tune.add_argument("--no-prefetch", action="store_true", help="fetch nothing ahead")
     tune.add_argument("--verify", action="store_true", help="measure the loss and keep the promise")
     tune.set_defaults(run=_tune)
 

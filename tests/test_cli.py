@@ -77,6 +77,18 @@ def test_tune_may_fit_stand_ins_that_run_from_the_file(
     assert not torch.allclose(stood_in, left_out)
 
 
+def test_tune_fits_predictors_and_fetches_nothing_ahead_if_told(
+    tiny_checkpoint, text_file, tmp_path
+):
+    tuned = tmp_path / "tuned.json"
+    arguments = (tiny_checkpoint, "--texts", text_file, "--budget", "75%", "--out", tuned)
+    assert run("tune", *arguments, "--fit-predictors") == 0
+    times = TunedConfig.load(tuned).evidence["prefetch"]
+    assert times is None or "nobody" in times
+    assert run("tune", *arguments, "--no-prefetch") == 0
+    assert TunedConfig.load(tuned).evidence["prefetch"] is None
+
+
 def test_bench_prints_ratios_for_each_link(tiny_checkpoint, text_file, tmp_path, capsys):
     out = tmp_path / "bench.json"
     targets = ("mixtral-8x7b-int4/pcie4-x16", "qwen3-30b-bf16/pcie5-x16")

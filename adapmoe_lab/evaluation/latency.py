@@ -122,7 +122,7 @@ def measure_latency(
                 )
             if number > 0:
                 watch.keep()
-        surrogates = model.config.compensation
+        surrogates, prefetch = model.config.compensation, model.config.prefetch
         conditions = {
             **measurement_conditions(model),
             "slots": tuple(engine.cached.plan.slots.tolist()),
@@ -130,6 +130,7 @@ def measure_latency(
             "eviction": model.config.eviction,
             "gating": engine.gating.fingerprint() if engine.gating else None,
             "compensation": surrogates.fingerprint() if surrogates else None,
+            "prefetch": prefetch.fingerprint() if prefetch else None,
             "prompt_tokens": tuple(len(ids) for ids in encoded),
             "new_tokens": new_tokens,
         }

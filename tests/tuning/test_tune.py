@@ -8,13 +8,13 @@ import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
 from adapmoe_lab.evaluation.loss import evaluate_loss
-from adapmoe_lab.policies.allocation import uniform_plan
+from adapmoe_lab.policies.allocation import N_STAGING, uniform_plan
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.policies.thresholds import RULES
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity
 from adapmoe_lab.profiling.surrogates import fit_surrogates
-from adapmoe_lab.records import TunedConfig
+from adapmoe_lab.records import HardwareProfile, TunedConfig
 from adapmoe_lab.simulation.simulate import simulate
 from adapmoe_lab.tuning.tune import tune
 
@@ -125,3 +125,32 @@ def test_what_it_refuses():
     other = make_trace(make_spec(n_experts=4))
     with pytest.raises(ValueError, match="recorded on different models"):
         tune(other, sensitivity_of(trace))
+
+
+def test_fetching_ahead_is_taken_where_it_is_predicted_to_pay():
+    trace, profile_of = make_trace(n_tokens=600), make_sensitivity()
+    quick = HardwareProfile("cpu", "emulated:x", [500, 2000], [0.0005, 0.002], 0.006, 0.0005)
+    ahead = tune(trace, profile_of, quick, expert_memory="75%", skipped_fraction=0.0)
+    alone = tune(
+        trace, profile_of, quick, expert_memory="75%", skipped_fraction=0.0, prefetch=False
+    )
+    assert alone.prefetch is None
+    assert alone.evidence["prefetch"] is None
+    times = ahead.evidence["prefetch"]
+    assert times["nobody"] == alone.evidence["predicted"]["ms_per_token"]
+    assert ahead.evidence["predicted"]["ms_per_token"] == min(times.values()) < times["nobody"]
+    room = ahead.prefetch.n_bytes(1000) + (ahead.plan.n_slots + N_STAGING) * 1000
+    assert room <= 0.75 * trace.spec.all_experts_bytes
+    assert ahead.plan.n_slots < alone.plan.n_slots
+    unmeasured = tune(trace, profile_of, skipped_fraction=0.0)
+    assert unmeasured.prefetch is None
+    costly = tune(trace, profile_of, replace(quick, guess_s=0.005), skipped_fraction=0.0)
+    assert costly.prefetch is None
+
+
+def test_fetching_ahead_is_left_out_where_there_is_no_room_for_it():
+    trace, profile_of = make_trace(n_tokens=600), make_sensitivity()
+    hardware = HardwareProfile("cpu", "emulated:x", [500, 2000], [0.0005, 0.002], 0.006, 0.0005)
+    tight = tune(trace, profile_of, hardware, expert_memory=6000, skipped_fraction=0.0)
+    assert tight.prefetch is None
+    assert tight.plan.n_slots == 4
