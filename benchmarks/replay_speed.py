@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import libcachesim
@@ -25,15 +26,19 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation import shared, slots_plan, with_pins
 from adapmoe_lab.policies.eviction import POLICIES
-from adapmoe_lab.records import MoESpec, RoutingTrace
+from adapmoe_lab.records import CachePlan, MoESpec, Prediction, PrefetchTable, RoutingTrace
 from adapmoe_lab.records.files import save_json
+from adapmoe_lab.simulation.guesses import recorded_guesses
 from adapmoe_lab.simulation.miss_curves import miss_curves
+from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
 from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.timeline import StepCosts, Timeline, run_timeline
 
 SIZES = ((32, 8, 2, 0.05), (48, 128, 8, 1.0))
 """Layers, experts, experts per token, and the seconds a replay may take."""
 
 N_TOKENS = 20_000
+RIGHT_SHARE = 0.8
 ROUNDS = 5
 HASH_POWER = 8
 """Buckets of libcachesim's table, a power of two; it spends its time on clearing its default."""
@@ -106,6 +111,49 @@ def libcachesim_replay(
     return run
 
 
+def with_guesses(trace: RoutingTrace, seed: int = 0) -> RoutingTrace:
+    """Return the trace with guesses at three distances, four in five of them right."""
+    rng, predictions = np.random.default_rng(seed), {}
+    for distance in (1, 2, 3):
+        is_right = rng.random((*trace.weights.shape[:2], 1)) < RIGHT_SHARE
+        others = rng.integers(0, trace.spec.n_experts, trace.weights.shape)
+        experts = np.where(is_right, trace.expert_indices, others)
+        experts[:, :distance] = -1
+        predictions[distance] = Prediction(experts, trace.weights)
+    return replace(trace, predictions={"next_router": predictions})
+
+
+def time_clocks(
+    trace: RoutingTrace, keep: NDArray[np.bool_], plan: CachePlan, allowed_s: float
+) -> list[dict[str, object]]:
+    """Time a replay under LRU with its clock, nothing fetched ahead and something; print lines."""
+    spec, guessing = trace.spec, with_guesses(trace)
+    costs = StepCosts.of(
+        np.full((spec.n_layers, spec.n_experts), 1000),
+        lambda n_bytes: 1e-6 * n_bytes,
+        dense_layer_s=3e-4,
+        expert_s=3e-5,
+    )
+    table = plan_prefetch(guessing, plan=plan)
+
+    def run(table: PrefetchTable | None) -> Timeline:
+        guesses = recorded_guesses(guessing, table)
+        replayed = replay(guessing, keep, plan, "lru", guesses)
+        return run_timeline(replayed, costs, guesses, table.buffer_slots if table else 0)
+
+    rows = []
+    for name, followed in (("with its clock", None), ("fetching ahead", table)):
+        wall, processor = seconds(lambda followed=followed: run(followed))
+        rows.append({"name": name, "wall_s": wall, "processor_s": processor})
+        print(
+            f"{spec.n_layers:3} x {spec.n_experts:3} top-{spec.top_k} lru {name:21}: "
+            f"{1e3 * np.median(wall):5.0f} ms, at best {1e3 * min(wall):.0f}, of "
+            f"{1e3 * allowed_s:.0f} allowed; {1e3 * np.median(processor):.0f} ms of processor time",
+            flush=True,
+        )
+    return rows
+
+
 def measure(n_layers: int, n_experts: int, top_k: int, allowed_s: float) -> dict[str, object]:
     """Time every policy on one size, and libcachesim; print a line each."""
     trace = synthetic_trace(n_layers, n_experts, top_k)
@@ -143,6 +191,7 @@ def measure(n_layers: int, n_experts: int, top_k: int, allowed_s: float) -> dict
                 f"{rows[-1]['ratio_to_libcachesim_lru']:.2f}x",
                 flush=True,
             )
+    timed = time_clocks(trace, keep, plan, allowed_s)
     _, curve_s = seconds(lambda: miss_curves(trace))
     print(f"miss curves of every size: {1e3 * np.median(curve_s):.0f} ms of processor time")
     return {
@@ -155,6 +204,7 @@ def measure(n_layers: int, n_experts: int, top_k: int, allowed_s: float) -> dict
         "libcachesim_lru_processor_s": theirs,
         "miss_curves_processor_s": curve_s,
         "rows": rows,
+        "timed": timed,
     }
 
 

@@ -18,7 +18,7 @@ from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.profiling.recorder import RoutingRecorder
-from adapmoe_lab.records import GatingTable, TunedConfig
+from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable, TunedConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,6 +58,21 @@ def test_counters_equal_a_plain_replay(demo, slots, cuts):
     hits, misses = step_by_step(recorder.trace(), cuts or [2.0] * 8, slots)
     np.testing.assert_array_equal(demo.engine.traffic.hits, hits.sum(axis=0))
     np.testing.assert_array_equal(demo.engine.traffic.misses, misses.sum(axis=0))
+
+
+@pytest.mark.parametrize("slots", [0, 1, 4])
+def test_fetching_ahead_changes_no_text_and_overwrites_nothing_in_use(demo, slots):
+    spec = demo.spec
+    sure = np.full((spec.n_layers, spec.top_k), 0.95)
+    spoken = [("next_router", 1), ("next_router", 2), ("own_norm", 1), ("token_embedding", 0)]
+    table = PrefetchTable([PrefetchSource(*who, sure) for who in spoken], buffer_slots=3)
+    demo.apply(config_with(demo, 8))
+    ids = demo.encode(PROMPT)
+    expected = decode(demo.hf, ids, 48)
+    demo.apply(replace(config_with(demo, slots), prefetch=table))
+    for _ in range(3):
+        assert decode(demo.hf, ids, 48) == expected
+    assert demo.engine.traffic.prefetch_used.sum() > 0
 
 
 def test_experts_are_pinned_and_slots_are_on_the_device(demo):
