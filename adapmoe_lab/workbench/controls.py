@@ -10,8 +10,9 @@ import ipywidgets
 import numpy as np
 
 from adapmoe_lab.records import OFF
+from adapmoe_lab.simulation.prefetch_tables import buffer_slots
 from adapmoe_lab.views.widgets import ThresholdCurve
-from adapmoe_lab.workbench.draft import Bench, Draft
+from adapmoe_lab.workbench.draft import Bench, Cache, Draft
 
 BY_HAND = "by hand"
 BUDGET_STEP = 0.005
@@ -23,7 +24,7 @@ RULE_NAMES = {
 
 
 class Controls(ipywidgets.VBox):
-    """One budget slider, one cut per layer, one cache size.
+    """One budget slider, one cut per layer, one cache size, and how far ahead is fetched.
 
     Attributes:
         draft: what the controls say now.
@@ -48,8 +49,12 @@ class Controls(ipywidgets.VBox):
             max(1, spec.n_experts // 2), min=1, max=spec.n_experts,
             description="Experts kept", **wide,
         )  # fmt: skip
+        self.ahead = ipywidgets.IntSlider(
+            0, min=0, max=max(1, bench.max_layers_ahead), description="Layers ahead",
+            disabled=not bench.max_layers_ahead, **wide,
+        )  # fmt: skip
         self.memory = ipywidgets.HTML()
-        self.draft = bench.suggestion(self.rule.value, self.slots.value)
+        self.draft = bench.suggestion(self.rule.value, self._cache)
         self._follow_budget()
         self.curve = ThresholdCurve(
             values=self.draft.cuts.tolist(),
@@ -62,11 +67,17 @@ class Controls(ipywidgets.VBox):
         )
         self.budget.observe(self._budget_moved, "value")
         self.rule.observe(self._budget_moved, "value")
-        self.slots.observe(self._slots_moved, "value")
+        self.slots.observe(self._cache_moved, "value")
+        self.ahead.observe(self._cache_moved, "value")
         self.curve.observe(self._curve_moved, "values")
         self.curve.observe(self._curve_moved, "committed")
         self._tell_memory()
-        super().__init__([self.budget, self.rule, self.slots, self.memory, self.curve])
+        rows = [self.budget, self.rule, self.slots, self.ahead, self.memory, self.curve]
+        super().__init__(rows)
+
+    @property
+    def _cache(self) -> Cache:
+        return Cache(self.slots.value, self.ahead.value)
 
     @contextmanager
     def _following(self) -> Iterator[None]:
@@ -92,7 +103,7 @@ class Controls(ipywidgets.VBox):
             if self._is_following or (change["owner"] is self.budget and self._is_echo()):
                 return
             self._followed_budget = None
-            draft = self._bench.draft(self.rule.value, self.budget.value, self.slots.value)
+            draft = self._bench.draft(self.rule.value, self.budget.value, self._cache)
             with self._following():
                 self.curve.values = self.curve.baseline = draft.cuts.tolist()
             self._set(draft)
@@ -103,17 +114,17 @@ class Controls(ipywidgets.VBox):
                 return
             shown = np.array(change["new"], dtype=np.float64)
             cuts = np.where(shown >= self.curve.vmax, OFF, shown)
-            draft = Draft(cuts, self.slots.value, BY_HAND)
+            draft = Draft(cuts, self._cache, BY_HAND)
             if draft.key == self.draft.key:
                 return
             self._set(draft)
             with self._following():
                 self._follow_budget()
 
-    def _slots_moved(self, _: object) -> None:
+    def _cache_moved(self, _: object) -> None:
         with self._lock:
             self._tell_memory()
-            self._set(Draft(self.draft.cuts, self.slots.value, self.draft.chosen_by))
+            self._set(Draft(self.draft.cuts, self._cache, self.draft.chosen_by))
 
     def _set(self, draft: Draft) -> None:
         self.draft = draft
@@ -121,8 +132,10 @@ class Controls(ipywidgets.VBox):
 
     def _tell_memory(self) -> None:
         spec = self._bench.trace.spec
-        kept = self.slots.value * spec.n_layers * spec.stored_expert_bytes
+        ahead = buffer_slots(spec) if self.ahead.value else 0
+        kept = (self.slots.value * spec.n_layers + ahead) * spec.stored_expert_bytes
         self.memory.value = (
-            f"<small style='margin-left:136px'>of {spec.n_experts} per layer: "
+            f"<small style='margin-left:136px'>of {spec.n_experts} per layer"
+            f"{f', {ahead} ahead' if ahead else ''}: "
             f"{kept / 2**20:.1f} MiB, {kept / spec.all_experts_bytes:.0%} of all experts</small>"
         )

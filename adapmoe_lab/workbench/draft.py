@@ -16,19 +16,36 @@ from adapmoe_lab.records import (
     OFF,
     GatingTable,
     HardwareProfile,
+    PrefetchTable,
     RoutingTrace,
     SensitivityProfile,
     Surrogates,
     TunedConfig,
 )
+from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 from adapmoe_lab.tuning.tune import check_skippable, prediction_summary
 
+PREDICTOR = "next_router"
 N_QUICK_TOKENS = 192
 N_FULL_TOKENS = 3000
 N_TRADEOFF = 6
 SUGGESTED_LOSS_NATS = 0.01
 """One percent of perplexity."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What is on the device before it is asked for.
+
+    Attributes:
+        slots_per_layer: experts each layer keeps.
+        layers_ahead: from how many layers before each layer's experts are fetched ahead; 0 for
+            only when they are needed.
+    """
+
+    slots_per_layer: int
+    layers_ahead: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,18 +54,18 @@ class Draft:
 
     Attributes:
         cuts: float64 [L], cut on the share per layer; above one skips nothing there.
-        slots_per_layer: experts each layer keeps on the device.
+        cache: what is kept, and fetched ahead.
         chosen_by: the rule that gave the cuts, or `by hand`.
     """
 
     cuts: NDArray[np.float64]
-    slots_per_layer: int
+    cache: Cache
     chosen_by: str
 
     @property
-    def key(self) -> tuple[bytes, int]:
+    def key(self) -> tuple[bytes, Cache]:
         """What tells one setting from another, however it was reached."""
-        return np.minimum(self.cuts, OFF).astype(np.float32).tobytes(), self.slots_per_layer
+        return np.minimum(self.cuts, OFF).astype(np.float32).tobytes(), self.cache
 
 
 class Bench:
@@ -73,24 +90,30 @@ class Bench:
         self.compensation = compensation
         self._quick = trace.first(N_QUICK_TOKENS)
         self._rules = {name: rule(self.trace, sensitivity) for name, rule in RULES.items()}
-        self._baselines: dict[int, Simulation] = {}
-        self._tradeoffs: dict[tuple[str, int], list[Simulation]] = {}
+        self._baselines: dict[Cache, Simulation] = {}
+        self._tradeoffs: dict[tuple[str, Cache], list[Simulation]] = {}
+        self._prefetch: dict[Cache, PrefetchTable | None] = {}
 
-    def suggestion(self, method: str, slots_per_layer: int) -> Draft:
+    @property
+    def max_layers_ahead(self) -> int:
+        """From how many layers before experts can be fetched ahead, by what was recorded."""
+        return max(self.trace.predictions.get(PREDICTOR, {}), default=0)
+
+    def suggestion(self, method: str, cache: Cache) -> Draft:
         """Return the draft that skips the most within `SUGGESTED_LOSS_NATS` of predicted loss."""
         fraction = largest_skipped_fraction(
             self._rules[method], self.sensitivity, self.trace.spec.top_k, SUGGESTED_LOSS_NATS
         )
-        return self.draft(method, fraction, slots_per_layer)
+        return self.draft(method, fraction, cache)
 
-    def draft(self, method: str, skipped_fraction: float, slots_per_layer: int) -> Draft:
+    def draft(self, method: str, skipped_fraction: float, cache: Cache) -> Draft:
         """Return the draft whose cuts a rule chooses for a skipped fraction."""
         if skipped_fraction <= 0:
             cuts = np.full(self.trace.spec.n_layers, OFF)
         else:
             table = self._rules[method].table(skipped_fraction)
             cuts = table.cuts[:, 0].astype(np.float64)
-        return Draft(cuts, slots_per_layer, method)
+        return Draft(cuts, cache, method)
 
     def config(self, draft: Draft) -> TunedConfig:
         """Return the config that runs a draft."""
@@ -100,10 +123,21 @@ class Bench:
             model=TunedConfig.model_identity(spec),
             gating=GatingTable.per_layer(draft.cuts, spec.top_k) if skips else None,
             compensation=self.compensation,
-            plan=slots_plan(spec, draft.slots_per_layer),
+            plan=slots_plan(spec, draft.cache.slots_per_layer),
+            prefetch=self._prefetch_table(draft.cache),
             precision=spec.dtype,
             hardware=self.hardware,
         )
+
+    def _prefetch_table(self, cache: Cache) -> PrefetchTable | None:
+        """Return whom a cache follows, learnt once for each with nothing skipped."""
+        if not cache.layers_ahead:
+            return None
+        if cache not in self._prefetch:
+            plan = slots_plan(self.trace.spec, cache.slots_per_layer)
+            sources = [(PREDICTOR, distance) for distance in range(1, cache.layers_ahead + 1)]
+            self._prefetch[cache] = plan_prefetch(self.trace, plan=plan, sources=sources)
+        return self._prefetch[cache]
 
     def skipped_fraction(self, draft: Draft) -> float:
         """Return the share of expert activations a draft skips on the trace."""
@@ -114,23 +148,23 @@ class Bench:
         trace = self._quick if quick else self.trace
         return simulate(trace, self.config(draft), self.hardware, sensitivity=self.sensitivity)
 
-    def without_skipping(self, slots_per_layer: int) -> Simulation:
-        """Return what a cache does when nothing is skipped; computed once per cache size."""
-        if slots_per_layer not in self._baselines:
-            draft = self.draft("uniform", 0.0, slots_per_layer)
-            self._baselines[slots_per_layer] = self.predict(draft)
-        return self._baselines[slots_per_layer]
+    def without_skipping(self, cache: Cache) -> Simulation:
+        """Return what a cache does when nothing is skipped; computed once per cache."""
+        if cache not in self._baselines:
+            draft = self.draft("uniform", 0.0, cache)
+            self._baselines[cache] = self.predict(draft)
+        return self._baselines[cache]
 
-    def tradeoff(self, method: str, slots_per_layer: int) -> list[Simulation]:
+    def tradeoff(self, method: str, cache: Cache) -> list[Simulation]:
         """Return predictions of one rule over evenly spaced skipped fractions, none to most.
 
-        Computed once per rule and cache size.
+        Computed once per rule and cache.
         """
-        key = method, slots_per_layer
+        key = method, cache
         if key not in self._tradeoffs:
             top_k = self.trace.spec.top_k
             fractions = np.linspace(0, (top_k - 1) / top_k, N_TRADEOFF)
-            drafts = [self.draft(method, float(f), slots_per_layer) for f in fractions]
+            drafts = [self.draft(method, float(f), cache) for f in fractions]
             self._tradeoffs[key] = [self.predict(draft) for draft in drafts]
         return self._tradeoffs[key]
 
@@ -144,8 +178,6 @@ class Bench:
             trace=self.trace.fingerprint(),
             verified="loss" in measured,
             predicted=prediction_summary(self.predict(draft)),
-            predicted_without_skipping=prediction_summary(
-                self.without_skipping(draft.slots_per_layer)
-            ),
+            predicted_without_skipping=prediction_summary(self.without_skipping(draft.cache)),
             measured=dict(measured) or None,
         )

@@ -26,7 +26,7 @@ from adapmoe_lab.simulation.simulate import Simulation
 from adapmoe_lab.views import figures
 from adapmoe_lab.views.widgets import DownloadButton, Job, LatestWins, LiveFigure
 from adapmoe_lab.workbench.controls import Controls
-from adapmoe_lab.workbench.draft import Bench, Draft
+from adapmoe_lab.workbench.draft import Bench, Cache, Draft
 from adapmoe_lab.workbench.measuring import Measuring, Progress
 from adapmoe_lab.workbench.readout import as_html, tiles
 
@@ -70,7 +70,7 @@ class Workbench(ipywidgets.VBox):
         hardware = probe_hardware(model) if hardware is None else hardware
         self._bench = Bench(trace, sensitivity, hardware, compensation)
         self._measuring = Measuring(model, shipped[half:] if texts is None else texts)
-        self._measured: dict[tuple[bytes, int], dict[str, Any]] = {}
+        self._measured: dict[tuple[bytes, Cache], dict[str, Any]] = {}
         self._worker: LatestWins[Draft] = LatestWins(self._recompute, self._show_error)
         self.controls = Controls(self._bench, self._moved)
         self.readout = ipywidgets.HTML()
@@ -159,7 +159,7 @@ class Workbench(ipywidgets.VBox):
 
     def _show(self, draft: Draft, prediction: Simulation) -> None:
         self.readout.value = as_html(tiles(prediction, self._measured.get(draft.key, {})))
-        baseline = self._bench.without_skipping(draft.slots_per_layer)
+        baseline = self._bench.without_skipping(draft.cache)
         self.layers_figure.show(
             figures.plot_layer_bars(figures.layer_bars_info(prediction, baseline))
         )
@@ -173,10 +173,10 @@ class Workbench(ipywidgets.VBox):
                 loss_increase_se=both["loss"]["increase_se"],
                 label=f"{both['latency']['skipped_fraction']:.1%} skipped",
             )
-            for (_, slots), both in self._measured.items()
-            if slots == draft.slots_per_layer and {"latency", "loss"} <= set(both)
+            for (_, cache), both in self._measured.items()
+            if cache == draft.cache and {"latency", "loss"} <= set(both)
         ]
-        curve = self._bench.tradeoff(self.controls.rule.value, draft.slots_per_layer)
+        curve = self._bench.tradeoff(self.controls.rule.value, draft.cache)
         info = figures.tradeoff_info(curve, prediction, points)
         self.tradeoff_figure.show(figures.plot_tradeoff(info))
 
