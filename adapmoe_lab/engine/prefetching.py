@@ -34,6 +34,21 @@ class _Row:
     copy: AheadCopy
 
 
+@dataclass(frozen=True)
+class _Outlook:
+    """When what is asked for now can begin, and when it will be needed.
+
+    Attributes:
+        link_ready: when the link will be done with what is demanded.
+        ready_at: when the present layer will be done.
+        layer_experts_s: seconds that the experts of a layer take.
+    """
+
+    link_ready: float
+    ready_at: float
+    layer_experts_s: float = 0.0
+
+
 class Prefetcher:
     """Follows a prefetch table: what it asks for waits in a buffer beside the cache.
 
@@ -118,7 +133,8 @@ class Prefetcher:
 
     def begin_pass(self, token_ids: torch.Tensor, cache: ExpertCache) -> None:
         """Ask for the first layer's experts, by the tokens [T] of the pass that begins."""
-        self._ask(Moment.TOKEN, 0, token_ids, cache, self._link.free_at(), self._clock.now(), 0.0)
+        outlook = _Outlook(self._link.free_at(), self._clock.now())
+        self._ask(Moment.TOKEN, 0, token_ids, cache, outlook)
 
     def look_ahead(
         self,
@@ -144,29 +160,22 @@ class Prefetcher:
         link_ready += late_s
         ready_at = max(self._clock.now() + len(step.hits) * expert_s, link_ready)
         ready_at += expert_s if step.n_misses else 0.0
-        layer_experts_s = (len(step.hits) + step.n_misses) * expert_s
-        self._ask(Moment.EXPERTS_INPUT, layer, hidden, cache, link_ready, ready_at, layer_experts_s)
+        n_members = len(step.hits) + step.n_misses
+        outlook = _Outlook(link_ready, ready_at, n_members * expert_s)
+        self._ask(Moment.EXPERTS_INPUT, layer, hidden, cache, outlook)
 
     def look_again(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:
         """Ask by a layer's output [T, D], which the next one starts from."""
-        self._ask(
-            Moment.LAYER_OUTPUT, layer, output, cache, self._link.free_at(), self._clock.now(), 0.0
-        )
+        outlook = _Outlook(self._link.free_at(), self._clock.now())
+        self._ask(Moment.LAYER_OUTPUT, layer, output, cache, outlook)
 
     def end_pass(self, last_hidden: torch.Tensor, cache: ExpertCache) -> None:
         """Ask for the first layer's experts of the next token, by this one's last state [1, D]."""
-        ready_at = self._clock.now() + self.pace.head_s
-        self._ask(Moment.LAST_HIDDEN, 0, last_hidden, cache, self._link.free_at(), ready_at, 0.0)
+        outlook = _Outlook(self._link.free_at(), self._clock.now() + self.pace.head_s)
+        self._ask(Moment.LAST_HIDDEN, 0, last_hidden, cache, outlook)
 
     def _ask(
-        self,
-        moment: int,
-        layer: int,
-        x: torch.Tensor,
-        cache: ExpertCache,
-        link_ready: float,
-        ready_at: float,
-        layer_experts_s: float,
+        self, moment: Moment, layer: int, x: torch.Tensor, cache: ExpertCache, outlook: _Outlook
     ) -> None:
         """Ask for those guesses that are worth it, of all predictors that speak at a moment."""
         for number, source in enumerate(self.table.sources):
@@ -174,10 +183,19 @@ class Prefetcher:
             if source.moment != moment or target >= self._store.n_layers:
                 continue
             needed_at_s = needed_at(
-                ready_at, max(1, source.distance), self.pace.dense_layer_s, layer_experts_s
+                outlook.ready_at,
+                max(1, source.distance),
+                self.pace.dense_layer_s,
+                outlook.layer_experts_s,
             )
-            guesses = self._guesses(number, layer, target, x)
-            self._replace(target, *guesses, cache, link_ready, needed_at_s)
+            experts, chances = self._guesses(number, layer, target, x)
+            self._drop_others(target, experts)
+            for expert, chance in zip(experts.tolist(), chances.tolist(), strict=True):
+                is_here = cache.slot_of[target, expert] >= 0
+                if not is_here and self._is_worth(
+                    target, expert, chance, outlook.link_ready, needed_at_s
+                ):
+                    self._fetch(target, expert)
 
     def _guesses(
         self, number: int, layer: int, target: int, x: torch.Tensor
@@ -193,33 +211,27 @@ class Prefetcher:
             (self._gating, target) if self._gating is not None else None,
         )
 
-    def _replace(
-        self,
-        target: int,
-        experts: NDArray[np.int64],
-        probability: NDArray[np.float64],
-        cache: ExpertCache,
-        link_ready: float,
-        needed_at_s: float,
-    ) -> None:
-        """Ask for guesses of a layer instead of earlier ones that are not begun."""
+    def _drop_others(self, layer: int, experts: NDArray[np.int64]) -> None:
+        """Give up earlier guesses of a layer that are not begun and not repeated."""
         guessed = set(experts.tolist())
-        for number, row in self._rows_of(target):
+        for number, row in self._rows_of(layer):
             if not row.copy.n_begun and row.expert not in guessed:
                 self._give_up(number, row)
-        for expert, chance in zip(experts.tolist(), probability.tolist(), strict=True):
-            is_here = cache.slot_of[target, expert] >= 0
-            if is_here or any(row.expert == expert for _, row in self._rows_of(target)):
-                continue
-            begins = max(self._clock.now(), link_ready)
-            for row in self._rows:
-                if row is not None and row.layer <= target and not row.copy.is_whole:
-                    begins += self._link.seconds(row.copy.bytes_left)
-            n_bytes = int(self._store.expert_bytes[target, expert])
-            load_s = self._link.seconds(n_bytes)
-            piece_s = self._link.seconds(piece_bounds(n_bytes)[1])
-            if expected_gain_s(chance, begins, needed_at_s, load_s, piece_s) > 0:
-                self._fetch(target, expert)
+
+    def _is_worth(
+        self, layer: int, expert: int, chance: float, link_ready: float, needed_at_s: float
+    ) -> bool:
+        """Whether an absent expert, not on its way yet, is expected to gain time."""
+        if any(row.expert == expert for _, row in self._rows_of(layer)):
+            return False
+        begins = max(self._clock.now(), link_ready)
+        for row in self._rows:
+            if row is not None and row.layer <= layer and not row.copy.is_whole:
+                begins += self._link.seconds(row.copy.bytes_left)
+        n_bytes = int(self._store.expert_bytes[layer, expert])
+        load_s = self._link.seconds(n_bytes)
+        piece_s = self._link.seconds(piece_bounds(n_bytes)[1])
+        return expected_gain_s(chance, begins, needed_at_s, load_s, piece_s) > 0
 
     def _fetch(self, layer: int, expert: int) -> None:
         """Ask for an expert if the buffer has room."""
