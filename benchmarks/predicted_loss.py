@@ -132,6 +132,8 @@ def main() -> int:
     trace = lab.profile(model, calibration, max_tokens=PIECE_TOKENS)
     predicted: list[Prediction] = []
     for renormalise, fractions in ((True, options.renormalised), (False, options.unchanged)):
+        if not fractions:
+            continue
         profile = lab.sensitivity(
             model, calibration, renormalise=renormalise, max_tokens=PIECE_TOKENS
         )
