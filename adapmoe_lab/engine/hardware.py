@@ -23,9 +23,10 @@ from adapmoe_lab.engine.machine_times import (
     sync_and_launch_s,
 )
 from adapmoe_lab.engine.pace import PROMPT_TOKENS
+from adapmoe_lab.engine.prediction import MAX_DISTANCE
 from adapmoe_lab.models.experts import run_expert
-from adapmoe_lab.policies.residency import StepPlan
 from adapmoe_lab.records import (
+    OFF,
     CachePlan,
     GatingTable,
     HardwareProfile,
@@ -41,9 +42,10 @@ HELD_S = 5.0
 def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> HardwareProfile:
     """Measure the parts of a decode step on this machine, in less than 20 s.
 
-    Decode runs in the memory the model was loaded with, every expert and one expert per token by
-    turns, step by step: what an expert more adds is the cost of an expert, the rest that of
-    everything else; misses are counted and taken out. Over an emulated link it also runs held, for
+    Decode runs in the memory the model was loaded with, step by step by turns as it is, under a
+    gate that keeps every expert, and under one that keeps one; with predictors asked and without:
+    what each adds is its cost, the rest that of everything else; misses are counted and taken out.
+    Over an emulated link it also runs held, for
     what waiting adds. Everything else is timed by itself, in turns, and its median taken.
 
     Args:
@@ -62,30 +64,31 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
     with model.running():
         layer_host_s = _layer_host_s(model, hidden)
         host_copy_s, miss_s = _host_miss_s(model, hidden)
-        guess_s = _guess_s(model, hidden)
         engine.release()
         copies = copy_times(engine.store, engine.link, engine.clock, engine.device)
         by_precision = expert_times(model.layers[0].experts, list(stored.values()), hidden)
         n_held = _n_held(model, copies.linked[-1], n_steps, rounds)
         free, held = [], []
         for turn in range(rounds):
-            free += _steps(model, model.memory.slots, n_steps, first=turn)
+            for asked in (None, _asking(model)):
+                free += _steps(model, model.memory.slots, n_steps, first=turn, asked=asked)
             held += _steps(model, _half(model), n_held, is_held=True) if n_held else []
-    dense_step_s, expert_s = _solved(free, miss_s, next(iter(by_precision.values())))
+    solved = _solved(free, miss_s, next(iter(by_precision.values())))
     profile = HardwareProfile(
         device=device_name(engine.device),
         link=engine.link.name,
         copy_bytes=np.array(copies.sizes),
         copy_s=np.array(copies.linked),
-        dense_step_s=dense_step_s,
-        expert_s=expert_s,
+        dense_step_s=solved["step"],
+        expert_s=solved["expert"],
         conditions=measurement_conditions(model),
         pageable_copy_s=None if copies.pageable is None else np.array(copies.pageable),
         expert_s_by_precision=by_precision,
         layer_host_s=layer_host_s,
         host_copy_s=host_copy_s,
         miss_s=miss_s,
-        guess_s=guess_s,
+        gate_s=solved["gate"] / spec.n_layers,
+        guess_s=solved.get("guess"),
         host_sync_s=sync_s,
         launch_s=launch_s,
         host_memory_bytes_per_s=memory_rate,
@@ -110,37 +113,60 @@ def measurement_conditions(model: LabModel) -> dict[str, str | int]:
 class _Step:
     """One timed decode step: its place in the run, seconds, and counters of every layer [L]."""
 
-    place: tuple[int, int]
+    place: tuple[int, int, int]
     seconds: float
     n_run: int
+    is_gated: bool
+    n_guesses: int
     hits: NDArray[np.int64]
     misses: NDArray[np.int64]
 
 
+def _asking(model: LabModel) -> PrefetchTable | None:
+    """Return a table that asks of every layer what those before it can; None if none can."""
+    spec = model.spec
+    if not all(layer.router.reads_experts_input for layer in model.layers):
+        return None
+    never = np.zeros((spec.n_layers, spec.top_k))
+    distances = range(1, min(MAX_DISTANCE + 1, spec.n_layers))
+    sources = [PrefetchSource("next_router", distance, never) for distance in distances]
+    return PrefetchTable(sources, buffer_slots=1) if sources else None
+
+
 def _steps(
-    model: LabModel, plan: CachePlan, n_steps: int, *, first: int = 0, is_held: bool = False
+    model: LabModel,
+    plan: CachePlan,
+    n_steps: int,
+    *,
+    first: int = 0,
+    is_held: bool = False,
+    asked: PrefetchTable | None = None,
 ) -> list[_Step]:
     """Decode with empty caches; return the steps after the prompt.
 
-    Unless the link holds its copies, steps run all K experts per token and one by turns.
+    Unless the link holds its copies, steps run as they are, under a gate that keeps every expert,
+    and under one that keeps one, by turns. `asked` is whom to ask meanwhile, and not to follow.
     """
     engine, spec, steps = model.engine, model.spec, []
-    one_expert = GatingTable.per_layer(np.zeros(spec.n_layers), spec.top_k)
-    tables = [None, None] if is_held else [None, one_expert]
+    kept = [GatingTable.per_layer(np.full(spec.n_layers, cut), spec.top_k) for cut in (OFF, 0.0)]
+    tables = [None] if is_held else [None, *kept]
+    n_guesses = sum(spec.n_layers - s.distance for s in asked.sources) if asked else 0
     before, start = engine.traffic, engine.clock.now()
 
     def note(step: int) -> None:
         nonlocal before, start
         seconds, passed = engine.clock.now() - start, engine.traffic - before
         if step > 0:
-            place = (step, first % 2)
-            steps.append(_Step(place, seconds, passed.kept, passed.hits, passed.misses))
+            place, is_gated = (step, first % len(tables), n_guesses), engine.gating is not None
+            counted = passed.kept, is_gated, n_guesses, passed.hits, passed.misses
+            steps.append(_Step(place, seconds, *counted))
         elif is_held:
             unheld.close()
-        engine.gating = tables[(step + first) % 2]
+        engine.gating = tables[(step + first) % len(tables)]
         before, start = engine.traffic, engine.clock.now()
 
-    engine.configure(None, plan)
+    predictors = model.predictors() if asked is not None else ()
+    engine.configure(None, plan, prefetch=asked, predictors=predictors)
     with ExitStack() as unheld:
         unheld.enter_context(engine.unpaced())
         before = engine.traffic
@@ -162,31 +188,34 @@ def _half(model: LabModel) -> CachePlan:
     return replace(slots, slots=np.minimum(slots.slots, model.spec.n_experts // 2))
 
 
-def _solved(steps: list[_Step], miss_s: float | None, alone_s: float) -> tuple[float, float]:
-    """Return the seconds of a step outside the experts and of an expert, by least squares.
+def _solved(steps: list[_Step], miss_s: float | None, alone_s: float) -> dict[str, float]:
+    """Return the seconds of a step's parts, by least squares.
 
-    Equal steps of several rounds count by their median. Where a router chooses one expert, that
-    expert takes what it takes alone.
+    They are `step`, all outside the experts; `expert`; `gate`, gating every layer; `guess`, one
+    predictor asked of one layer, if any were. Equal steps of several rounds count by their median.
+    Where a router chooses one expert, that expert takes what it takes alone.
     """
-    places: dict[tuple[int, int], list[_Step]] = {}
+    places: dict[tuple[int, int, int], list[_Step]] = {}
     for step in steps:
         places.setdefault(step.place, []).append(step)
     alike = [same[0] for same in places.values()]
     seconds = np.array([np.median([s.seconds for s in same]) for same in places.values()])
-    n_run = np.array([step.n_run for step in alike], dtype=np.float64)
-    misses = np.array([step.misses.sum() for step in alike], dtype=np.float64)
-    columns = [np.ones_like(n_run)]
-    if np.ptp(n_run):
-        columns.append(n_run)
-    else:
-        seconds = seconds - n_run * alone_s
+    counts = {
+        "step": np.ones(len(alike)),
+        "expert": np.array([step.n_run for step in alike], dtype=np.float64),
+        "gate": np.array([step.is_gated for step in alike], dtype=np.float64),
+        "guess": np.array([step.n_guesses for step in alike], dtype=np.float64),
+        "miss": np.array([step.misses.sum() for step in alike], dtype=np.float64),
+    }
     if miss_s is not None:
-        seconds = seconds - misses * miss_s
-    elif np.ptp(misses):
-        columns.append(misses)  # what a miss adds over this link, with what hides it
-    solution = np.linalg.lstsq(np.stack(columns, axis=1), seconds, rcond=None)[0]
-    expert_s = max(0.0, float(solution[1])) if np.ptp(n_run) else alone_s
-    return max(0.0, float(solution[0])), expert_s
+        seconds = seconds - counts.pop("miss") * miss_s
+    has_choice = bool(np.ptp(counts["expert"]))
+    if not has_choice:
+        seconds = seconds - counts["expert"] * alone_s
+    used = {name: n for name, n in counts.items() if name == "step" or np.ptp(n)}
+    solution = np.linalg.lstsq(np.stack(list(used.values()), axis=1), seconds, rcond=None)[0]
+    found = {name: max(0.0, float(s)) for name, s in zip(used, solution, strict=True)}
+    return found if has_choice else {**found, "expert": alone_s}
 
 
 def _wait_s(steps: list[_Step], hardware: HardwareProfile, model: LabModel) -> float:
@@ -234,25 +263,6 @@ def _layer_host_s(model: LabModel, hidden: torch.Tensor) -> float | None:
             budget_s=0.5,
         )
     return max(0.0, medians["layer"] - top_k * medians["experts"])
-
-
-def _guess_s(model: LabModel, hidden: torch.Tensor) -> float | None:
-    """Return what it takes to ask a predictor about a layer; None if none can be asked."""
-    engine, spec = model.engine, model.spec
-    if spec.n_layers < 2 or not all(layer.router.reads_experts_input for layer in model.layers):
-        return None
-    never = PrefetchSource("next_router", 1, np.zeros((spec.n_layers, spec.top_k)))
-    table = PrefetchTable([never], buffer_slots=1)
-    engine.configure(None, model.memory.slots, prefetch=table, predictors=model.predictors())
-    prefetcher, cache = engine.cached.prefetcher, engine.cached.cache
-    assert prefetcher is not None, "the table asks for one"  # noqa: S101
-    nothing = StepPlan((), (), ())
-    asks = [
-        lambda layer=layer: prefetcher.look_ahead(layer, hidden, cache, nothing, ())
-        for layer in range(spec.n_layers - 1)
-    ]
-    works = {"ask": lambda: seconds_each(asks, engine.device, engine.clock)}
-    return interleaved_medians(works, budget_s=0.3)["ask"]
 
 
 def _host_miss_s(

@@ -152,7 +152,9 @@ class LabModel:
         if isinstance(engine.clock, VirtualClock):
             return
         if hardware is not None:
-            engine.pace = StepPace(hardware.dense_step_s / self.spec.n_layers, hardware.expert_s)
+            is_gated = config.gating is not None
+            dense_layer_s = hardware.dense_layer_s(self.spec.n_layers, is_gated)
+            engine.pace = StepPace(dense_layer_s, hardware.expert_s)
         elif engine.pace == StepPace():
             engine.pace = StepPace(dense_layer_s=resident_layer_s(self.hf, engine))
 

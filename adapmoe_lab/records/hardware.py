@@ -23,6 +23,7 @@ TIMES = (
     "host_copy_s",
     "miss_s",
     "wait_s",
+    "gate_s",
     "guess_s",
     "host_sync_s",
     "launch_s",
@@ -57,6 +58,7 @@ class HardwareProfile:
             real one copies by itself.
         wait_s: seconds that waiting for an emulated link adds to a layer beyond the wait itself, as
             for waking up on a busy machine.
+        gate_s: seconds that gating adds to a layer, whatever it skips.
         guess_s: seconds the host takes to ask a predictor about a layer and to weigh its answer.
         host_sync_s: seconds until the host knows that an idle device is idle; CUDA only.
         launch_s: seconds the host takes to launch a kernel; CUDA only.
@@ -77,6 +79,7 @@ class HardwareProfile:
     host_copy_s: float | None = None
     miss_s: float | None = None
     wait_s: float | None = None
+    gate_s: float | None = None
     guess_s: float | None = None
     host_sync_s: float | None = None
     launch_s: float | None = None
@@ -143,6 +146,10 @@ class HardwareProfile:
                 return float(times.mean()), float("inf")
         return max(0.0, latency_s), 1 / byte_s if byte_s else float("inf")
 
+    def dense_layer_s(self, n_layers: int, is_gated: bool) -> float:
+        """Seconds of one of L layers outside the experts, gating included where there is any."""
+        return self.dense_step_s / n_layers + (self.gate_s or 0.0) * is_gated
+
     def load_s(self, n_bytes: float) -> float:
         """Seconds to bring `n_bytes` to the device, interpolated between measured sizes."""
         if n_bytes >= self.copy_bytes[-1]:
@@ -160,6 +167,7 @@ class HardwareProfile:
             "a layer around its experts": self.layer_host_s,
             "a miss": self.miss_s,
             "a wait": self.wait_s,
+            "gating a layer": self.gate_s,
             "a guess": self.guess_s,
             "synchronising": self.host_sync_s,
             "a launch": self.launch_s,

@@ -142,7 +142,7 @@ def replayed_and_timed(
     if hardware is None:
         return replayed, None
     sizes = np.repeat(slot_bytes(spec, config.plan)[:, None], spec.n_experts, axis=1)
-    costs = StepCosts.on(hardware, sizes)
+    costs = StepCosts.on(hardware, sizes, config.gating is not None)
     room = table.buffer_slots if table is not None else 0
     return replayed, run_timeline(replayed, costs, guesses, room, n_events)
 

@@ -25,7 +25,7 @@ class StepCosts:
         rest: float64 [L, E, P+1, 2], seconds and bytes to bring what is left of an expert when so
             many of its P pieces were begun ahead.
         piece: float64 [L, E, P, 2], seconds and bytes of each piece.
-        miss_s: seconds that the host takes for each demand.
+        miss_s: seconds that the host takes for each demand, and to move one fetched ahead.
         wait_s: seconds that a layer takes more for having waited.
         guess_s: seconds that the host takes to ask a predictor about a layer.
         piece_s: seconds that the host takes for each piece.
@@ -86,12 +86,14 @@ class StepCosts:
         return cls(dense_layer_s, expert_s, head_s, rest, piece)
 
     @classmethod
-    def on(cls, hardware: HardwareProfile, expert_bytes: NDArray[np.int64]) -> StepCosts:
+    def on(
+        cls, hardware: HardwareProfile, expert_bytes: NDArray[np.int64], is_gated: bool = False
+    ) -> StepCosts:
         """Return the costs that were measured on a machine; what was not is taken as nothing."""
         costs = cls.of(
             expert_bytes,
             hardware.load_s,
-            dense_layer_s=hardware.dense_step_s / len(expert_bytes),
+            dense_layer_s=hardware.dense_layer_s(len(expert_bytes), is_gated),
             expert_s=hardware.expert_s,
         )
         return replace(

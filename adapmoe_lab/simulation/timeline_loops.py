@@ -214,6 +214,7 @@ def _run_experts(clock, log, pace, rest, piece, rows, layer, members, fates, row
     for i in range(len(members)):
         if row_of[i] >= 0:
             stall += _run_when_there(clock, log, layer, members[i], arrives[i], expert_s)
+            clock[NOW] += pace[MISS_S]  # it is moved to a slot
     for i in range(len(members)):
         if fates[i] == LOAD and row_of[i] < 0:
             stall += _run_when_there(clock, log, layer, members[i], arrives[i], expert_s)

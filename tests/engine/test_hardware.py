@@ -40,6 +40,7 @@ def test_it_finds_the_costs_of_a_virtual_machine(load_tiny, expert_memory):
     assert hardware.load_s(model.spec.stored_expert_bytes) == pytest.approx(LOAD_S)
     assert hardware.link_bytes_per_s == pytest.approx(model.engine.link.bytes_per_s)
     assert hardware.miss_s == pytest.approx(0, abs=1e-12)
+    assert (hardware.gate_s, hardware.guess_s) == pytest.approx((0, 0), abs=1e-9)
     assert hardware.wait_s == pytest.approx(0, abs=1e-9)
 
 
@@ -90,6 +91,7 @@ def test_it_measures_every_part_on_a_cpu(load_tiny):
     assert set(hardware.expert_s_by_precision) == {"int8", "bfloat16", "int4"}
     assert min(hardware.expert_s_by_precision.values()) > 0
     assert min(hardware.dense_step_s, hardware.layer_host_s, hardware.host_copy_s) > 0
+    assert min(hardware.gate_s, hardware.guess_s) >= 0
     assert hardware.layer_host_s * 3 < hardware.dense_step_s
     assert hardware.host_memory_bytes_per_s > 1e8
     assert hardware.host_matmul_bytes_per_s > 1e8
