@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from adapmoe_lab.records import MoESpec, Prediction, RoutingTrace, SensitivityProfile
@@ -54,6 +56,18 @@ def make_trace(
         is_decode=np.full(n_tokens, tokens_per_step == 1),
         labels=("first", "second"),
     )
+
+
+def guessing(trace: RoutingTrace, share_right: float, seed: int = 0) -> RoutingTrace:
+    """Return the trace with next-router guesses of which a share is right."""
+    rng = np.random.default_rng(seed)
+    spec = trace.spec
+    wrong = rng.integers(0, spec.n_experts, trace.expert_indices.shape)
+    is_right = rng.random((trace.n_tokens, spec.n_layers, 1)) < share_right
+    guessed = np.where(is_right, trace.expert_indices, wrong)
+    guessed[:, 0] = -1
+    scores = np.where(guessed >= 0, trace.weights, 0)
+    return replace(trace, predictions={"next_router": {1: Prediction(guessed, scores)}})
 
 
 def make_sensitivity(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.records.files import RecordError, check_version, frozen_array, save_json
+from adapmoe_lab.records.spec import MoESpec
 
 KIND = "hardware-profile"
 SCHEMA_VERSION = 1
@@ -155,6 +156,19 @@ class HardwareProfile:
         if n_bytes >= self.copy_bytes[-1]:
             return float(self.copy_s[-1] * n_bytes / self.copy_bytes[-1])
         return float(np.interp(n_bytes, self.copy_bytes, self.copy_s))
+
+    def load_ratio(self, spec: MoESpec) -> float:
+        """Time to load one of a model's experts over that of a layer with every expert there."""
+        layer_s = self.dense_step_s / spec.n_layers + spec.top_k * self.expert_s
+        return self.load_s(spec.stored_expert_bytes) / layer_s
+
+    def at_load_ratio(self, spec: MoESpec, ratio: float) -> HardwareProfile:
+        """Return the profile with a real link of such a speed that `load_ratio` is `ratio`.
+
+        What emulating a link costs the host is left out.
+        """
+        scaled = self.copy_s * (ratio / self.load_ratio(spec))
+        return replace(self, copy_s=scaled, host_copy_s=None, miss_s=None, wait_s=None)
 
     def __str__(self) -> str:
         """Say in a few lines what was measured, and what is emulated."""

@@ -28,6 +28,9 @@ from adapmoe_lab.simulation.simulate import Simulation, simulate
 Spoken = tuple[str, int]
 """A predictor and the distance at which it speaks."""
 
+NOBODY = "nobody"
+"""Whom to follow to fetch nothing ahead."""
+
 MIN_GUESSES = 20
 """Guesses of one rank and layer that a probability is learnt from; of fewer, nothing is."""
 
@@ -110,8 +113,7 @@ def best_prefetch(
 ) -> tuple[PrefetchTable | None, dict[str, float]]:
     """Return whom to follow for the least predicted time, None if nobody, and all that was tried.
 
-    Tried are ever more sources: the nearest distance, all of them, those that speak after a layer,
-    and those that speak of the first layer.
+    Tried is what `prefetch_choices` returns.
 
     Args:
         trace: recorded routing, with predictions.
@@ -122,26 +124,43 @@ def best_prefetch(
     Returns:
         The table, and predicted milliseconds per token by what was followed.
     """
-    recorded = recorded_sources(trace, fitted)
     plain = replace(config, prefetch=None)
-    tables: dict[str, PrefetchTable | None] = {"nobody": None}
-    times = {"nobody": ms_per_token(simulate(trace, plain, hardware))}
-    for name, is_meant in _CHOICES.items():
-        sources = [spoken for spoken in recorded if is_meant(*spoken)]
-        if not sources or any(len(t.sources) == len(sources) for t in tables.values() if t):
-            continue
-        table = plan_prefetch(
-            trace,
-            gating=config.gating,
-            plan=config.plan,
-            eviction=config.eviction,
-            sources=sources,
-            fitted=fitted,
-        )
-        tables[name] = table
-        times[name] = ms_per_token(simulate(trace, replace(plain, prefetch=table), hardware))
+    tables = prefetch_choices(trace, plain, fitted)
+    times = {
+        name: ms_per_token(simulate(trace, replace(plain, prefetch=table), hardware))
+        for name, table in tables.items()
+    }
     best = min(times, key=lambda name: times[name])
     return tables[best], times
+
+
+def prefetch_choices(
+    trace: RoutingTrace, config: TunedConfig, fitted: Predictors | None = None
+) -> dict[str, PrefetchTable | None]:
+    """Return tables that follow nobody, and ever more sources, by who is followed.
+
+    First the nearest distance, then all of them, those that speak after a layer, and those that
+    speak of the first layer.
+
+    Args:
+        trace: recorded routing, with predictions.
+        config: gating, plan and eviction; its own prefetch plays no part.
+        fitted: fitted predictors whose predictions the trace has.
+    """
+    recorded = recorded_sources(trace, fitted)
+    tables: dict[str, PrefetchTable | None] = {NOBODY: None}
+    for name, is_meant in _CHOICES.items():
+        sources = [spoken for spoken in recorded if is_meant(*spoken)]
+        if sources and all(len(t.sources) < len(sources) for t in tables.values() if t):
+            tables[name] = plan_prefetch(
+                trace,
+                gating=config.gating,
+                plan=config.plan,
+                eviction=config.eviction,
+                sources=sources,
+                fitted=fitted,
+            )
+    return tables
 
 
 _CHOICES = {

@@ -21,7 +21,12 @@ from adapmoe_lab.records import (
     Surrogates,
     TunedConfig,
 )
-from adapmoe_lab.simulation.prefetch_tables import best_prefetch, buffer_slots, ms_per_token
+from adapmoe_lab.simulation.prefetch_tables import (
+    NOBODY,
+    best_prefetch,
+    buffer_slots,
+    ms_per_token,
+)
 from adapmoe_lab.simulation.residency import Residency, best_residency
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 
@@ -157,8 +162,8 @@ def _fetching_ahead(
     chosen, _ = best_residency(trace, plan, config.gating)
     beside = replace(config, plan=chosen.plan, eviction=chosen.eviction)
     table, times = best_prefetch(trace, beside, hardware, fitted=predictors)
-    times["nobody"] = ms_per_token(simulate(trace, config, hardware))
-    if table is None or min(times.values()) > (1 - MIN_PREFETCH_GAIN) * times["nobody"]:
+    times[NOBODY] = ms_per_token(simulate(trace, config, hardware))
+    if table is None or min(times.values()) > (1 - MIN_PREFETCH_GAIN) * times[NOBODY]:
         return config, times
     return replace(beside, prefetch=table), times
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from traces import make_spec
 
 from adapmoe_lab.records import HardwareProfile, RecordError, TunedConfig
 
@@ -49,6 +50,19 @@ def test_bandwidth_and_latency_are_those_the_copies_were_made_of():
 def test_the_fit_is_as_close_for_small_copies_as_for_large_ones():
     noisy = (20e-6 + SIZES / 25e9) * [1.0, 1.0, 1.05]
     assert a_profile(copy_s=noisy).link_latency_s == pytest.approx(20e-6, rel=0.05)
+
+
+def test_a_link_of_another_speed_is_a_real_one():
+    spec = make_spec(n_layers=4, top_k=2)
+    emulated = a_profile(
+        copy_bytes=[500, 1000], copy_s=[6e-5, 1.12e-4], host_copy_s=1e-5, miss_s=2e-5, wait_s=1e-5
+    )
+    assert emulated.load_ratio(spec) == pytest.approx(1.12e-4 / (2e-3 / 4 + 2 * 3e-5))
+    faster = emulated.at_load_ratio(spec, 0.1)
+    assert faster.load_s(1000) == pytest.approx(1.12e-4 / 2)
+    assert faster.load_s(500) == pytest.approx(6e-5 / 2)
+    assert (faster.host_copy_s, faster.miss_s, faster.wait_s) == (None, None, None)
+    assert faster.dense_step_s == emulated.dense_step_s
 
 
 def test_one_size_says_nothing_of_latency():

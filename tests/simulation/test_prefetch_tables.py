@@ -4,30 +4,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from traces import make_trace
+from traces import guessing, make_trace
 
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.policies.thresholds import UniformCut
-from adapmoe_lab.records import HardwareProfile, Prediction, RecordError, TunedConfig
+from adapmoe_lab.records import HardwareProfile, RecordError, TunedConfig
 from adapmoe_lab.simulation.prefetch_tables import (
     best_prefetch,
     plan_prefetch,
     recorded_sources,
 )
 from adapmoe_lab.simulation.simulate import simulate
-
-
-def guessing(trace, share_right, seed=0):
-    """Return the trace with next-router guesses of which a share is right."""
-    rng = np.random.default_rng(seed)
-    spec = trace.spec
-    wrong = rng.integers(0, spec.n_experts, trace.expert_indices.shape)
-    is_right = rng.random((trace.n_tokens, spec.n_layers, 1)) < share_right
-    guessed = np.where(is_right, trace.expert_indices, wrong)
-    guessed[:, 0] = -1
-    scores = np.where(guessed >= 0, trace.weights, 0)
-    return replace(trace, predictions={"next_router": {1: Prediction(guessed, scores)}})
 
 
 def resident_before(trace, keep, n_slots):

@@ -39,6 +39,17 @@ from adapmoe_lab.views.figures.predictability import (
     plot_predictability,
     predictability_info,
 )
+from adapmoe_lab.views.figures.predicted_measured import (
+    PredictedMeasuredInfo,
+    plot_predicted_measured,
+    predicted_measured_info,
+)
+from adapmoe_lab.views.figures.prefetch_gain import (
+    PrefetchGainInfo,
+    plot_prefetch_choices,
+    plot_prefetch_gain,
+    prefetch_gain_info,
+)
 from adapmoe_lab.views.figures.published_accuracy import (
     AccuracyCurve,
     PublishedAccuracyInfo,
@@ -91,6 +102,7 @@ from adapmoe_lab.views.figures.sum_of_layers import (
     plot_sum_of_layers,
     sum_of_layers_info,
 )
+from adapmoe_lab.views.figures.timeline import TimelineInfo, plot_timeline, timeline_info
 from adapmoe_lab.views.figures.token_routing import (
     TokenRoutingInfo,
     plot_token_routing,
@@ -121,6 +133,8 @@ __all__ = [
     "LossByRuleInfo",
     "MeasuredPoint",
     "PredictabilityInfo",
+    "PredictedMeasuredInfo",
+    "PrefetchGainInfo",
     "PublishedAccuracyInfo",
     "PublishedCutsInfo",
     "RuleCutsInfo",
@@ -132,6 +146,7 @@ __all__ = [
     "SpecialisationInfo",
     "StandInsInfo",
     "SumOfLayersInfo",
+    "TimelineInfo",
     "TokenRoutingInfo",
     "TradeoffInfo",
     "UseAgainstChanceInfo",
@@ -153,6 +168,9 @@ __all__ = [
     "plot_locality",
     "plot_loss_by_rule",
     "plot_predictability",
+    "plot_predicted_measured",
+    "plot_prefetch_choices",
+    "plot_prefetch_gain",
     "plot_published_accuracy",
     "plot_published_cuts",
     "plot_rule_cuts",
@@ -163,10 +181,13 @@ __all__ = [
     "plot_specialisation",
     "plot_stand_ins",
     "plot_sum_of_layers",
+    "plot_timeline",
     "plot_token_routing",
     "plot_tradeoff",
     "plot_use_against_chance",
     "predictability_info",
+    "predicted_measured_info",
+    "prefetch_gain_info",
     "published_accuracy_info",
     "published_cuts_info",
     "rule_cuts_info",
@@ -177,6 +198,7 @@ __all__ = [
     "specialisation_info",
     "stand_ins_info",
     "sum_of_layers_info",
+    "timeline_info",
     "token_routing_info",
     "tradeoff_info",
     "use_against_chance_info",
