@@ -216,10 +216,10 @@ def test_predicted_times_are_beside_the_measured_ones():
     slow, middle, fast = (p.ms_per_token for p in predicted)
     runs = {
         "kept": {
-            "2 slots": (predicted[0], a_report([0.5 * slow, slow, 2 * slow])),
-            "4 slots": (predicted[1], a_report([middle / 1.05] * 3)),
+            "2 slots": (predicted[0], [a_report([0.5 * slow]), a_report([slow, 2 * slow])]),
+            "4 slots": (predicted[1], [a_report([middle / 1.05] * 3)]),
         },
-        "other": {"6 <slots>": (predicted[2], a_report([fast]))},
+        "other": {"6 <slots>": (predicted[2], [a_report([fast])])},
     }
     info = figures.predicted_measured_info(runs)
     assert info.error == pytest.approx([0, 0.05, 0])
@@ -238,7 +238,7 @@ def test_predicted_times_are_beside_the_measured_ones():
 def test_times_that_were_not_predicted_are_refused():
     trace = make_trace()
     timeless = simulate(trace, TunedConfig.untuned(trace.spec))
-    for runs in ({}, {"a kind": {"a config": (timeless, a_report([1.0]))}}):
+    for runs in ({}, {"a kind": {"a config": (timeless, [a_report([1.0])])}}):
         with pytest.raises(
             ValueError, match="need at least one configuration, each predicted with"
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +50,12 @@ class PredictedMeasuredInfo:
 
 
 def predicted_measured_info(
-    runs: Mapping[str, Mapping[str, tuple[Simulation, LatencyReport]]],
+    runs: Mapping[str, Mapping[str, tuple[Simulation, Sequence[LatencyReport]]]],
 ) -> PredictedMeasuredInfo:
     """Collect what was predicted and measured, by kind and label.
+
+    Reports of one configuration count together. Where configurations take turns, the spread tells
+    how much the machine changes meanwhile.
 
     Raises:
         ValueError: there is none, or a prediction lacks its time.
@@ -64,13 +67,13 @@ def predicted_measured_info(
             "hardware: simulate(trace, config, hardware)."
         )
     kinds, labels, predicted, measured = zip(*flat, strict=True)
-    decode = [report.decode for report in measured]
+    samples = [np.concatenate([each.decode.samples for each in reports]) for reports in measured]
     return PredictedMeasuredInfo(
         kinds=kinds,
         labels=labels,
         predicted_ms=np.array([ms_per_token(simulation) for simulation in predicted]),
-        measured_ms=1e3 * np.array([each.median for each in decode]),
-        spread_ms=1e3 * np.array([each.spread for each in decode]),
+        measured_ms=1e3 * np.array([np.median(each) for each in samples]),
+        spread_ms=1e3 * np.array([np.percentile(each, [25, 75]) for each in samples]),
     )
 
 

@@ -262,7 +262,7 @@ def _bars(step: StepEvents, kind: str, rows: Sequence[float]) -> go.Bar:
         x=end - begin,
         y=np.full(len(at), rows[0] if kind in COMPUTE else rows[1]),
         width=0.86,
-        text=None if hatching or kind == "dense" else [str(e) for e in step.experts[at]],
+        text=[str(e) for e in step.experts[at]] if kind in ("demand", "ahead") else None,
         textposition="inside",
         insidetextanchor="middle",
         textangle=0,
