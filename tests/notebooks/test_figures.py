@@ -49,6 +49,17 @@ CACHE_PLAN = (
     ],
     "ms per token, emulated:",
 )
+PREFETCH = (
+    "05_prefetch",
+    [
+        "Which experts a layer will need, foreseen",
+        "One token, on demand and with fetching ahead",
+        "What fetching ahead saves",
+        "Whom to follow",
+        "Predicted and measured time per token",
+    ],
+    "slots, on emulated:",
+)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +69,7 @@ CACHE_PLAN = (
         pytest.param(*SENSITIVITY, id="02_sensitivity", marks=pytest.mark.slow),
         pytest.param(*GATING, id="03_gating", marks=pytest.mark.slow),
         pytest.param(*CACHE_PLAN, id="04_cache_plan", marks=pytest.mark.slow),
+        pytest.param(*PREFETCH, id="05_prefetch", marks=pytest.mark.slow),
     ],
 )
 def test_every_figure_is_drawn_and_the_question_answered(tmp_path, name, titles, answer):
