@@ -2,8 +2,9 @@
 
 `python benchmarks/predicted_time.py MODEL --out FILE [--target NAME ...] [--rounds N]`
 
-In every round the machine is probed, every configuration predicted from that probe, and measured,
-one after the other, so that what else the machine does falls on all alike. The probe decodes a
+In every round the machine is probed, every configuration measured one after the other, and the
+machine probed again; predicted is the mean of the two probes' predictions, so that what else the
+machine does falls on all alike. The probe decodes a
 prompt of its own in a memory size of its own; the trace that is replayed was recorded without
 gating. A configuration's error is that of the median over rounds of predicted over measured.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,15 +26,22 @@ from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.records import HardwareProfile, RoutingTrace, TunedConfig
 from adapmoe_lab.records.files import save_json
-from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
+from adapmoe_lab.simulation.prefetch_tables import ms_per_token, plan_prefetch
 from adapmoe_lab.simulation.rank_agreement import rank_correlation
-from adapmoe_lab.simulation.simulate import simulate
+from adapmoe_lab.simulation.simulate import Simulation, simulate
 
 SHARES = (0.25, 0.375, 0.625, 0.75, 1.0)
 PROBED_SHARE = 0.875
 """What the model is loaded with, and the probe decodes in; and half of all experts."""
 
 SKIPPED_FRACTION = 0.2
+PREDICTED: dict[str, Callable[[Simulation], float]] = {
+    "predicted_ms": ms_per_token,
+    "used_predicted": lambda simulation: float(simulation.prefetch_used_per_token.sum()),
+    "wasted_predicted": lambda simulation: float(simulation.prefetch_wasted_per_token.sum()),
+}
+"""What is kept of a prediction, the last two in experts per token."""
+
 N_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 32, 32
 EVICTION = "lfu_aged"
 
@@ -84,35 +93,33 @@ def run_rounds(
             "share": case.share,
             "is_gated": case.is_gated,
             "fetches_ahead": case.fetches_ahead,
-            "predicted_ms": [],
-            "measured_ms": [],
-            "samples_ms": [],
-            "prefetch": [],
+            **{name: [] for name in (*PREDICTED, "measured_ms", "samples_ms", "used", "wasted")},
         }
         for case in cases
     ]
-    for number in range(n_rounds):
+    predicted: list[list[Simulation]] = []
+
+    def probe() -> None:
         probes.append(lab.probe_hardware(model))
+        predicted.append([simulate(trace, case.config, probes[-1]) for case in cases])
+
+    probe()
+    for number in range(n_rounds):
         for case, row in zip(cases, rows, strict=True):
             config = replace(case.config, hardware=probes[-1])
-            predicted = simulate(trace, config, probes[-1])
             report = lab.measure_latency(
                 model, config, prompts, new_tokens=NEW_TOKENS, repeats=1,
                 max_prompt_tokens=PROMPT_TOKENS,
             )  # fmt: skip
-            samples = 1e3 * np.asarray(report.decode.samples)
-            traffic = report.decode_traffic
-            row["predicted_ms"].append(predicted.ms_per_token)
+            samples, traffic = 1e3 * np.asarray(report.decode.samples), report.decode_traffic
             row["measured_ms"].append(float(np.median(samples)))
             row["samples_ms"].append(samples.tolist())
-            row["prefetch"].append(
-                {
-                    "used": int(traffic.prefetch_used.sum()) / traffic.n_steps,
-                    "wasted": int(traffic.prefetch_wasted.sum()) / traffic.n_steps,
-                    "used_predicted": float(predicted.prefetch_used_per_token.sum()),
-                    "wasted_predicted": float(predicted.prefetch_wasted_per_token.sum()),
-                }
-            )
+            row["used"].append(int(traffic.prefetch_used.sum()) / traffic.n_steps)
+            row["wasted"].append(int(traffic.prefetch_wasted.sum()) / traffic.n_steps)
+        probe()
+        for row, *both in zip(rows, *predicted[-2:], strict=True):
+            for name, of in PREDICTED.items():
+                row[name].append(float(np.mean([of(simulation) for simulation in both])))
         print(f"round {number + 1} of {n_rounds} done", flush=True)
     return probes, rows
 
