@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from adapmoe_lab.engine.hardware import measurement_conditions
-from adapmoe_lab.engine.loading import LabModel, known_targets, link_target
+from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.loading import known_targets, link_target
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.evaluation.texts import calibration_texts

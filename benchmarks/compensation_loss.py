@@ -23,7 +23,7 @@ from held_out import DOMAINS, PIECE_TOKENS, calibration_and_evaluation
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.records import GatingTable, LossReport, Surrogates, TunedConfig

@@ -18,7 +18,7 @@ from held_out import PIECE_TOKENS, calibration_and_evaluation
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.policies.thresholds import RULES, LeastLoss
 from adapmoe_lab.profiling.estimators import ESTIMATORS, MEASURED

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.records import RoutingTrace
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.simulation.predictability import recall_and_precision, with_baselines

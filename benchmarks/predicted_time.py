@@ -21,7 +21,7 @@ import numpy as np
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.records import HardwareProfile, RoutingTrace, TunedConfig

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.policies.allocation import slots_plan, with_pins
 from adapmoe_lab.policies.eviction import POLICIES
 from adapmoe_lab.policies.gating import kept_experts

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from checkpoints import save_tiny_mixtral
 
-from adapmoe_lab.engine.loading import LabModel, load
+from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.loading import load
 
 
 @pytest.fixture(scope="session")

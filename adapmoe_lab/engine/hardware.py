@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.device import device_name
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.link import EmulatedLink
-from adapmoe_lab.engine.loading import LabModel
 from adapmoe_lab.engine.machine_times import (
     copy_times,
     expert_times,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapmoe_lab.assets import TEXT_VARIABLE, data_folder, text_folder
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.texts import read_lines
 from adapmoe_lab.records import TunedConfig
 

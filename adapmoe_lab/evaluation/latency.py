@@ -8,7 +8,7 @@ import numpy as np
 
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.hardware import measurement_conditions
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.offload import OffloadEngine
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.records import LatencyReport, Measurement, Traffic, TunedConfig

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.records import LossReport, TunedConfig
 from adapmoe_lab.records.files import digest

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapmoe_lab.engine.expert_sum import LayerGradient
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.offload import LayerPass
 from adapmoe_lab.profiling.backward import backpropagate
 

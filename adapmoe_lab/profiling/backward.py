@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from adapmoe_lab.engine.expert_sum import GradientObserver
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.models.recomputing import recomputing_layers
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.compensation import Compensation
 from adapmoe_lab.engine.expert_sum import LayerGradient
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.policies.gating import keep_by_cuts
 from adapmoe_lab.profiling.backward import backpropagate
 from adapmoe_lab.profiling.estimators import ESTIMATORS, SkipEffects

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.prediction import MAX_DISTANCE, TokenEmbedding, predictors_of
 from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.models.families import router_logits, router_scores

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.offload import LayerPass
 from adapmoe_lab.engine.prediction import Predictor, likeliest
 from adapmoe_lab.models.families import router_scores

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.profiling.project import project_folder, say
 from adapmoe_lab.profiling.recorder import RoutingRecorder
 from adapmoe_lab.records import Predictors, RecordError, RoutingTrace

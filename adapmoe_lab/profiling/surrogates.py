@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.sources import StoredExperts
 from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.models.experts import run_expert

@@ -8,15 +8,34 @@ from __future__ import annotations
 
 import numpy as np
 
-from adapmoe_lab.policies import prefetch
 from adapmoe_lab.policies.allocation import N_STAGING
 from adapmoe_lab.policies.prefetch import N_PIECES
 from adapmoe_lab.records.prefetch import Moment
-from adapmoe_lab.simulation.compiled import called, compiled, inlined
+from adapmoe_lab.simulation.buffer_loops import (
+    ARRIVAL,
+    ASKED_AT,
+    BEGUN,
+    BYTES,
+    DENSE_LAYER_S,
+    EXPERT_S,
+    HEAD_S,
+    LAYER,
+    LINK_FREE,
+    LINK_S,
+    MEMBER,
+    MISS_S,
+    N_BYTES,
+    N_LOGGED,
+    NOW,
+    PIECE_S,
+    SECONDS,
+    WAIT_S,
+    ask,
+    next_in_line,
+    settle,
+)
+from adapmoe_lab.simulation.compiled import compiled, inlined
 from adapmoe_lab.simulation.replay_loops import HIT, LOAD, STREAM
-
-needed_at = inlined(prefetch.needed_at)
-expected_gain_s = inlined(prefetch.expected_gain_s)
 
 TOKEN, EXPERTS_INPUT = int(Moment.TOKEN), int(Moment.EXPERTS_INPUT)
 LAYER_OUTPUT, LAST_HIDDEN = int(Moment.LAYER_OUTPUT), int(Moment.LAST_HIDDEN)
@@ -24,18 +43,6 @@ LAYER_OUTPUT, LAST_HIDDEN = int(Moment.LAYER_OUTPUT), int(Moment.LAST_HIDDEN)
 DENSE, EXPERT, DEMAND, AHEAD = range(4)
 """Kinds of events: computing beside the experts; one expert computed; an expert brought when it was
 needed, or the rest of one that was begun ahead; a piece of one fetched ahead."""
-
-NOW, LINK_FREE, N_ASKED, N_BYTES, LINK_S, N_LOGGED = range(6)
-"""Places in the clock's state: the time, when the link is free, how many experts were asked for
-ahead, the bytes that crossed and the seconds they took, the events written down."""
-
-LAYER, MEMBER, BEGUN, ASKED_AT, ORDER, ARRIVAL = range(6)
-"""Places in a row of the buffer: whose expert it is for, layer -1 for nobody's; pieces begun; when
-it was asked for, and as which; when its last piece begun arrives."""
-
-SECONDS, BYTES = range(2)
-DENSE_LAYER_S, EXPERT_S, HEAD_S, MISS_S, WAIT_S, GUESS_S, PIECE_S = range(7)
-"""Places in the pace, as `timeline.StepCosts` names them."""
 
 
 @inlined
@@ -66,21 +73,9 @@ def _copy(clock, log, pace, rest, layer, expert, n_begun):
 
 
 @inlined
-def _next_in_line(rows):
-    """Return the row whose next piece goes first, or -1: of the nearest layer, then the oldest."""
-    at = -1
-    for row in range(len(rows)):
-        if rows[row, LAYER] >= 0 and rows[row, BEGUN] < N_PIECES:
-            is_older = rows[row, LAYER] == rows[at, LAYER] and rows[row, ORDER] < rows[at, ORDER]
-            if at < 0 or rows[row, LAYER] < rows[at, LAYER] or is_older:
-                at = row
-    return at
-
-
-@inlined
 def _begin_pieces(clock, log, pace, rows, piece):
     """Begin every piece whose time came while the link was idle."""
-    at, spent_s = _next_in_line(rows), 0.0
+    at, spent_s = next_in_line(rows), 0.0
     while at >= 0:
         begins = max(clock[LINK_FREE], rows[at, ASKED_AT])
         if begins >= clock[NOW]:
@@ -93,76 +88,8 @@ def _begin_pieces(clock, log, pace, rows, piece):
         rows[at, ARRIVAL] = clock[LINK_FREE]
         rows[at, BEGUN] += 1
         spent_s += pace[PIECE_S]
-        at = _next_in_line(rows)
+        at = next_in_line(rows)
     clock[NOW] += spent_s
-
-
-@inlined
-def _row_of(rows, layer, expert):
-    """Return the row of the buffer that an expert has, or -1."""
-    for row in range(len(rows)):
-        if rows[row, LAYER] == layer and rows[row, MEMBER] == expert:
-            return row
-    return -1
-
-
-@called
-def _ask(guessed, probability, absent, target, distance, times, clock, pace, rest, piece, rows):
-    """Ask for those guesses [C] of a layer that are worth it, instead of earlier ones not begun.
-
-    `times` are when the link is done with what is demanded, when the present layer is done, and
-    what the experts of a layer take.
-    """
-    link_ready, ready_at, layer_experts_s = times
-    clock[NOW] += pace[GUESS_S]
-    for row in range(len(rows)):
-        if rows[row, LAYER] == target and rows[row, BEGUN] == 0:
-            is_guessed = False
-            for c in range(len(guessed)):
-                is_guessed |= guessed[c] == rows[row, MEMBER]
-            if not is_guessed:
-                rows[row, LAYER] = -1
-    needed_at_s = needed_at(ready_at, distance, pace[DENSE_LAYER_S], layer_experts_s)
-    for c in range(len(guessed)):
-        expert = guessed[c]
-        if expert < 0 or not absent[c] or _row_of(rows, target, expert) >= 0:
-            continue
-        begins, at = max(clock[NOW], link_ready), -1
-        for row in range(len(rows) - 1, -1, -1):
-            if rows[row, LAYER] < 0:
-                at = row
-        for row in range(len(rows)):
-            if 0 <= rows[row, LAYER] <= target:
-                layer, other = int(rows[row, LAYER]), int(rows[row, MEMBER])
-                begins += rest[layer, other, int(rows[row, BEGUN]), SECONDS]
-        load_s, piece_s = rest[target, expert, 0, SECONDS], piece[target, expert, 0, SECONDS]
-        gain_s = expected_gain_s(probability[c], begins, needed_at_s, load_s, piece_s)
-        if at >= 0 and gain_s > 0:
-            rows[at, LAYER], rows[at, MEMBER], rows[at, BEGUN] = target, expert, 0
-            rows[at, ASKED_AT], rows[at, ORDER] = clock[NOW], clock[N_ASKED]
-            clock[N_ASKED] += 1
-
-
-@inlined
-def _settle(rows, layer, members, fates, row_of):
-    """Tell which missing members were begun ahead; give up the layer's other rows.
-
-    Fills `row_of` with the member's row or -1; returns how many rows were begun for nothing.
-    """
-    n_wasted = 0
-    for i in range(len(members)):
-        row_of[i] = _row_of(rows, layer, members[i]) if fates[i] != HIT else -1
-        if row_of[i] >= 0 and rows[row_of[i], BEGUN] == 0:
-            row_of[i] = -1
-    for row in range(len(rows)):
-        if rows[row, LAYER] == layer:
-            is_needed = False
-            for i in range(len(members)):
-                is_needed |= row_of[i] == row
-            if not is_needed:
-                n_wasted += rows[row, BEGUN] > 0
-                rows[row, LAYER] = -1
-    return n_wasted
 
 
 @inlined
@@ -277,7 +204,7 @@ def run_clock(
         for j in range(len(moments)):
             if moments[j] == TOKEN:
                 times = clock[LINK_FREE], clock[NOW], 0.0
-                _ask(
+                ask(
                     guessed[j, step, 0], probability[j, p, 0], absent[j, step, 0], 0, 1,
                     times, clock, pace, rest, piece, rows,
                 )  # fmt: skip
@@ -286,7 +213,7 @@ def run_clock(
             _begin_pieces(clock, log, pace, rows, piece)
             own = members[layer, starts[layer, step] : starts[layer, step + 1]]
             fate = fates[layer, starts[layer, step] : starts[layer, step + 1]]
-            wasted[step, layer] = _settle(rows, layer, own, fate, row_of)
+            wasted[step, layer] = settle(rows, layer, own, fate, row_of)
             for i in range(len(own)):
                 used[step, layer] += row_of[i] >= 0
             link_ready, n_missing = _demand(
@@ -298,7 +225,7 @@ def run_clock(
                 target = layer + distances[j]
                 if moments[j] == EXPERTS_INPUT and target < n_layers:
                     times = link_ready, ready_at, len(own) * expert_s
-                    _ask(
+                    ask(
                         guessed[j, step, target], probability[j, p, target],
                         absent[j, step, target], target, distances[j],
                         times, clock, pace, rest, piece, rows,
@@ -310,7 +237,7 @@ def run_clock(
                 target = layer + distances[j]
                 if moments[j] == LAYER_OUTPUT and target < n_layers:
                     times = clock[LINK_FREE], clock[NOW], len(own) * expert_s
-                    _ask(
+                    ask(
                         guessed[j, step, target], probability[j, p, target],
                         absent[j, step, target], target, distances[j],
                         times, clock, pace, rest, piece, rows,
@@ -319,7 +246,7 @@ def run_clock(
             if moments[j] == LAST_HIDDEN:
                 times = clock[LINK_FREE], clock[NOW] + head_s, 0.0
                 p = (step + 1) % probability.shape[1]
-                _ask(
+                ask(
                     guessed[j, step + 1, 0], probability[j, p, 0], absent[j, step + 1, 0], 0, 1,
                     times, clock, pace, rest, piece, rows,
                 )  # fmt: skip

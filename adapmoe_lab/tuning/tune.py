@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
 from adapmoe_lab.policies.thresholds import RULES, largest_skipped_fraction

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.records import LossReport, TunedConfig

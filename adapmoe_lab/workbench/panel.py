@@ -11,7 +11,7 @@ from typing import Any
 import ipywidgets
 
 from adapmoe_lab.engine.hardware import probe_hardware
-from adapmoe_lab.engine.loading import LabModel
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity as measure_sensitivity

@@ -15,7 +15,8 @@ from tiny_models import RECIPES, save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
 
-from adapmoe_lab.engine.loading import LabModel, load
+from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.loading import load
 from adapmoe_lab.models.families import router_scores
 from adapmoe_lab.models.support import (
     REFUSED,
