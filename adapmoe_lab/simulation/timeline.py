@@ -89,7 +89,11 @@ class StepCosts:
     def on(
         cls, hardware: HardwareProfile, expert_bytes: NDArray[np.int64], is_gated: bool = False
     ) -> StepCosts:
-        """Return the costs that were measured on a machine; what was not is taken as nothing."""
+        """Return the costs that were measured on a machine; what was not is taken as nothing.
+
+        Where experts are skipped every guess is put to the gate too.
+        """
+        gate_s = (hardware.gate_s or 0.0) * is_gated
         costs = cls.of(
             expert_bytes,
             hardware.load_s,
@@ -100,7 +104,7 @@ class StepCosts:
             costs,
             miss_s=hardware.miss_s or 0.0,
             wait_s=hardware.wait_s or 0.0,
-            guess_s=hardware.guess_s or 0.0,
+            guess_s=(hardware.guess_s or 0.0) + gate_s,
             piece_s=(hardware.host_copy_s or 0.0) / N_PIECES,
         )
 
