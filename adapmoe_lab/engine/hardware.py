@@ -45,8 +45,8 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
     Decode runs in the memory the model was loaded with, step by step by turns as it is, under a
     gate that keeps every expert, and under one that keeps one; with predictors asked and without:
     what each adds is its cost, the rest that of everything else; misses are counted and taken out.
-    Over an emulated link it also runs held, for
-    what waiting adds. Everything else is timed by itself, in turns, and its median taken.
+    Over an emulated link it also runs held, for what waiting adds. Everything else is timed by
+    itself, in turns, and its median taken.
 
     Args:
         model: the model to run; its configuration is restored afterwards.

@@ -169,8 +169,9 @@ class CudaLink:
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> torch.cuda.Event:
         """Enqueue the copy behind everything already computed, which may read the destination."""
-        begins = max(self.clock.now(), self._free_at)
-        self._free_at = begins + self.seconds(source.numel() * source.element_size())
+        if self._pace is not None:  # somebody fetches ahead and asks when the link is free
+            begins = max(self.clock.now(), self._free_at)
+            self._free_at = begins + self.seconds(source.numel() * source.element_size())
         return self._enqueue(source, destination, self._computed_so_far())
 
     def _computed_so_far(self) -> torch.cuda.Event:

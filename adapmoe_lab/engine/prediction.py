@@ -22,7 +22,7 @@ from adapmoe_lab.models.families import (
 )
 from adapmoe_lab.models.residual_stream import find_input_norms
 from adapmoe_lab.records import Predictors
-from adapmoe_lab.records.prefetch import Moment
+from adapmoe_lab.records.prefetch import MOMENTS, Moment
 
 MAX_DISTANCE = 3
 """Layers ahead that are looked at; AdapMoE goes as far (arXiv 2408.10284, section 4.2)."""
@@ -58,7 +58,7 @@ class NextRouter:
     """The target's router on an earlier layer's experts input, AdapMoE's predictor."""
 
     name = "next_router"
-    moment = Moment.EXPERTS_INPUT
+    moment = MOMENTS[name]
 
     def __init__(self, routers: Sequence[Router], max_distance: int = MAX_DISTANCE) -> None:
         """Ask the routers of all layers."""
@@ -78,7 +78,7 @@ class OwnNorm:
     """The next layer's own norm and router on the residual stream: all but its attention."""
 
     name = "own_norm"
-    moment = Moment.LAYER_OUTPUT
+    moment = MOMENTS[name]
 
     def __init__(self, routers: Sequence[Router], norms: Sequence[nn.Module]) -> None:
         """Ask routers behind the norms, one of each per layer."""
@@ -98,7 +98,7 @@ class Ridge:
     """A linear map for every pair of layers, fitted by ridge regression."""
 
     name = "ridge"
-    moment = Moment.EXPERTS_INPUT
+    moment = MOMENTS[name]
 
     def __init__(self, routers: Sequence[Router], fitted: Predictors) -> None:
         """Bring the maps to where the routers are."""
@@ -123,7 +123,7 @@ class LastHidden:
     """Layer 0 from the last hidden state of the token before, AdapMoE's first-layer gate."""
 
     name = "last_hidden"
-    moment = Moment.LAST_HIDDEN
+    moment = MOMENTS[name]
 
     def __init__(self, routers: Sequence[Router], fitted: Predictors) -> None:
         """Bring the gate to where the routers are."""
@@ -142,7 +142,7 @@ class TokenEmbedding:
     """Layer 0's own norm and router on the token's embedding: layer 0 without its attention."""
 
     name = "token_embedding"
-    moment = Moment.TOKEN
+    moment = MOMENTS[name]
 
     def __init__(self, embeddings: nn.Module, router: Router, norm: nn.Module) -> None:
         """Ask layer 0's router behind its norm."""
@@ -163,7 +163,7 @@ class TokenTable:
     """Layer 0's scores as they were for the same token before."""
 
     name = "token_table"
-    moment = Moment.TOKEN
+    moment = MOMENTS[name]
 
     def __init__(
         self, router: Router, fitted: Predictors, unseen: TokenEmbedding | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from adapmoe_lab.policies import prefetch
 from adapmoe_lab.policies.prefetch import N_PIECES
 from adapmoe_lab.simulation.compiled import called, inlined
-from adapmoe_lab.simulation.replay_loops import HIT
+from adapmoe_lab.simulation.replay import HIT
 
 needed_at = inlined(prefetch.needed_at)
 expected_gain_s = inlined(prefetch.expected_gain_s)

@@ -74,7 +74,7 @@ def recall_and_precision(
     needed = kept_experts(trace, gating) & is_asked
     counts = [
         np.add.reduceat(per_token.sum(axis=2), trace.sequence_starts, axis=0)  # [S, L]
-        for per_token in (_needed(trace, needed, prediction) & named, needed, named)
+        for per_token in (are_needed(trace, needed, prediction.experts) & named, needed, named)
     ]
     lengths = np.diff([*trace.sequence_starts, trace.n_tokens])
     hits, n_needed, n_named = (count / lengths[:, None] for count in counts)
@@ -120,7 +120,7 @@ def hit_probability(
     """
     prediction = recorded_prediction(trace, predictor, distance)
     named = _candidates(trace, prediction, gating, None if gating else prediction.n_candidates)
-    hits = (_needed(trace, keep, prediction) & named).sum(axis=0)
+    hits = (are_needed(trace, keep, prediction.experts) & named).sum(axis=0)
     return hits / np.maximum(1, named.sum(axis=0))
 
 
@@ -176,12 +176,12 @@ def _ranked(scores: NDArray[np.floating], n_candidates: int) -> Prediction:
     return Prediction(experts.astype(np.int16), best.astype(np.float16))
 
 
-def _needed(
-    trace: RoutingTrace, keep: NDArray[np.bool_], prediction: Prediction
+def are_needed(
+    trace: RoutingTrace, keep: NDArray[np.bool_], experts: NDArray[np.int16]
 ) -> NDArray[np.bool_]:
-    """Return whether each candidate is among the kept experts, bool [T, L, C]."""
+    """Return which of the experts named [T, L, C] are among those kept, bool [T, L, C]."""
     needed = np.where(keep, trace.expert_indices, -2)  # neither an expert nor the mark for none
-    return (prediction.experts[:, :, :, None] == needed[:, :, None, :]).any(axis=3)
+    return (experts[:, :, :, None] == needed[:, :, None, :]).any(axis=3)
 
 
 def _candidates(

@@ -22,6 +22,7 @@ from adapmoe_lab.records import (
 )
 from adapmoe_lab.records.prefetch import FITTED, MOMENTS, Moment
 from adapmoe_lab.simulation.guesses import Guesses, recorded_guesses, recorded_prediction
+from adapmoe_lab.simulation.predictability import are_needed
 from adapmoe_lab.simulation.replay import replay
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 
@@ -185,12 +186,7 @@ def _right_shares(
     trace: RoutingTrace, keep: NDArray[np.bool_], guesses: Guesses, absent: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
     """Return the share [J, L, C] of guesses of absent experts that are needed."""
-    needed = np.zeros((trace.n_tokens, trace.spec.n_layers, trace.spec.n_experts), dtype=np.bool_)
-    token, layer, k = np.nonzero(keep)
-    needed[token, layer, trace.expert_indices[token, layer, k]] = True
-    is_right = np.stack(
-        [np.take_along_axis(needed, np.maximum(of, 0), axis=2) for of in guesses.experts]
-    )
+    is_right = np.stack([are_needed(trace, keep, experts) for experts in guesses.experts])
     n_guesses = absent.sum(axis=1)
     shares = (is_right & absent).sum(axis=1) / np.maximum(1, n_guesses)
     return np.where(n_guesses >= MIN_GUESSES, shares, 0.0)

@@ -15,6 +15,9 @@ from adapmoe_lab.policies.eviction import POLICIES
 from adapmoe_lab.records import CachePlan, RoutingTrace
 from adapmoe_lab.simulation.guesses import NO_GUESSES, Guesses, step_bounds
 
+HIT, LOAD, STREAM = range(3)
+"""What becomes of a member of a step's set: it was resident, gets a slot, or passes through."""
+
 
 @dataclass(frozen=True, eq=False)
 class Replay:
@@ -27,7 +30,7 @@ class Replay:
         is_decode: bool [N], which steps were decode.
         members: int16 [L, T K], the distinct experts of each layer's steps one after another.
         starts: int64 [L, N+1], where the experts of each step begin, and the last ones end.
-        fates: int8 [L, T K], what became of each: 0 a hit, 1 loaded, 2 streamed.
+        fates: int8 [L, T K], what became of each: `HIT`, `LOAD` or `STREAM`.
         absent: bool [J, N, L, C], which guesses spoke of experts that were not resident then.
     """
 

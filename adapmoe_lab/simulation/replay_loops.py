@@ -17,15 +17,13 @@ from adapmoe_lab.policies.eviction import (
     ROUTER_AVERAGE,
 )
 from adapmoe_lab.simulation.compiled import compiled, inlined
+from adapmoe_lab.simulation.replay import HIT, LOAD, STREAM
 
 value_in_new_pass = inlined(eviction.value_in_new_pass)
 value_in_new_step = inlined(eviction.value_in_new_step)
 after_use = inlined(eviction.after_use)
 asks_high_precision = inlined(eviction.asks_high_precision)
 distance_malus = inlined(eviction.distance_malus)
-
-HIT, LOAD, STREAM = range(3)
-"""What becomes of a member of a step's set: it was resident, gets a slot, or passes through."""
 
 HALF = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64)
 """The number of every bit pattern of a float16, which numba does not know."""

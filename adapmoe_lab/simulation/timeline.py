@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from adapmoe_lab.policies.prefetch import N_PIECES, piece_bounds
 from adapmoe_lab.records import HardwareProfile
 from adapmoe_lab.simulation.guesses import NO_GUESSES, Guesses
-from adapmoe_lab.simulation.replay import Replay, in_threads
+from adapmoe_lab.simulation.replay import LOAD, Replay, in_threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +139,6 @@ class Timeline:
         return np.diff(self.ended_s, prepend=0.0)
 
 
-LOADED = 1
-"""The fate of a member that gets a slot, see `Replay`."""
-
 EVENT_KINDS = ("dense", "expert", "demand", "ahead")
 
 
@@ -156,7 +153,7 @@ def counted_replay(hits: NDArray[np.int64], loads: NDArray[np.int64]) -> Replay:
     for step, layer in np.ndindex(n_steps, n_layers):
         first, end = starts[layer, step : step + 2]
         members[layer, first:end] = np.arange(end - first)
-        fates[layer, first + hits[step, layer] : end] = LOADED
+        fates[layer, first + hits[step, layer] : end] = LOAD
     is_decode, absent = np.ones(n_steps, dtype=np.bool_), np.zeros((0, 0, 0, 0), dtype=np.bool_)
     return Replay(hits, loads, np.zeros_like(hits), is_decode, members, starts, fates, absent)
 

@@ -35,12 +35,13 @@ from adapmoe_lab.simulation.buffer_loops import (
     settle,
 )
 from adapmoe_lab.simulation.compiled import compiled, inlined
-from adapmoe_lab.simulation.replay_loops import HIT, LOAD, STREAM
+from adapmoe_lab.simulation.replay import HIT, LOAD, STREAM
+from adapmoe_lab.simulation.timeline import EVENT_KINDS
 
 TOKEN, EXPERTS_INPUT = int(Moment.TOKEN), int(Moment.EXPERTS_INPUT)
 LAYER_OUTPUT, LAST_HIDDEN = int(Moment.LAYER_OUTPUT), int(Moment.LAST_HIDDEN)
 
-DENSE, EXPERT, DEMAND, AHEAD = range(4)
+DENSE, EXPERT, DEMAND, AHEAD = range(len(EVENT_KINDS))
 """Kinds of events: computing beside the experts; one expert computed; an expert brought when it was
 needed, or the rest of one that was begun ahead; a piece of one fetched ahead."""
 
