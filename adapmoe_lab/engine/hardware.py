@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -24,6 +25,7 @@ from adapmoe_lab.engine.machine_times import (
 )
 from adapmoe_lab.engine.pace import PROMPT_TOKENS
 from adapmoe_lab.engine.prediction import MAX_DISTANCE
+from adapmoe_lab.engine.prefetching import Prefetcher
 from adapmoe_lab.models.experts import run_expert
 from adapmoe_lab.records import (
     OFF,
@@ -37,16 +39,20 @@ from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timel
 
 HELD_S = 5.0
 """Most seconds, about, of decoding over a link that holds its copies."""
+N_REWEIGHTED = 30
+"""Rounds of reweighting after which the least absolute errors have settled."""
+SMALL_ERROR, TINY_S = 0.01, 1e-9
+"""Errors count as alike below this share of their median, and below these seconds."""
 
 
 def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> HardwareProfile:
     """Measure the parts of a decode step on this machine, in less than 20 s.
 
     Decode runs in the memory the model was loaded with, step by step by turns as it is, under a
-    gate that keeps every expert, and under one that keeps one; with predictors asked and without:
-    what each adds is its cost, the rest that of everything else; misses are counted and taken out.
-    Over an emulated link it also runs held, for what waiting adds. Everything else is timed by
-    itself, in turns, and its median taken.
+    gate that keeps every expert, and under one that keeps one; each with predictors asked and
+    without: what each adds is its cost, the rest that of everything else; misses are counted and
+    taken out. Over an emulated link it also runs held, for what waiting adds. Everything else is
+    timed by itself, in turns, and its median taken.
 
     Args:
         model: the model to run; its configuration is restored afterwards.
@@ -70,9 +76,9 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         n_held = _n_held(model, copies.linked[-1], n_steps, rounds)
         free, held = [], []
         for turn in range(rounds):
-            for asked in (None, _asking(model)):
-                free += _steps(model, model.memory.slots, n_steps, first=turn, asked=asked)
-            held += _steps(model, _half(model), n_held, is_held=True) if n_held else []
+            for half in (0, 1):
+                free += _free_steps(model, n_steps, first=2 * turn + half)
+            held += _held_steps(model, n_held) if n_held else []
     solved = _solved(free, miss_s, next(iter(by_precision.values())))
     profile = HardwareProfile(
         device=device_name(engine.device),
@@ -89,6 +95,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         miss_s=miss_s,
         gate_s=solved["gate"] / spec.n_layers,
         guess_s=solved.get("guess"),
+        gated_guess_s=solved.get("gated_guess"),
         host_sync_s=sync_s,
         launch_s=launch_s,
         host_memory_bytes_per_s=memory_rate,
@@ -111,15 +118,43 @@ def measurement_conditions(model: LabModel) -> dict[str, str | int]:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One timed decode step: its place in the run, seconds, and counters of every layer [L]."""
+    """One timed decode step: seconds, and counters, those of hits and misses by layer [L]."""
 
-    place: tuple[int, int, int]
     seconds: float
     n_run: int
     is_gated: bool
     n_guesses: int
     hits: NDArray[np.int64]
     misses: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """How a decode step is run: under which gate, and with whom asked what is never followed."""
+
+    gating: GatingTable | None = None
+    asking: Prefetcher | None = None
+
+
+def _turns(model: LabModel) -> list[_Turn]:
+    """Return every way to run a step: as it is, keeping all, keeping one; asking nobody or all.
+
+    In a gated step the answers are put to a gate too. The engine is left as the model was loaded.
+    """
+    engine, spec, asked = model.engine, model.spec, _asking(model)
+    keeps_all, keeps_one = (
+        GatingTable.per_layer(np.full(spec.n_layers, cut), spec.top_k) for cut in (OFF, 0.0)
+    )
+    turns = [_Turn(None), _Turn(keeps_all), _Turn(keeps_one)]
+    if asked is not None:
+        asking = {}
+        for gating in (None, keeps_all):
+            predictors = model.predictors()
+            engine.configure(gating, model.memory.slots, prefetch=asked, predictors=predictors)
+            asking[gating] = engine.cached.prefetcher
+        turns += [_Turn(turn.gating, asking[turn.gating and keeps_all]) for turn in turns]
+    engine.configure(None, model.memory.slots)
+    return turns
 
 
 def _asking(model: LabModel) -> PrefetchTable | None:
@@ -133,45 +168,52 @@ def _asking(model: LabModel) -> PrefetchTable | None:
     return PrefetchTable(sources, buffer_slots=1) if sources else None
 
 
+def _free_steps(model: LabModel, n_steps: int, first: int) -> list[_Step]:
+    """Decode over a link that holds nothing, every way to run a step by turns."""
+    turns = _turns(model)
+    with model.engine.unpaced():
+        return _steps(model, n_steps, turns[first % len(turns) :] + turns[: first % len(turns)])
+
+
+def _held_steps(model: LabModel, n_steps: int) -> list[_Step]:
+    """Decode over a link that holds its copies; the prompt passes unheld."""
+    with ExitStack() as unheld:
+        unheld.enter_context(model.engine.unpaced())
+        model.engine.configure(None, _half(model))
+        return _steps(model, n_steps, [_Turn()], after_prompt=unheld.close)
+
+
 def _steps(
     model: LabModel,
-    plan: CachePlan,
     n_steps: int,
-    *,
-    first: int = 0,
-    is_held: bool = False,
-    asked: PrefetchTable | None = None,
+    turns: list[_Turn],
+    after_prompt: Callable[[], None] = lambda: None,
 ) -> list[_Step]:
-    """Decode with empty caches; return the steps after the prompt.
-
-    Unless the link holds its copies, steps run as they are, under a gate that keeps every expert,
-    and under one that keeps one, by turns. `asked` is whom to ask meanwhile, and not to follow.
-    """
-    engine, spec, steps = model.engine, model.spec, []
-    kept = [GatingTable.per_layer(np.full(spec.n_layers, cut), spec.top_k) for cut in (OFF, 0.0)]
-    tables = [None] if is_held else [None, *kept]
-    n_guesses = sum(spec.n_layers - s.distance for s in asked.sources) if asked else 0
-    before, start = engine.traffic, engine.clock.now()
+    """Decode in a cache that is empty at first; return the steps after the prompt."""
+    engine, steps = model.engine, []
+    before, start = engine.traffic, 0.0
 
     def note(step: int) -> None:
         nonlocal before, start
         seconds, passed = engine.clock.now() - start, engine.traffic - before
         if step > 0:
-            place, is_gated = (step, first % len(tables), n_guesses), engine.gating is not None
+            asking, is_gated = engine.cached.prefetcher, engine.gating is not None
+            n_guesses = _n_guesses(model, asking.table) if asking else 0
             counted = passed.kept, is_gated, n_guesses, passed.hits, passed.misses
-            steps.append(_Step(place, seconds, *counted))
-        elif is_held:
-            unheld.close()
-        engine.gating = tables[(step + first) % len(tables)]
+            steps.append(_Step(seconds, *counted))
+        else:
+            after_prompt()
+        turn = turns[step % len(turns)]
+        engine.gating, engine.cached.prefetcher = turn.gating, turn.asking
         before, start = engine.traffic, engine.clock.now()
 
-    predictors = model.predictors() if asked is not None else ()
-    engine.configure(None, plan, prefetch=asked, predictors=predictors)
-    with ExitStack() as unheld:
-        unheld.enter_context(engine.unpaced())
-        before = engine.traffic
-        decode(model.hf, torch.arange(PROMPT_TOKENS), n_steps + 1, after_step=note)
+    decode(model.hf, torch.arange(PROMPT_TOKENS), n_steps + 1, after_step=note)
     return steps
+
+
+def _n_guesses(model: LabModel, asked: PrefetchTable) -> int:
+    """Return how many guesses a table asks for in a step."""
+    return sum(model.spec.n_layers - source.distance for source in asked.sources)
 
 
 def _n_held(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
@@ -189,23 +231,20 @@ def _half(model: LabModel) -> CachePlan:
 
 
 def _solved(steps: list[_Step], miss_s: float | None, alone_s: float) -> dict[str, float]:
-    """Return the seconds of a step's parts, by least squares.
+    """Return the seconds of a step's parts, which leave the least absolute errors.
 
-    They are `step`, all outside the experts; `expert`; `gate`, gating every layer; `guess`, one
-    predictor asked of one layer, if any were. Equal steps of several rounds count by their median.
-    Where a router chooses one expert, that expert takes what it takes alone.
+    They are `step`, all outside the experts; `expert`; `gate`, gating every layer; `guess` and
+    `gated_guess`, one predictor asked of one layer, if any were. Where a router chooses one expert,
+    that expert takes what it takes alone.
     """
-    places: dict[tuple[int, int, int], list[_Step]] = {}
-    for step in steps:
-        places.setdefault(step.place, []).append(step)
-    alike = [same[0] for same in places.values()]
-    seconds = np.array([np.median([s.seconds for s in same]) for same in places.values()])
+    seconds = np.array([step.seconds for step in steps])
     counts = {
-        "step": np.ones(len(alike)),
-        "expert": np.array([step.n_run for step in alike], dtype=np.float64),
-        "gate": np.array([step.is_gated for step in alike], dtype=np.float64),
-        "guess": np.array([step.n_guesses for step in alike], dtype=np.float64),
-        "miss": np.array([step.misses.sum() for step in alike], dtype=np.float64),
+        "step": np.ones(len(steps)),
+        "expert": np.array([step.n_run for step in steps], dtype=np.float64),
+        "gate": np.array([step.is_gated for step in steps], dtype=np.float64),
+        "guess": np.array([step.n_guesses * (not step.is_gated) for step in steps], dtype=float),
+        "gated_guess": np.array([step.n_guesses * step.is_gated for step in steps], dtype=float),
+        "miss": np.array([step.misses.sum() for step in steps], dtype=np.float64),
     }
     if miss_s is not None:
         seconds = seconds - counts.pop("miss") * miss_s
@@ -213,9 +252,26 @@ def _solved(steps: list[_Step], miss_s: float | None, alone_s: float) -> dict[st
     if not has_choice:
         seconds = seconds - counts["expert"] * alone_s
     used = {name: n for name, n in counts.items() if name == "step" or np.ptp(n)}
-    solution = np.linalg.lstsq(np.stack(list(used.values()), axis=1), seconds, rcond=None)[0]
+    solution = least_absolute(np.stack(list(used.values()), axis=1), seconds)
     found = {name: max(0.0, float(s)) for name, s in zip(used, solution, strict=True)}
     return found if has_choice else {**found, "expert": alone_s}
+
+
+def least_absolute(
+    columns: NDArray[np.float64], values: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the x [P] of the least sum of |columns [N, P] @ x - values [N]|.
+
+    By least squares reweighted again and again: how far off a few values are matters little.
+    """
+    weights = np.ones(len(values))
+    solution = np.zeros(columns.shape[1])
+    for _ in range(N_REWEIGHTED):
+        root = np.sqrt(weights)
+        solution = np.linalg.lstsq(columns * root[:, None], values * root, rcond=None)[0]
+        errors = np.abs(columns @ solution - values)
+        weights = 1 / np.maximum(errors, max(SMALL_ERROR * float(np.median(errors)), TINY_S))
+    return solution
 
 
 def _wait_s(steps: list[_Step], hardware: HardwareProfile, model: LabModel) -> float:

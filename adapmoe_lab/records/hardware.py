@@ -26,6 +26,7 @@ TIMES = (
     "wait_s",
     "gate_s",
     "guess_s",
+    "gated_guess_s",
     "host_sync_s",
     "launch_s",
 )
@@ -61,6 +62,7 @@ class HardwareProfile:
             for waking up on a busy machine.
         gate_s: seconds that gating adds to a layer, whatever it skips.
         guess_s: seconds the host takes to ask a predictor about a layer and to weigh its answer.
+        gated_guess_s: the same where the answer is put to the gate too.
         host_sync_s: seconds until the host knows that an idle device is idle; CUDA only.
         launch_s: seconds the host takes to launch a kernel; CUDA only.
         host_memory_bytes_per_s: bytes read and written by a large copy in host memory.
@@ -82,6 +84,7 @@ class HardwareProfile:
     wait_s: float | None = None
     gate_s: float | None = None
     guess_s: float | None = None
+    gated_guess_s: float | None = None
     host_sync_s: float | None = None
     launch_s: float | None = None
     host_memory_bytes_per_s: float | None = None
@@ -183,6 +186,7 @@ class HardwareProfile:
             "a wait": self.wait_s,
             "gating a layer": self.gate_s,
             "a guess": self.guess_s,
+            "a guess under a gate": self.gated_guess_s,
             "synchronising": self.host_sync_s,
             "a launch": self.launch_s,
         }

@@ -89,11 +89,8 @@ class StepCosts:
     def on(
         cls, hardware: HardwareProfile, expert_bytes: NDArray[np.int64], is_gated: bool = False
     ) -> StepCosts:
-        """Return the costs that were measured on a machine; what was not is taken as nothing.
-
-        Where experts are skipped every guess is put to the gate too.
-        """
-        gate_s = (hardware.gate_s or 0.0) * is_gated
+        """Return the costs that were measured on a machine; what was not is taken as nothing."""
+        gated_guess_s = hardware.gated_guess_s if is_gated else None
         costs = cls.of(
             expert_bytes,
             hardware.load_s,
@@ -104,7 +101,7 @@ class StepCosts:
             costs,
             miss_s=hardware.miss_s or 0.0,
             wait_s=hardware.wait_s or 0.0,
-            guess_s=(hardware.guess_s or 0.0) + gate_s,
+            guess_s=gated_guess_s or hardware.guess_s or 0.0,
             piece_s=(hardware.host_copy_s or 0.0) / N_PIECES,
         )
 

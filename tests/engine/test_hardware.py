@@ -10,7 +10,7 @@ from runs import PROMPT, half_cached
 
 from adapmoe_lab.engine.clock import StepPace, VirtualClock
 from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.hardware import probe_hardware
+from adapmoe_lab.engine.hardware import least_absolute, probe_hardware
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.machine_times import interleaved_medians
 from adapmoe_lab.policies.allocation import slots_plan
@@ -40,7 +40,8 @@ def test_it_finds_the_costs_of_a_virtual_machine(load_tiny, expert_memory):
     assert hardware.load_s(model.spec.stored_expert_bytes) == pytest.approx(LOAD_S)
     assert hardware.link_bytes_per_s == pytest.approx(model.engine.link.bytes_per_s)
     assert hardware.miss_s == pytest.approx(0, abs=1e-12)
-    assert (hardware.gate_s, hardware.guess_s) == pytest.approx((0, 0), abs=1e-9)
+    asked = hardware.gate_s, hardware.guess_s, hardware.gated_guess_s
+    assert asked == pytest.approx((0, 0, 0), abs=1e-9)
     assert hardware.wait_s == pytest.approx(0, abs=1e-9)
 
 
@@ -92,12 +93,22 @@ def test_it_measures_every_part_on_a_cpu(load_tiny):
     assert min(hardware.expert_s_by_precision.values()) > 0
     assert min(hardware.dense_step_s, hardware.layer_host_s, hardware.host_copy_s) > 0
     assert min(hardware.gate_s, hardware.guess_s) >= 0
+    assert hardware.gated_guess_s > 0
     assert hardware.layer_host_s * 3 < hardware.dense_step_s
     assert hardware.host_memory_bytes_per_s > 1e8
     assert hardware.host_matmul_bytes_per_s > 1e8
     assert hardware.wait_s is None  # nothing is held without an emulated link
     only_on_cuda = hardware.pageable_copy_s, hardware.host_sync_s, hardware.launch_s
     assert only_on_cuda == (None, None, None)
+
+
+def test_what_a_few_steps_are_off_by_matters_little():
+    rng = np.random.default_rng(0)
+    columns = np.stack([np.ones(300), rng.integers(0, 9, 300), rng.integers(0, 2, 300)], axis=1)
+    true = np.array([8e-3, 2e-4, 1e-3])
+    seconds = columns @ true * rng.normal(1, 0.01, 300)
+    seconds[:20] *= 3
+    np.testing.assert_allclose(least_absolute(columns, seconds), true, rtol=0.05)
 
 
 def test_works_take_turns_and_the_first_turn_does_not_count():

@@ -85,13 +85,20 @@ def test_right_guesses_hide_loads_and_move_the_same_bytes():
 
 def test_gating_takes_time_in_every_layer_and_for_every_guess():
     trace = make_trace(n_tokens=300)
-    hardware = HardwareProfile("cpu", "emulated:x", [1000], [0.0], 0.006, 0.0005, gate_s=0.001)
+    hardware = HardwareProfile(
+        "cpu", "emulated:x", [1000], [0.0], 0.006, 0.0005,
+        gate_s=0.001, guess_s=0.0005, gated_guess_s=0.001,
+    )  # fmt: skip
     gated = replace(TunedConfig.untuned(trace.spec), gating=UniformCut(trace).table(0.2))
     sure = PrefetchTable([PrefetchSource("next_router", 1, np.ones((3, 2)))], buffer_slots=4)
     free = simulate(trace, gated, replace(hardware, gate_s=0.0)).ms_per_token
     assert simulate(trace, gated, hardware).ms_per_token == pytest.approx(free + 3)
     asking = simulate(trace, replace(gated, prefetch=sure), hardware).ms_per_token
     assert asking == pytest.approx(free + 3 + 2)
+    ungated = replace(gated, gating=None, prefetch=sure)
+    only_asked = simulate(trace, ungated, hardware).ms_per_token
+    unasked = simulate(trace, replace(ungated, prefetch=None), hardware).ms_per_token
+    assert only_asked == pytest.approx(unasked + 1)
 
 
 def test_guesses_that_were_not_recorded_are_refused():
