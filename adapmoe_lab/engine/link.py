@@ -11,9 +11,6 @@ import torch
 from adapmoe_lab.engine.ahead import AheadCopy, AheadQueue
 from adapmoe_lab.engine.clock import Clock
 
-MAX_PIECES = 2
-"""Pieces under way at once on a real link, so that it need not wait for the host between them."""
-
 PACE_BYTES, PACE_COPIES = (2**18, 2**24), 4
 """What a real link's pace is measured by."""
 
@@ -41,7 +38,11 @@ class Link(Protocol):
         ...
 
     def begin_pieces(self) -> None:
-        """Begin every piece whose time has come."""
+        """Begin every piece whose time has come, where that is known only afterwards."""
+        ...
+
+    def expect_quiet(self, until: float) -> None:
+        """Expect that nothing is demanded until then: begin now what must be begun beforehand."""
         ...
 
     def finish(self, copy: AheadCopy) -> None:
@@ -116,6 +117,9 @@ class EmulatedLink:
         while (copy := self._ahead.next()) and max(self._free_at, copy.asked_at) < now:
             copy.arrival = self._copy(copy.asked_at, *copy.take_piece())
 
+    def expect_quiet(self, until: float) -> None:
+        """Begin nothing: when it is over, `begin_pieces` knows how long it was quiet."""
+
     def finish(self, copy: AheadCopy) -> None:
         """Copy what is left now."""
         self.begin_pieces()
@@ -163,16 +167,19 @@ class CudaLink:
         self.clock = clock
         self.stream = torch.cuda.Stream(device)
         self._ahead = AheadQueue()
-        self._pieces_under_way: list[torch.cuda.Event] = []
         self._free_at = 0.0
         self._pace: tuple[float, float] | None = None
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> torch.cuda.Event:
         """Enqueue the copy behind everything already computed, which may read the destination."""
         if self._pace is not None:  # somebody fetches ahead and asks when the link is free
-            begins = max(self.clock.now(), self._free_at)
-            self._free_at = begins + self.seconds(source.numel() * source.element_size())
+            self._expect(source)
         return self._enqueue(source, destination, self._computed_so_far())
+
+    def _expect(self, source: torch.Tensor) -> None:
+        """Count on a copy of that size behind all that was begun."""
+        begins = max(self.clock.now(), self.free_at())
+        self._free_at = begins + self.seconds(source.numel() * source.element_size())
 
     def _computed_so_far(self) -> torch.cuda.Event:
         return torch.cuda.current_stream(self.device).record_event()
@@ -194,25 +201,25 @@ class CudaLink:
     def copy_ahead(
         self, source: torch.Tensor, destination: torch.Tensor, urgency: int
     ) -> AheadCopy:
-        """Ask for a copy, and begin its first piece if the link is idle."""
+        """Ask for a copy; `expect_quiet` begins its pieces."""
         copy = AheadCopy(source, destination, urgency, self.clock.now())
         copy.ready = self._computed_so_far()
         self._ahead.add(copy)
-        self.begin_pieces()
         return copy
 
     def begin_pieces(self) -> None:
-        """Enqueue pieces while at most one is under way and nothing demanded is.
+        """Begin nothing: what comes next may be a demand, which would wait for it."""
 
-        A copy stream serves in order, so what is enqueued cannot be dropped: a demand waits for
-        two pieces at most.
+    def expect_quiet(self, until: float) -> None:
+        """Enqueue every piece that will begin by then, behind what is demanded.
+
+        A copy stream serves in order, so what is enqueued cannot be dropped. If the expectation
+        holds, the next demand waits for one piece at most.
         """
-        self._pieces_under_way = [e for e in self._pieces_under_way if not e.query()]
-        while len(self._pieces_under_way) < MAX_PIECES and (copy := self._ahead.next()):
-            if not self._pieces_under_way and not self.stream.query():
-                return
-            copy.arrival = self._enqueue(*copy.take_piece(), copy.ready)
-            self._pieces_under_way.append(copy.arrival)
+        while max(self.clock.now(), self.free_at()) < until and (copy := self._ahead.next()):
+            source, destination = copy.take_piece()
+            self._expect(source)
+            copy.arrival = self._enqueue(source, destination, copy.ready)
 
     def finish(self, copy: AheadCopy) -> None:
         """Enqueue what is left."""
@@ -231,7 +238,9 @@ class CudaLink:
         return latency_s + n_bytes / bytes_per_s
 
     def free_at(self) -> float:
-        """Return when what was demanded is expected to be done."""
+        """Return when all copies begun are expected to be done; at the latest now, if they are."""
+        if self.stream.query():
+            self._free_at = min(self._free_at, self.clock.now())
         return self._free_at
 
     def _measured_pace(self) -> tuple[float, float]:

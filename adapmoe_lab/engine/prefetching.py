@@ -42,11 +42,13 @@ class _Outlook:
         link_ready: when the link will be done with what is demanded.
         ready_at: when the present layer will be done.
         layer_experts_s: seconds that the experts of a layer take.
+        late_s: seconds that the link will take for what is yet to be demanded before that.
     """
 
     link_ready: float
     ready_at: float
     layer_experts_s: float = 0.0
+    late_s: float = 0.0
 
 
 class Prefetcher:
@@ -161,7 +163,7 @@ class Prefetcher:
         ready_at = max(self._clock.now() + len(step.hits) * expert_s, link_ready)
         ready_at += expert_s if step.n_misses else 0.0
         n_members = len(step.hits) + step.n_misses
-        outlook = _Outlook(link_ready, ready_at, n_members * expert_s)
+        outlook = _Outlook(link_ready, ready_at, n_members * expert_s, late_s)
         self._ask(Moment.EXPERTS_INPUT, layer, hidden, cache, outlook)
 
     def look_again(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:
@@ -196,6 +198,7 @@ class Prefetcher:
                     target, expert, chance, outlook.link_ready, needed_at_s
                 ):
                     self._fetch(target, expert)
+        self._link.expect_quiet(outlook.ready_at + self.pace.dense_layer_s - outlook.late_s)
 
     def _guesses(
         self, number: int, layer: int, target: int, x: torch.Tensor

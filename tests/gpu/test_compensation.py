@@ -42,6 +42,7 @@ def test_compensated_output_equals_that_on_the_cpu():
     torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("n_tokens", [1, 7])
 def test_the_device_is_not_waited_for(n_tokens):
     model = on("cuda")

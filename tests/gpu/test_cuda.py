@@ -10,6 +10,7 @@ from runs import PROMPT, half_cached
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.doctor import examine
+from adapmoe_lab.engine.clock import RealClock
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.hardware import probe_hardware
 from adapmoe_lab.engine.link import CudaLink
@@ -17,6 +18,7 @@ from adapmoe_lab.engine.loading import load
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.prefetch import N_PIECES
 from adapmoe_lab.profiling.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable, TunedConfig
 
@@ -73,6 +75,31 @@ def test_fetching_ahead_changes_no_text_and_overwrites_nothing_in_use(demo, slot
     for _ in range(3):
         assert decode(demo.hf, ids, 48) == expected
     assert demo.engine.traffic.prefetch_used.sum() > 0
+
+
+def test_pieces_fill_the_time_that_is_expected_to_be_quiet_and_no_more():
+    link = CudaLink(torch.device("cuda"), RealClock())
+    source = torch.randint(255, (2**28,), dtype=torch.uint8, pin_memory=True)
+    target = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
+    copy = link.copy_ahead(source, target, urgency=0)
+    piece_s = link.seconds(2**28 // N_PIECES)
+    link.begin_pieces()
+    link.expect_quiet(until=link.clock.now())
+    assert copy.n_begun == 0
+    link.expect_quiet(until=link.clock.now() + 1.5 * piece_s)
+    link.begin_pieces()
+    assert copy.n_begun == 2
+    demanded = link.copy(source[:8], target[-8:])
+    link.expect_quiet(until=link.clock.now())
+    assert copy.n_begun == 2
+    link.wait(demanded)
+    torch.cuda.synchronize()
+    assert torch.equal(target[: 2**27].cpu(), source[: 2**27])
+    assert not target[2**27 : -8].any()
+    link.finish(copy)
+    link.wait(copy.arrival)
+    torch.cuda.synchronize()
+    assert torch.equal(target.cpu(), source)
 
 
 def test_experts_are_pinned_and_slots_are_on_the_device(demo):
