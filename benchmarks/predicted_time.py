@@ -39,10 +39,12 @@ PREDICTED: dict[str, Callable[[Simulation], float]] = {
     "predicted_ms": ms_per_token,
     "used_predicted": lambda simulation: float(simulation.prefetch_used_per_token.sum()),
     "wasted_predicted": lambda simulation: float(simulation.prefetch_wasted_per_token.sum()),
+    "demands_predicted": lambda simulation: float(simulation.loads_per_token.sum()),
 }
-"""What is kept of a prediction, the last two in experts per token."""
+"""What is kept of a prediction, all but the first in experts per token."""
+MEASURED = ("measured_ms", "samples_ms", "used", "wasted", "demands")
 
-N_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 32, 32
+N_PROMPTS = 3
 EVICTION = "lfu_aged"
 
 
@@ -76,16 +78,15 @@ def cases_of(trace: RoutingTrace) -> list[Case]:
     return cases
 
 
-def continued(model: LabModel, prompts: list[str]) -> list[str]:
-    """Return prompts with what the model says after them."""
-    return [model.generate(prompt, NEW_TOKENS) for prompt in prompts]
-
-
 def run_rounds(
-    model: LabModel, prompts: list[str], n_rounds: int
+    model: LabModel, prompts: list[str], lengths: tuple[int, int], n_rounds: int
 ) -> tuple[list[HardwareProfile], list[dict[str, object]]]:
-    """Probe, predict and measure by turns; return the probes, and a row per configuration."""
-    trace = lab.profile(model, continued(model, prompts))
+    """Probe, predict and measure by turns; return the probes, and a row per configuration.
+
+    Prompts have the first of the lengths, in tokens, and are continued by the second.
+    """
+    prompt_tokens, new_tokens = lengths
+    trace = lab.profile(model, [model.generate(prompt, new_tokens) for prompt in prompts])
     cases, probes = cases_of(trace), []
     rows: list[dict[str, object]] = [
         {
@@ -93,7 +94,7 @@ def run_rounds(
             "share": case.share,
             "is_gated": case.is_gated,
             "fetches_ahead": case.fetches_ahead,
-            **{name: [] for name in (*PREDICTED, "measured_ms", "samples_ms", "used", "wasted")},
+            **{name: [] for name in (*PREDICTED, *MEASURED)},
         }
         for case in cases
     ]
@@ -108,14 +109,18 @@ def run_rounds(
         for case, row in zip(cases, rows, strict=True):
             config = replace(case.config, hardware=probes[-1])
             report = lab.measure_latency(
-                model, config, prompts, new_tokens=NEW_TOKENS, repeats=1,
-                max_prompt_tokens=PROMPT_TOKENS,
+                model, config, prompts, new_tokens=new_tokens, repeats=1,
+                max_prompt_tokens=prompt_tokens,
             )  # fmt: skip
             samples, traffic = 1e3 * np.asarray(report.decode.samples), report.decode_traffic
             row["measured_ms"].append(float(np.median(samples)))
             row["samples_ms"].append(samples.tolist())
-            row["used"].append(int(traffic.prefetch_used.sum()) / traffic.n_steps)
-            row["wasted"].append(int(traffic.prefetch_wasted.sum()) / traffic.n_steps)
+            for name, counted in (
+                ("used", traffic.prefetch_used),
+                ("wasted", traffic.prefetch_wasted),
+                ("demands", traffic.misses),
+            ):
+                row[name].append(int(counted.sum()) / traffic.n_steps)
         probe()
         for row, *both in zip(rows, *predicted[-2:], strict=True):
             for name, of in PREDICTED.items():
@@ -148,6 +153,8 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", default=[None], help="links to emulate, on a CPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=32)
     arguments = parser.parse_args()
     results = []
     for target in arguments.target:
@@ -157,10 +164,11 @@ def main() -> int:
         )  # fmt: skip
         texts = lab.calibration_texts()
         prompts = [
-            model.tokenizer.decode(model.encode(text)[:PROMPT_TOKENS])
+            model.tokenizer.decode(model.encode(text)[: arguments.prompt_tokens])
             for text in texts[:: max(1, len(texts) // N_PROMPTS)][:N_PROMPTS]
         ]
-        probes, rows = run_rounds(model, prompts, arguments.rounds)
+        lengths = arguments.prompt_tokens, arguments.new_tokens
+        probes, rows = run_rounds(model, prompts, lengths, arguments.rounds)
         verdict = judge(rows)
         print(f"\n{model.engine.link.name}: predicted over measured")
         for row in rows:
@@ -171,6 +179,8 @@ def main() -> int:
             {
                 "link": model.engine.link.name,
                 "conditions": measurement_conditions(model),
+                "prompt_tokens": arguments.prompt_tokens,
+                "new_tokens": arguments.new_tokens,
                 "verdict": verdict,
                 "rows": rows,
                 "probes": [probe.to_json() for probe in probes],

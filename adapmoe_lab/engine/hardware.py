@@ -15,6 +15,7 @@ from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.link import EmulatedLink
+from adapmoe_lab.engine.loading import NO_LINK
 from adapmoe_lab.engine.machine_times import (
     copy_times,
     expert_times,
@@ -51,8 +52,8 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
     Decode runs in the memory the model was loaded with, step by step by turns as it is, under a
     gate that keeps every expert, and under one that keeps one; each with predictors asked and
     without: what each adds is its cost, the rest that of everything else; misses are counted and
-    taken out. Over an emulated link it also runs held, for what waiting adds. Everything else is
-    timed by itself, in turns, and its median taken.
+    taken out. It also runs with half of the experts cached over the link as it is, for what
+    waiting adds. Everything else is timed by itself, in turns, and its median taken.
 
     Args:
         model: the model to run; its configuration is restored afterwards.
@@ -218,7 +219,7 @@ def _n_guesses(model: LabModel, asked: PrefetchTable) -> int:
 
 def _n_held(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
     """Return how many steps over a held link each round has time for; 0 if nothing is held."""
-    if not model.engine.link.name.startswith("emulated:"):
+    if model.engine.link.name == NO_LINK:
         return 0
     step_s = max(1e-6, model.spec.n_layers * load_s)
     return int(np.clip(HELD_S / rounds / step_s, 2, n_steps))
@@ -284,7 +285,7 @@ def _wait_s(steps: list[_Step], hardware: HardwareProfile, model: LabModel) -> f
     has_waited = n_waits > 0
     if not has_waited.any():
         return 0.0
-    return max(0.0, float(np.median(rest[has_waited] / n_waits[has_waited])))
+    return float(np.median(rest[has_waited] / n_waits[has_waited]))
 
 
 @torch.no_grad()

@@ -23,7 +23,6 @@ TIMES = (
     "layer_host_s",
     "host_copy_s",
     "miss_s",
-    "wait_s",
     "gate_s",
     "guess_s",
     "gated_guess_s",
@@ -58,8 +57,9 @@ class HardwareProfile:
         host_copy_s: seconds the host itself spends on one copy over an emulated link.
         miss_s: seconds a miss adds on the host, `host_copy_s` included; emulated links only, a
             real one copies by itself.
-        wait_s: seconds that waiting for an emulated link adds to a layer beyond the wait itself, as
-            for waking up on a busy machine.
+        wait_s: seconds that a layer takes beyond what it waited for the link: above zero where
+            waking up takes time; below where the host works on while a GPU waits, and then no
+            more is taken off than was waited.
         gate_s: seconds that gating adds to a layer, whatever it skips.
         guess_s: seconds the host takes to ask a predictor about a layer and to weigh its answer.
         gated_guess_s: the same where the answer is put to the gate too.
@@ -114,6 +114,8 @@ class HardwareProfile:
                 raise RecordError(f"A hardware profile cannot hold negative times: {name} {value}.")
         if any(not 0 <= s < np.inf for s in (self.expert_s_by_precision or {}).values()):
             raise RecordError("A hardware profile cannot hold negative times of an expert.")
+        if self.wait_s is not None and not np.isfinite(self.wait_s):
+            raise RecordError(f"wait_s must be a number of seconds, got {self.wait_s}.")
         for name in RATES:
             value = getattr(self, name)
             if value is not None and not 0 < value < np.inf:
@@ -171,7 +173,8 @@ class HardwareProfile:
         What emulating a link costs the host is left out.
         """
         scaled = self.copy_s * (ratio / self.load_ratio(spec))
-        return replace(self, copy_s=scaled, host_copy_s=None, miss_s=None, wait_s=None)
+        wait_s = None if self.is_emulated else self.wait_s
+        return replace(self, copy_s=scaled, host_copy_s=None, miss_s=None, wait_s=wait_s)
 
     def __str__(self) -> str:
         """Say in a few lines what was measured, and what is emulated."""
@@ -265,4 +268,4 @@ def _rate(bytes_per_s: float) -> str:
 
 
 def _short(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
+    return f"{1e3 * seconds:.3g} ms" if abs(seconds) >= 1e-3 else f"{1e6 * seconds:.3g} us"

@@ -26,7 +26,8 @@ class StepCosts:
             many of its P pieces were begun ahead.
         piece: float64 [L, E, P, 2], seconds and bytes of each piece.
         miss_s: seconds that the host takes for each demand, and to move one fetched ahead.
-        wait_s: seconds that a layer takes more for having waited.
+        wait_s: seconds that a layer takes more for having waited. If less, at most what it waited
+            and what the next layer takes before it asks.
         guess_s: seconds that the host takes to ask a predictor about a layer.
         piece_s: seconds that the host takes for each piece.
     """
@@ -50,7 +51,7 @@ class StepCosts:
                 self.expert_s,
                 self.head_s,
                 self.miss_s,
-                self.wait_s,
+                max(self.wait_s, -self.dense_layer_s),
                 self.guess_s,
                 self.piece_s,
             ]

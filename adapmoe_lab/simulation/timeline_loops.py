@@ -161,7 +161,7 @@ def _run_experts(clock, log, pace, rest, piece, rows, layer, members, fates, row
     for i in range(len(members)):
         if row_of[i] >= 0:
             rows[row_of[i], LAYER] = -1
-    clock[NOW] += pace[WAIT_S] if stall > 0 else 0.0
+    clock[NOW] += max(pace[WAIT_S], -stall) if stall > 0 else 0.0
     return stall
 
 
@@ -307,5 +307,6 @@ def time_layer(members, starts, fates, load, pace, stall, spent, n_bytes, link_s
                 arrives[n_asked] = link_free
                 now += miss_s
                 n_asked += 1
-        stall[step], spent[step] = waited, now + (pace[WAIT_S] if waited > 0 else 0.0)
+        stall[step] = waited
+        spent[step] = now + (max(pace[WAIT_S], -waited) if waited > 0 else 0.0)
         n_bytes[step], link_s[step] = int(crossed), busy

@@ -156,7 +156,8 @@ def test_probe_and_latency_are_of_the_real_link(demo):
     assert hardware.link == "pcie"
     assert not hardware.is_emulated
     assert hardware.device == torch.cuda.get_device_name()
-    assert (hardware.miss_s, hardware.wait_s, hardware.host_copy_s) == (None, None, None)
+    assert (hardware.miss_s, hardware.host_copy_s) == (None, None)
+    assert abs(hardware.wait_s) < 0.1
     assert hardware.link_bytes_per_s > 1e9
     assert (hardware.pageable_copy_s > 0).all()
     assert 1e-7 < hardware.launch_s < hardware.host_sync_s + 1e-4 < 1e-2

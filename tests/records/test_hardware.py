@@ -1,6 +1,7 @@
 """What a machine was measured to do, in a file of its own and inside configs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,12 @@ def test_the_fit_is_as_close_for_small_copies_as_for_large_ones():
 def test_a_link_of_another_speed_is_a_real_one():
     spec = make_spec(n_layers=4, top_k=2)
     emulated = a_profile(
-        copy_bytes=[500, 1000], copy_s=[6e-5, 1.12e-4], host_copy_s=1e-5, miss_s=2e-5, wait_s=1e-5
+        link="emulated:x",
+        copy_bytes=[500, 1000],
+        copy_s=[6e-5, 1.12e-4],
+        host_copy_s=1e-5,
+        miss_s=2e-5,
+        wait_s=1e-5,
     )
     assert emulated.load_ratio(spec) == pytest.approx(1.12e-4 / (2e-3 / 4 + 2 * 3e-5))
     faster = emulated.at_load_ratio(spec, 0.1)
@@ -63,6 +69,8 @@ def test_a_link_of_another_speed_is_a_real_one():
     assert faster.load_s(500) == pytest.approx(6e-5 / 2)
     assert (faster.host_copy_s, faster.miss_s, faster.wait_s) == (None, None, None)
     assert faster.dense_step_s == emulated.dense_step_s
+    real = replace(emulated, link="pcie", wait_s=-1e-5)
+    assert real.at_load_ratio(spec, 0.1).wait_s == -1e-5
 
 
 def test_one_size_says_nothing_of_latency():
@@ -114,6 +122,7 @@ def test_it_says_in_a_few_lines_what_was_measured_and_what_is_emulated():
     [
         ({"miss_s": -1e-3}, "cannot hold negative times: miss_s"),
         ({"dense_step_s": float("nan")}, "cannot hold negative times: dense_step_s"),
+        ({"wait_s": float("inf")}, "wait_s must be a number of seconds, got inf"),
         ({"copy_s": [1.0, 2.0]}, r"copy_s must have shape \[3\]"),
         ({"copy_bytes": [3, 2, 1]}, "in ascending order"),
         ({"expert_s_by_precision": {"int4": -1.0}}, "negative times of an expert"),

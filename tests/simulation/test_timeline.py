@@ -72,7 +72,8 @@ def test_a_layer_without_guesses_takes_what_its_events_take(load_s):
         assert timeline.n_bytes[0] == 400 * (loads + streamed)
 
 
-def test_layers_timed_by_themselves_take_what_the_whole_clock_says():
+@pytest.mark.parametrize("wait_s", [0.2, -0.2, -100.0])
+def test_layers_timed_by_themselves_take_what_the_whole_clock_says(wait_s):
     trace = make_trace(make_spec(n_experts=12, top_k=6), n_tokens=300)
     replayed = replay(trace, kept_experts(trace, None), slots_plan(trace.spec, 2), "lru")
     costs = costs_of(3, load_s=0.7, expert_s=0.3)
@@ -82,7 +83,7 @@ def test_layers_timed_by_themselves_take_what_the_whole_clock_says():
         piece=costs.piece.repeat(2, axis=1),
         head_s=1.1,
         miss_s=0.05,
-        wait_s=0.2,
+        wait_s=wait_s,
     )
     whole = run_timeline(replayed, wide, n_events=1)
     by_layer = run_timeline(replayed, wide)
@@ -90,6 +91,16 @@ def test_layers_timed_by_themselves_take_what_the_whole_clock_says():
     for name in ("stall_s", "link_s", "ended_s"):
         np.testing.assert_allclose(getattr(by_layer, name), getattr(whole, name), atol=1e-9)
     np.testing.assert_array_equal(by_layer.n_bytes, whole.n_bytes)
+
+
+def test_what_the_host_does_while_a_device_waits_is_hidden_as_far_as_it_waits():
+    """Layer 0 hits and takes 6 s; layer 1 waits 4 s of its 10."""
+    replayed = replay_of({0: HIT}, {5: LOAD})
+    costs = replace(costs_of(), dense_layer_s=5.0)
+    for hidden_s, expected in ((1.5, 14.5), (4.0, 12.0), (9.0, 12.0)):
+        timeline = run_timeline(replayed, replace(costs, wait_s=-hidden_s), n_events=1)
+        assert timeline.ended_s[0] == expected
+        assert timeline.stall_s.tolist() == [[0, 4]]
 
 
 def test_a_right_guess_saves_what_is_over_when_it_is_asked_for():
