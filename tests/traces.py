@@ -91,5 +91,7 @@ def make_sensitivity(
         cuts=cuts,
         increase_nats=increase,
         increase_se=increase / 10,
+        first_order=np.zeros(increase.shape),
+        first_order_se=np.zeros(increase.shape),
         skipped=np.tile(np.linspace(1 - 1 / spec.top_k, 0, 33), (len(fisher), 1)),
     )

@@ -46,6 +46,10 @@ class SkipEffects:
         grown = np.where(dropped, 0.0, self.gain * lost / kept)
         return np.concatenate([-dropped.astype(np.float64), grown], axis=1)
 
+    def first_order(self, dropped: Dropped) -> Floats:
+        """Return the change's product with the loss gradient, float64 [T]."""
+        return (self.change(dropped) * self.along).sum(axis=1)
+
 
 def _squared_lost_share(effects: SkipEffects, dropped: Dropped) -> Floats:
     return ((effects.weights * dropped).sum(axis=1) / effects.weights.sum(axis=1)) ** 2
@@ -57,11 +61,11 @@ def _squared_change(effects: SkipEffects, dropped: Dropped) -> Floats:
 
 
 def _directional(effects: SkipEffects, dropped: Dropped) -> Floats:
-    return 0.5 * (effects.change(dropped) * effects.along).sum(axis=1) ** 2
+    return 0.5 * effects.first_order(dropped) ** 2
 
 
 def _second_order(effects: SkipEffects, dropped: Dropped) -> Floats:
-    first = (effects.change(dropped) * effects.along).sum(axis=1)
+    first = effects.first_order(dropped)
     return first + 0.5 * first**2
 
 
@@ -103,3 +107,6 @@ MEASURED: Mapping[str, str] = MappingProxyType(
     }
 )
 """Sensitivities that are measured with one layer skipping at a time, and what is measured."""
+
+OF_ALL = frozenset({"second-order", "ablation"})
+"""Those that estimate all of the increase; the others leave out its first-order part."""

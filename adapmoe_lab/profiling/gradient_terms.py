@@ -24,11 +24,13 @@ class GradientTerms:
     Attributes:
         squares: float64 [L], ||dL/dy||^2 at each layer's expert output y.
         terms: float64 [C, L, B], each estimator's term at every cut.
+        first_order: float64 [L, B], the product of dL/dy and what every cut changes of y.
         skipped: float64 [L, B], share of the activations that every cut skips.
     """
 
     squares: NDArray[np.float64]
     terms: NDArray[np.float64]
+    first_order: NDArray[np.float64]
     skipped: NDArray[np.float64]
 
 
@@ -51,8 +53,12 @@ def gradient_terms(
         )
 
     backpropagate(model, ids, read)
-    squares, terms, skipped = zip(*(by_layer[i] for i in sorted(by_layer)), strict=True)
-    return GradientTerms(np.array(squares), np.stack(terms, axis=1), np.array(skipped))
+    squares, terms, first_order, skipped = zip(
+        *(by_layer[i] for i in sorted(by_layer)), strict=True
+    )
+    return GradientTerms(
+        np.array(squares), np.stack(terms, axis=1), np.array(first_order), np.array(skipped)
+    )
 
 
 def _terms_of(
@@ -61,8 +67,8 @@ def _terms_of(
     cuts: NDArray[np.float64],
     renormalise: bool,
     compensation: Compensation | None,
-) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """Return squares, terms [C, B] and skipped [B] of one layer."""
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return squares, terms [C, B], first_order [B] and skipped [B] of one layer."""
     gradient, outputs = found.gradient.float(), found.contributions.float()
     weights = found.weights.float().cpu().numpy()
     lost, gain = outputs, float(renormalise)
@@ -77,13 +83,14 @@ def _terms_of(
         width=parts.shape[-1],
         gain=gain,
     )
-    terms, skipped = np.empty((len(estimators), len(cuts))), np.empty(len(cuts))
+    terms, (first_order, skipped) = np.empty((len(estimators), len(cuts))), np.empty((2, len(cuts)))
     for b, cut in enumerate(cuts):
         row = np.full(weights.shape[1] - 1, cut, dtype=np.float32)
         dropped = found.keep & ~keep_by_cuts(weights, row)
         skipped[b] = dropped.mean()
+        first_order[b] = effects.first_order(dropped).mean()
         terms[:, b] = [ESTIMATORS[name].of_tokens(effects, dropped).mean() for name in estimators]
-    return float((gradient**2).sum(dim=1).mean()), terms, skipped
+    return float((gradient**2).sum(dim=1).mean()), terms, first_order, skipped
 
 
 def _stand_ins(

@@ -16,11 +16,6 @@ from adapmoe_lab.simulation.jackknife import jackknife
 Progress = Callable[[int, int, str], None]
 Floats = NDArray[np.float64]
 
-NO_DIVERGENCE = 1e-12
-"""What rounding leaves where nothing was skipped, in nats per token."""
-ALIKE = 1e-9
-"""Variance of log divergences below which they give no line."""
-
 
 @dataclass(frozen=True, eq=False)
 class LossChanges:
@@ -61,32 +56,9 @@ class LossChanges:
         """Divergence in nats per token, float64 [C], and its standard errors."""
         return self._mean(self.divergence)
 
-    @property
-    def excess(self) -> tuple[Floats, Floats]:
-        """Loss increase over divergence under each table, float64 [C], and its standard errors.
-
-        The ratio changes with how much is skipped, and where that is little, few texts leave it
-        uncertain. So it is fitted: a straight line in the logarithm of the divergence, weighted by
-        the divergence D, since a token's loss changes with a variance of about 2 D. It is no line
-        far beyond the fractions that budgets allow: fit those apart.
-        """
-        loss, divergence = (
-            values / self.n_predicted[:, None] for values in (self.loss, self.divergence)
-        )
-        return jackknife(lambda w: _fitted_ratio(w @ loss, w @ divergence), self.n_predicted)
-
     def _mean(self, summed: Floats) -> tuple[Floats, Floats]:
         per_token = summed / self.n_predicted[:, None]
         return jackknife(lambda weights: weights @ per_token, self.n_predicted)
-
-
-def _fitted_ratio(loss: Floats, divergence: Floats) -> Floats:
-    """Return the line fitted to loss / divergence [C] over log divergence, at each table [C]."""
-    place = np.log(np.maximum(divergence, NO_DIVERGENCE))
-    place -= (divergence @ place) / divergence.sum()
-    total, spread = divergence.sum(), divergence @ place**2
-    slope = (loss @ place) / spread if spread > ALIKE * total else 0.0
-    return loss.sum() / total + slope * place
 
 
 def loss_changes(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import token_sequences
-from adapmoe_lab.profiling.estimators import ESTIMATORS, MEASURED
+from adapmoe_lab.profiling.estimators import ESTIMATORS, MEASURED, OF_ALL
 from adapmoe_lab.profiling.gradient_terms import GradientTerms, gradient_terms
 from adapmoe_lab.profiling.loss_change import LossChanges, loss_changes
 from adapmoe_lab.records import OFF, GatingTable, SensitivityProfile, Surrogates, TunedConfig
@@ -24,10 +24,12 @@ Floats = NDArray[np.float64]
 N_CUTS = 33
 ABLATED = (0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
 """Where one layer skips alone, as shares of the experts that can be skipped at all."""
-ANCHORS = (0.1, 0.15, 0.2, 0.3)
+ANCHORS = (0.1, 0.2, 0.3)
 """Where all layers skip at once, as fractions of all expert activations."""
 LARGEST_ANCHOR = 0.9
 """And once more far beyond: the share of the experts that can be skipped at all."""
+TINY = 1e-15
+"""A standard error below any that texts give, in nats per token."""
 
 
 def sensitivity(
@@ -46,7 +48,8 @@ def sensitivity(
     Every profile has AdapMoE's S_l, the trace of the Fisher information of the summed next-token
     loss with respect to layer l's expert output (arXiv 2408.10284, section 4.1), and a curve for
     each layer: the loss increase at every cut, as the estimator sees it. With `anchored` all layers
-    skip at once at a few cuts, and what is measured there corrects the sum of the curves.
+    skip at once at a few cuts, and the increase is predicted as its first-order part and so much of
+    the curves as was measured there. First-order parts do add up over layers.
 
     Args:
         model: the model; experts are read from the store, its configuration plays no part.
@@ -58,7 +61,7 @@ def sensitivity(
         compensation: what stands in for skipped experts; the surrogates' gain takes the place of
             `renormalise`.
         max_tokens: longer texts are cut to this many tokens.
-        anchored: whether to correct the estimate by what all layers together are measured to do.
+        anchored: whether to complete the estimate by what all layers together are measured to do.
         progress: called with (done, total, text); what it raises stops the run.
 
     Raises:
@@ -120,7 +123,8 @@ def sensitivities(
     if anchored:
         at_anchors = changes.of_tables(slice(len(ablations), None))
         profiles = {
-            name: _anchored(profile, anchors, at_anchors) for name, profile in profiles.items()
+            name: assembly.anchored(profile, anchors, at_anchors)
+            for name, profile in profiles.items()
         }
     return {name: profiles[name] for name in names}
 
@@ -164,6 +168,10 @@ class _Assembly:
         self._fisher, self._fisher_se = jackknife(lambda w: w @ self._squares, self._n_tokens)
         weights = self._n_tokens / self._n_tokens.sum()
         self._skipped = np.tensordot(weights, [text.skipped for text in terms], axes=1)  # [L, B]
+        first_order = np.array([text.first_order for text in terms])
+        self._first_order, self._first_order_se = jackknife(
+            lambda w: np.tensordot(w, first_order, axes=1), self._n_tokens
+        )
 
     def estimated(self, name: str, number: int) -> SensitivityProfile:
         """Return the profile of an estimator that uses gradients."""
@@ -200,6 +208,32 @@ class _Assembly:
         cuts = self._cuts_skipping(fractions)
         return [self._table(np.full(self._spec.n_layers, cut)) for cut in cuts]
 
+    def anchored(
+        self, profile: SensitivityProfile, tables: Sequence[GatingTable], changes: LossChanges
+    ) -> SensitivityProfile:
+        """Return the profile completed by what was measured with all layers skipping."""
+        cuts = [table.cuts[:, 0] for table in tables]
+        sums = np.array([profile.total_increase(some)[0] for some in cuts])
+        rising = np.flatnonzero(np.diff(np.maximum.accumulate([0.0, *sums])) > 0)
+        sums, cuts = sums[rising], [cuts[number] for number in rising]
+        loss, loss_se = (values[rising] for values in changes.mean_ablation)
+        divergence, divergence_se = (values[rising] for values in changes.mean_divergence)
+        if profile.estimator not in OF_ALL:
+            profile = replace(
+                profile,
+                first_order=self._at(profile.cuts, self._first_order),
+                first_order_se=self._at(profile.cuts, self._first_order_se),
+            )
+        first_order = np.array([profile.first_order_increase(some).sum() for some in cuts])
+        profile = replace(
+            profile,
+            anchors=np.stack([sums, divergence, divergence_se], axis=1),
+            factor=(loss - first_order) / sums,
+            joint_error=np.ones(len(sums)),
+        )
+        independent = np.array([profile.total_increase(some)[1] for some in cuts])
+        return replace(profile, joint_error=loss_se / np.maximum(independent, TINY))
+
     def _table(self, cuts: Floats) -> GatingTable:
         return GatingTable.per_layer(cuts, self._spec.top_k, self._renormalise)
 
@@ -229,22 +263,11 @@ class _Assembly:
             cuts=cuts,
             increase_nats=increase,
             increase_se=increase_se,
-            skipped=np.array([np.interp(cuts, self._cuts, row) for row in self._skipped]),
+            first_order=np.zeros(increase.shape),
+            first_order_se=np.zeros(increase.shape),
+            skipped=self._at(cuts, self._skipped),
         )
 
-
-def _anchored(
-    profile: SensitivityProfile, tables: Sequence[GatingTable], changes: LossChanges
-) -> SensitivityProfile:
-    """Return the profile corrected by what was measured with all layers skipping."""
-    divergence, divergence_se = changes.mean_divergence
-    near, far = slice(len(ANCHORS)), slice(len(ANCHORS), None)
-    excess, excess_se = np.concatenate(
-        [changes.of_tables(some).excess for some in (near, far)], axis=1
-    )
-    estimated = [profile.total_increase(table.cuts[:, 0])[0] for table in tables]
-    anchors = np.stack([estimated, divergence, divergence_se], axis=1)
-    rising = np.flatnonzero(np.diff(np.maximum.accumulate([0.0, *estimated])) > 0)
-    return replace(
-        profile, anchors=anchors[rising], excess=excess[rising], excess_se=excess_se[rising]
-    )
+    def _at(self, cuts: Floats, values: Floats) -> Floats:
+        """Return values [L, B] of the assembly's cuts at others, [L, len(cuts)]."""
+        return np.array([np.interp(cuts, self._cuts, row) for row in values])

@@ -13,7 +13,7 @@ from adapmoe_lab.records.files import RecordError, frozen_array, load_arrays, sa
 from adapmoe_lab.records.gating_table import OFF
 
 KIND = "sensitivity-profile"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 ARRAYS = (
     "cost",
     "standard_error",
@@ -22,10 +22,12 @@ ARRAYS = (
     "cuts",
     "increase_nats",
     "increase_se",
+    "first_order",
+    "first_order_se",
     "skipped",
     "anchors",
-    "excess",
-    "excess_se",
+    "factor",
+    "joint_error",
 )
 SCALARS = (
     "model_fingerprint",
@@ -57,14 +59,19 @@ class SensitivityProfile:
         increase_nats: float64 [L, B], estimated loss increase in nats per token when that layer
             alone skips at `cuts[b]`.
         increase_se: float64 [L, B], its standard error.
+        first_order: float64 [L, B], the part of the loss increase that the curves leave out and
+            that layers add to each other: mean gradient times change; zero if they leave out none.
+            It is not zero on average, as the model's probabilities are not those of the texts.
+        first_order_se: float64 [L, B], its standard error.
         skipped: float64 [L, B], share of the layer's expert activations that `cuts[b]` skips.
         anchors: float64 [A, 3], settings in which all layers skipped at once, by what the curves
             add up to: that sum, the Kullback-Leibler divergence from the ungated model measured
             there, and its standard error, in nats per token. A is 0 if the estimate is not
             anchored.
-        excess: float64 [A], loss increase over divergence at each anchor, smoothed over anchors;
-            not one, as the model's probabilities are not those of the texts.
-        excess_se: float64 [A], its standard error.
+        factor: float64 [A], how much of the curves' sum the measured loss increase has beside its
+            first-order part.
+        joint_error: float64 [A], standard error of the measured loss increase over what it would
+            be if layers erred independently of each other.
     """
 
     model_fingerprint: str
@@ -79,18 +86,21 @@ class SensitivityProfile:
     cuts: NDArray[np.float64]
     increase_nats: NDArray[np.float64]
     increase_se: NDArray[np.float64]
+    first_order: NDArray[np.float64]
+    first_order_se: NDArray[np.float64]
     skipped: NDArray[np.float64]
     anchors: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 3)))
-    excess: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    excess_se: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    factor: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    joint_error: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
         """Freeze the arrays and check their shapes."""
         n_layers, n_cuts = len(self.cost), len(self.cuts)
         shapes = dict.fromkeys(("cost", "standard_error", "fisher", "fisher_se"), (n_layers,))
-        shapes |= dict.fromkeys(("increase_nats", "increase_se", "skipped"), (n_layers, n_cuts))
+        by_cut = ("increase_nats", "increase_se", "first_order", "first_order_se", "skipped")
+        shapes |= dict.fromkeys(by_cut, (n_layers, n_cuts))
         shapes |= {"cuts": (n_cuts,), "anchors": (None, 3)}
-        shapes |= dict.fromkeys(("excess", "excess_se"), (len(self.anchors),))
+        shapes |= dict.fromkeys(("factor", "joint_error"), (len(self.anchors),))
         for name, shape in shapes.items():
             array = frozen_array(name, getattr(self, name), np.float64, shape)
             object.__setattr__(self, name, array)
@@ -109,18 +119,20 @@ class SensitivityProfile:
 
         In nats per token; the second value is its standard errors.
         """
-        mean, error, factor, factor_se = self._corrected(cuts)
-        return mean * factor, np.hypot(error * factor, mean * factor_se)
+        mean, error, _ = self._completed(cuts)
+        return mean, error
 
     def total_increase(self, cuts: ArrayLike) -> tuple[float, float]:
         """Return the predicted loss increase of all layers at one cut per layer [L].
 
-        In nats per token, with its standard error: layers err independently of each other, the
-        correction that they share does not.
+        In nats per token, with its standard error.
         """
-        mean, error, factor, factor_se = self._corrected(cuts)
-        total, of_curves = float(mean.sum()), float(np.sqrt((error**2).sum()))
-        return total * factor, float(np.hypot(of_curves * factor, total * factor_se))
+        mean, error, joint_error = self._completed(cuts)
+        return float(mean.sum()), joint_error * float(np.sqrt((error**2).sum()))
+
+    def first_order_increase(self, cuts: ArrayLike) -> NDArray[np.float64]:
+        """Return the first-order part [L] of the increase that the curves leave out."""
+        return self._curve(self.first_order, np.asarray(cuts, dtype=np.float64))
 
     def cuts_skipping(self, skipped: ArrayLike) -> NDArray[np.float64]:
         """Return the cut per layer [L] that skips these shares [L] of a layer's activations."""
@@ -130,30 +142,41 @@ class SensitivityProfile:
 
     def uncorrected(self) -> SensitivityProfile:
         """Return the curves alone, as they were estimated, without what the anchors correct."""
-        nothing = np.empty(0)
-        return replace(self, anchors=np.empty((0, 3)), excess=nothing, excess_se=nothing)
+        no_anchors, nothing = np.empty(0), np.zeros(self.first_order.shape)
+        return replace(
+            self,
+            first_order=nothing,
+            first_order_se=nothing,
+            anchors=np.empty((0, 3)),
+            factor=no_anchors,
+            joint_error=no_anchors,
+        )
 
-    def _corrected(
-        self, cuts: ArrayLike
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], float, float]:
+    def _completed(self, cuts: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+        """Return the increase of each layer [L], its standard errors, and what relates them."""
         cuts = np.asarray(cuts, dtype=np.float64)
-        mean, error = (self._curve(v, cuts) for v in (self.increase_nats, self.increase_se))
-        return mean, error, *self.correction(float(mean.sum()))
+        curve, curve_se, first, first_se = (
+            self._curve(values, cuts)
+            for values in (
+                self.increase_nats, self.increase_se, self.first_order, self.first_order_se
+            )
+        )  # fmt: skip
+        factor, joint_error = self.correction(float(curve.sum()))
+        return first + factor * curve, np.hypot(first_se, factor * curve_se), joint_error
 
     def correction(self, total: float) -> tuple[float, float]:
-        """Return what to multiply curves that add up to `total` by, and its standard error.
+        """Return `factor` and `joint_error` where the curves add up to `total`.
 
-        At an anchor it is measured over estimated divergence, times the excess of the loss. Between
-        anchors it changes linearly with the logarithm of the estimate; beyond them it stays.
+        Between anchors they change linearly with the logarithm of that; beyond them they stay.
         """
         if not len(self.anchors):
-            return 1.0, 0.0
-        estimated, measured, error = self.anchors.T
-        factors = measured / estimated * self.excess
-        errors = np.hypot(error * self.excess, measured * self.excess_se) / estimated
-        place = np.log(max(total, estimated[0]))
-        factor, factor_se = (np.interp(place, np.log(estimated), v) for v in (factors, errors))
-        return float(factor), float(factor_se)
+            return 1.0, 1.0
+        sums = self.anchors[:, 0]
+        place = np.log(max(total, sums[0]))
+        factor, joint_error = (
+            np.interp(place, np.log(sums), values) for values in (self.factor, self.joint_error)
+        )
+        return float(factor), float(joint_error)
 
     def _curve(self, values: NDArray[np.float64], cuts: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the value of each layer's curve at its cut; beyond the grid's end, nothing."""

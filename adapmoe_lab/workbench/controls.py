@@ -72,7 +72,7 @@ class Controls(ipywidgets.VBox):
         self.curve.observe(self._curve_moved, "values")
         self.curve.observe(self._curve_moved, "committed")
         self._tell_memory()
-        rows = [self.budget, self.rule, self.slots, self.ahead, self.memory, self.curve]
+        rows = [self.budget, self.rule, self.slots, self.memory, self.ahead, self.curve]
         super().__init__(rows)
 
     @property

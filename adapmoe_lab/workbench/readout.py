@@ -11,10 +11,11 @@ from adapmoe_lab.simulation.simulate import Simulation
 NOT_MEASURED = "not measured"
 
 STYLE = """<style>
-.adapmoe-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));gap:8px;
+.adapmoe-tiles{display:flex;flex-wrap:wrap;gap:8px;
  font:13px var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,#222)}
-.adapmoe-tiles>div{border:1px solid var(--jp-border-color2,#ddd);border-radius:8px;padding:8px 10px;
- background:var(--jp-layout-color1,#fff)}
+.adapmoe-tiles>div{flex:1 1 92px;min-width:0;border:1px solid var(--jp-border-color2,#ddd);
+ border-radius:8px;padding:8px 10px;background:var(--jp-layout-color1,#fff)}
+.adapmoe-tiles>div.with-error{flex:1.5 1 138px}
 .adapmoe-tiles .name{color:var(--jp-ui-font-color2,#666);font-size:12px}
 .adapmoe-tiles .name,.adapmoe-tiles .predicted,.adapmoe-tiles .measured{white-space:nowrap;
  overflow:hidden;text-overflow:ellipsis}
@@ -86,7 +87,8 @@ def _tile(tile: Tile) -> str:
         if tile.measured is None
         else f'<div class="measured">measured {tile.measured}</div>'
     )
+    shape = ' class="with-error"' if tile.error else ""
     return (
-        f'<div data-tile="{tile.name}"><div class="name">{tile.name}</div>'
+        f'<div{shape} data-tile="{tile.name}"><div class="name">{tile.name}</div>'
         f'<div class="predicted">{tile.predicted} <small>{tile.error}</small></div>{below}</div>'
     )

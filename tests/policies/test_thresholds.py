@@ -67,6 +67,8 @@ def curves_of_the_fisher_penalty(trace, fisher):
         cuts=cuts,
         increase_nats=increase,
         increase_se=increase / 10,
+        first_order=np.zeros(increase.shape),
+        first_order_se=np.zeros(increase.shape),
         skipped=reached.mean(axis=1).T / 2,
     )
 

@@ -15,7 +15,7 @@ def test_layers_are_compared_at_an_equal_skip_and_without_correction():
     uneven = np.array(plain.skipped)
     uneven[2] *= np.linspace(1, 0.5, 33)  # layer 2 is less sure: the same skip needs a lower cut
     profile = replace(
-        plain, skipped=uneven, anchors=np.array([[1.0, 3.0, 0.1]]), excess=[2.0], excess_se=[0.1]
+        plain, skipped=uneven, anchors=np.array([[1.0, 3.0, 0.1]]), factor=[2.0], joint_error=[1.1]
     )
     costs, errors = layer_costs(profile, 0.25)
     assert costs[:2] == pytest.approx(0.01 * np.array([9.0, 3.0]) * 0.25**2)

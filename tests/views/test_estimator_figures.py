@@ -101,7 +101,7 @@ def test_the_judge_is_not_corrected_by_its_anchors():
     plain = figures.estimator_agreement_info(profiles(), trace)
     anchored = {
         name: replace(
-            profile, anchors=np.array([[0.01, 0.03, 0.001]]), excess=[0.8], excess_se=[0.1]
+            profile, anchors=np.array([[0.01, 0.03, 0.001]]), factor=[0.8], joint_error=[1.1]
         )
         for name, profile in profiles().items()
     }
@@ -133,7 +133,7 @@ def test_sums_of_layers_are_compared_with_what_was_measured():
     rising = np.array([[0.002, 0.001, 0.0001], [0.012, 0.010, 0.002]])
     some = profiles()
     some["directional"] = replace(
-        some["directional"], anchors=rising, excess=[1.0, 1.0], excess_se=[0.0, 0.0]
+        some["directional"], anchors=rising, factor=[1.0, 1.0], joint_error=[1.0, 1.0]
     )
     info = figures.sum_of_layers_info(some)
     assert list(info.sums) == ["directional"]

@@ -20,7 +20,7 @@ from adapmoe_lab.views.figures import theme
 def a_profile(fisher=(40.0, 8.0, 1.0)):
     profile = make_sensitivity(fisher=fisher, increase_scale=1.0)
     return replace(
-        profile, anchors=np.array([[1.0, 2.0, 0.1]]), excess=[1.0], excess_se=[0.0]
+        profile, anchors=np.array([[1.0, 2.0, 0.1]]), factor=[2.0], joint_error=[1.0]
     )  # twice what the curves say
 
 
@@ -170,8 +170,7 @@ def test_token_text_is_shown_as_it_is_and_never_as_markup():
 def test_sensitivity_predicts_in_millinats_at_the_cuts():
     info = figures.sensitivity_info(a_profile(), [0.5, 0.75, OFF])
     assert info.increase_millinats == pytest.approx([1e3 * 20.0, 1e3 * 1.0, 0.0])
-    errors = [np.hypot(2.0, 1.0), np.hypot(0.1, 0.05), 0.0]  # of the curve, of the correction
-    assert info.increase_se_millinats == pytest.approx(1e3 * np.array(errors))
+    assert info.increase_se_millinats == pytest.approx([1e3 * 2.0, 1e3 * 0.1, 0.0])
     one_cut = figures.sensitivity_info(a_profile(), 0.5)
     assert one_cut.cuts.tolist() == [0.5] * 3
 
