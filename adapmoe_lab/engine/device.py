@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -30,6 +33,14 @@ def choose_device(name: str | None) -> torch.device:
             "use device='cpu', or install a CUDA build of torch."
         )
     return device
+
+
+def on_host(tensors: Sequence[torch.Tensor]) -> list[NDArray[np.float64]]:
+    """Return tensors of one device as float64 arrays; from a GPU they come in one copy."""
+    whole = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
+    parts = zip(np.split(whole, ends), tensors, strict=True)
+    return [part.reshape(tensor.shape) for part, tensor in parts]
 
 
 def device_name(device: torch.device) -> str:

@@ -14,8 +14,9 @@ from torch import nn
 from adapmoe_lab.engine.sources import ExpertSource
 from adapmoe_lab.models.experts import run_expert
 
-Positions = tuple[torch.Tensor, torch.Tensor]
-"""Tokens and columns, int64 [n] each, of one expert's part in [T, K]."""
+Positions = tuple[torch.Tensor, torch.Tensor] | tuple[slice, int]
+"""Tokens and columns, int64 [n] each, of one expert's part in [T, K]; of one token, all of it and a
+column, which index alike and need no copy to the device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,21 +64,31 @@ class LayerRun:
     def outputs(
         self, source: ExpertSource, hidden: torch.Tensor
     ) -> Iterator[tuple[Positions, torch.Tensor]]:
-        """Yield, expert by expert, where it was chosen and its outputs [n, D], not yet weighted.
+        """Yield, expert by expert, where it was chosen and its outputs [n, D], not yet weighted."""
+        positions = self._positions(hidden.device)
+        for expert, weights in source.arrivals(self.layer, positions, hidden):
+            at = positions[expert]
+            yield at, run_expert(self.module, weights, hidden[at[0]])
+
+    def _positions(self, device: torch.device) -> dict[int, Positions]:
+        """Return where each expert was chosen, in the order of their numbers.
 
         All positions go to the device in one copy, those of an expert beside each other.
         """
-        positions = np.stack(np.nonzero(self.keep))  # [2, N]
         chosen = self.indices[self.keep]
         order = np.argsort(chosen, kind="stable")
-        on_device = torch.from_numpy(positions[:, order]).to(hidden.device)
+        if len(self.keep) == 1:
+            columns = np.flatnonzero(self.keep)[order].tolist()
+            of_token = [(slice(0, 1), column) for column in columns]
+            return dict(zip(chosen[order].tolist(), of_token, strict=True))
+        positions = np.stack(np.nonzero(self.keep))  # [2, N]
+        tokens, columns = torch.from_numpy(positions[:, order]).to(device)
         needed, starts = np.unique(chosen[order], return_index=True)
         ends = [*starts[1:].tolist(), len(chosen)]
-        parts = dict(zip(needed.tolist(), zip(starts.tolist(), ends, strict=True), strict=True))
-        for expert, weights in source.arrivals(self.layer, parts, hidden):
-            start, end = parts[expert]
-            at = (on_device[0, start:end], on_device[1, start:end])
-            yield at, run_expert(self.module, weights, hidden[at[0]])
+        return {
+            expert: (tokens[start:end], columns[start:end])
+            for expert, start, end in zip(needed.tolist(), starts.tolist(), ends, strict=True)
+        }
 
     def contributions(
         self, source: ExpertSource, hidden: torch.Tensor, weights: torch.Tensor

@@ -14,6 +14,7 @@ from torch import nn
 
 from adapmoe_lab.engine.clock import Clock, StepPace
 from adapmoe_lab.engine.compensation import Compensation
+from adapmoe_lab.engine.device import on_host
 from adapmoe_lab.engine.expert_sum import GradientObserver, LayerRun, StreamedExpertSum
 from adapmoe_lab.engine.link import Link
 from adapmoe_lab.engine.prediction import Predictor
@@ -293,6 +294,6 @@ def _on_host(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return routing on the host; on a GPU this is the layer's one synchronisation."""
     if index.is_cuda:
-        both = torch.stack([index.double(), weights.detach().double()]).cpu().numpy()
-        return both[0].astype(np.int64), both[1].astype(np.float32)
+        chosen, shares = on_host([index, weights])
+        return chosen.astype(np.int64), shares.astype(np.float32)
     return index.numpy(), weights.detach().float().numpy()

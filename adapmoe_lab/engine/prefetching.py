@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.ahead import AheadCopy
 from adapmoe_lab.engine.clock import Clock, StepPace
+from adapmoe_lab.engine.device import on_host
 from adapmoe_lab.engine.link import Link
 from adapmoe_lab.engine.prediction import Predictor, likeliest
 from adapmoe_lab.engine.store import ExpertStore
@@ -21,7 +22,7 @@ from adapmoe_lab.policies.prefetch import (
     piece_bounds,
 )
 from adapmoe_lab.policies.residency import ExpertCache, StepPlan
-from adapmoe_lab.records import GatingTable, PrefetchTable
+from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable
 from adapmoe_lab.records.prefetch import Moment
 
 
@@ -180,17 +181,20 @@ class Prefetcher:
         self, moment: Moment, layer: int, x: torch.Tensor, cache: ExpertCache, outlook: _Outlook
     ) -> None:
         """Ask for those guesses that are worth it, of all predictors that speak at a moment."""
-        for number, source in enumerate(self.table.sources):
-            target = layer + source.distance
-            if source.moment != moment or target >= self._store.n_layers:
-                continue
+        speaking = [
+            (source, layer + source.distance)
+            for source in self.table.sources
+            if source.moment == moment and layer + source.distance < self._store.n_layers
+        ]
+        said = self._scores(speaking, layer, x) if speaking else []
+        for (source, target), scores in zip(speaking, said, strict=True):
             needed_at_s = needed_at(
                 outlook.ready_at,
                 max(1, source.distance),
                 self.pace.dense_layer_s,
                 outlook.layer_experts_s,
             )
-            experts, chances = self._guesses(number, layer, target, x)
+            experts, chances = self._guesses(source, target, *scores)
             self._drop_others(target, experts)
             for expert, chance in zip(experts.tolist(), chances.tolist(), strict=True):
                 is_here = cache.slot_of[target, expert] >= 0
@@ -200,19 +204,26 @@ class Prefetcher:
                     self._fetch(target, expert)
         self._link.expect_quiet(outlook.ready_at + self.pace.dense_layer_s - outlook.late_s)
 
+    def _scores(
+        self, speaking: Sequence[tuple[PrefetchSource, int]], layer: int, x: torch.Tensor
+    ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Return the likeliest experts of targets, and their scores, both [T, C], on the host."""
+        found = []
+        for source, target in speaking:
+            scores = self._predictors[source.predictor].scores(layer, target, x)
+            found += likeliest(scores, len(source.probability[target]))
+        together = on_host(found)
+        return list(zip(together[::2], together[1::2], strict=True))
+
     def _guesses(
-        self, number: int, layer: int, target: int, x: torch.Tensor
+        self,
+        source: PrefetchSource,
+        target: int,
+        experts: NDArray[np.float64],
+        scores: NDArray[np.float64],
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        source = self.table.sources[number]
-        by_rank = source.probability[target]
-        scores = self._predictors[source.predictor].scores(layer, target, x)
-        experts, scores = likeliest(scores, len(by_rank))
-        return candidates(
-            experts.cpu().numpy(),
-            by_rank,
-            scores.cpu().numpy(),
-            (self._gating, target) if self._gating is not None else None,
-        )
+        gating = None if self._gating is None else (self._gating, target)
+        return candidates(experts.astype(np.int64), source.probability[target], scores, gating)
 
     def _drop_others(self, layer: int, experts: NDArray[np.int64]) -> None:
         """Give up earlier guesses of a layer that are not begun and not repeated."""

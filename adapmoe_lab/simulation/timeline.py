@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.prefetch import N_PIECES, piece_bounds
 from adapmoe_lab.records import HardwareProfile
+from adapmoe_lab.records.prefetch import Moment
 from adapmoe_lab.simulation.guesses import NO_GUESSES, Guesses
 from adapmoe_lab.simulation.replay import LOAD, Replay, in_threads
 
@@ -26,8 +27,9 @@ class StepCosts:
             many of its P pieces were begun ahead.
         piece: float64 [L, E, P, 2], seconds and bytes of each piece.
         miss_s: seconds that the host takes for each demand, and to move one fetched ahead.
-        wait_s: seconds that a layer takes more for having waited. If less, at most what it waited
-            and what the next layer takes before it asks.
+        wait_s: seconds that a layer takes more for having waited. If less, the host works on
+            meanwhile: at most what was waited and what the next layer takes before it asks, and
+            not at all where somebody is asked about the layer's output, for which the host waits.
         guess_s: seconds that the host takes to ask a predictor about a layer.
         piece_s: seconds that the host takes for each piece.
     """
@@ -176,6 +178,8 @@ def run_timeline(
         return _layer_by_layer(replayed, costs)
     from adapmoe_lab.simulation.timeline_loops import run_clock
 
+    if (guesses.moments == Moment.LAYER_OUTPUT).any():
+        costs = replace(costs, wait_s=max(0.0, costs.wait_s))
     shape = replayed.hits.shape
     used, wasted, stall_s = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape)
     n_bytes, link_s, ended_s = np.zeros(shape[0], np.int64), np.zeros(shape[0]), np.zeros(shape[0])

@@ -8,6 +8,7 @@ from traces import make_spec, make_trace
 
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.records.prefetch import Moment
 from adapmoe_lab.simulation.guesses import Guesses
 from adapmoe_lab.simulation.replay import Replay, replay
 from adapmoe_lab.simulation.timeline import EVENT_KINDS, StepCosts, run_timeline
@@ -26,12 +27,12 @@ def replay_of(*layers):
     return Replay(*counts, np.ones(1, dtype=bool), members, starts, fates, absent)
 
 
-def guess_of(target, experts, probability=0.9, n_layers=2, distance=1):
-    """Return what the experts' input of the layer before tells of one layer."""
+def guess_of(target, experts, probability=0.9, n_layers=2, distance=1, moment=1):
+    """Return what the experts' input of the layer before tells of one layer, or its output."""
     guessed = np.full((1, 1, n_layers, 2), -1, dtype=np.int16)
     guessed[0, 0, target, : len(experts)] = experts
     chance = np.full((1, 1, n_layers, 2), probability)
-    return Guesses(np.array([1]), np.array([distance]), guessed, chance)
+    return Guesses(np.array([moment]), np.array([distance]), guessed, chance)
 
 
 def costs_of(n_layers=2, load_s=LOAD_S, expert_s=EXPERT_S):
@@ -101,6 +102,17 @@ def test_what_the_host_does_while_a_device_waits_is_hidden_as_far_as_it_waits():
         timeline = run_timeline(replayed, replace(costs, wait_s=-hidden_s), n_events=1)
         assert timeline.ended_s[0] == expected
         assert timeline.stall_s.tolist() == [[0, 4]]
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected"), [(Moment.EXPERTS_INPUT, 12.5), (Moment.LAYER_OUTPUT, 16.0)]
+)
+def test_nothing_is_hidden_where_the_host_waits_for_a_layers_output(moment, expected):
+    """Nobody guesses anything; the layers are those of the test above."""
+    replayed = replay_of({0: HIT}, {5: LOAD})
+    costs = replace(costs_of(), dense_layer_s=5.0, wait_s=-3.5)
+    silent = guess_of(1, [], moment=int(moment))
+    assert run_timeline(replayed, costs, silent, 2).ended_s[0] == expected
 
 
 def test_a_right_guess_saves_what_is_over_when_it_is_asked_for():

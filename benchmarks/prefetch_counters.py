@@ -1,0 +1,123 @@
+"""What was fetched ahead in real time, against a replay of the same run's routing.
+
+`python benchmarks/prefetch_counters.py --out benchmarks/results/prefetch-counters.json`
+
+The demo model continues prompts over emulated links; the machine is probed before and after, and
+the counts of the two probes' replays are averaged. The routing is recorded in a second run of the
+same prompts, so that recording takes no time of the first. What is demanded without fetching ahead
+must be the same exactly; what is fetched ahead depends on how long everything takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import adapmoe_lab as lab
+from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.hardware import measurement_conditions
+from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.profiling.recorder import RoutingRecorder
+from adapmoe_lab.records import HardwareProfile, RoutingTrace, Traffic, TunedConfig
+from adapmoe_lab.records.files import save_json
+from adapmoe_lab.simulation.guesses import recorded_guesses
+from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
+from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.timeline import StepCosts, run_timeline
+
+TARGETS = ("mixtral-8x7b-int4/pcie4-x16", "olmoe-bf16/pcie5-x16")
+"""Links on which fetching ahead may pay."""
+SLOTS = (2, 4, 6)
+EVICTION = "lfu_aged"
+PROMPT_TOKENS = 16
+
+
+def run(model: LabModel, config: TunedConfig, prompts: list[torch.Tensor], n_new: int) -> Traffic:
+    """Continue every prompt under a config; return the traffic."""
+    with model.running(config):
+        for prompt in prompts:
+            decode(model.hf, prompt, n_new)
+        return model.engine.traffic
+
+
+def recorded(
+    model: LabModel, config: TunedConfig, prompts: list[torch.Tensor], n_new: int
+) -> tuple[RoutingTrace, Traffic]:
+    """Do the same while recording, without fetching ahead; return the trace and the traffic."""
+    recorder = RoutingRecorder(model)
+    with recorder.recording():
+        traffic = run(model, replace(config, prefetch=None), prompts, n_new)
+    return recorder.trace(), traffic
+
+
+def replayed(
+    trace: RoutingTrace, config: TunedConfig, hardware: HardwareProfile, model: LabModel
+) -> tuple[int, int, int]:
+    """Return the demands without fetching ahead, and what is used and wasted with it."""
+    keep = kept_experts(trace, None)
+    alone = replay(trace, keep, config.plan, config.eviction)
+    guesses = recorded_guesses(trace, config.prefetch)
+    with_guesses = replay(trace, keep, config.plan, config.eviction, guesses)
+    costs = StepCosts.on(hardware, model.engine.store.expert_bytes)
+    timeline = run_timeline(with_guesses, costs, guesses, config.prefetch.buffer_slots)
+    return int(alone.misses.sum()), *(
+        int(counted.sum()) for counted in (timeline.used, timeline.wasted)
+    )
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    arguments = parser.parse_args()
+    texts, results = lab.calibration_texts(), []
+    for target in TARGETS:
+        model = lab.load("demo", dtype="float32", link=target)
+        known = lab.profile(model, texts[: len(texts) // 2])
+        prompts = [model.encode(text)[:PROMPT_TOKENS] for text in texts[-arguments.prompts :]]
+        rows = []
+        for slots in SLOTS:
+            plan = slots_plan(model.spec, slots)
+            table = plan_prefetch(known, plan=plan, eviction=EVICTION)
+            config = replace(
+                TunedConfig.untuned(model.spec), plan=plan, eviction=EVICTION, prefetch=table
+            )
+            before = lab.probe_hardware(model)
+            config = replace(config, hardware=before)
+            traffic = run(model, config, prompts, arguments.new_tokens)
+            after = lab.probe_hardware(model)
+            trace, demanded = recorded(model, config, prompts, arguments.new_tokens)
+            predicted = [replayed(trace, config, probe, model) for probe in (before, after)]
+            demands, used, wasted = np.mean(predicted, axis=0).tolist()
+            row = {
+                "slots": slots,
+                "n_steps": traffic.n_steps,
+                "demands": int(demanded.misses.sum()),
+                "demands_replayed": int(demands),
+                "used": int(traffic.prefetch_used.sum()),
+                "used_replayed": used,
+                "wasted": int(traffic.prefetch_wasted.sum()),
+                "wasted_replayed": wasted,
+            }
+            rows.append(row)
+            print(f"{target}, {slots} slots: {row}", flush=True)
+        totals = {name: sum(row[name] for row in rows) for name in rows[0]}
+        for name in ("used", "wasted"):
+            ratio = totals[f"{name}_replayed"] / totals[name]
+            print(f"{target}: {name} {totals[name]}, replayed {ratio - 1:+.1%}", flush=True)
+        results.append({"link": target, "conditions": measurement_conditions(model), "rows": rows})
+    save_json(arguments.out, {"benchmark": "prefetch_counters", "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
