@@ -81,25 +81,19 @@ class LeastLoss:
         self._size = _Size.of(trace)
         by_layer = cumulative_shares(trace).transpose(1, 0, 2).reshape(self._size.n_layers, -1)
         self._reached = np.sort(by_layer, axis=1)
-        curves = sensitivity.predicted_curves()
-        segments = [self._segments(i, sensitivity.cuts, curve) for i, curve in enumerate(curves)]
+        segments = [self._segments(i, sensitivity) for i in range(self._size.n_layers)]
         layers = np.repeat(np.arange(len(segments)), [len(s) for s in segments])
         lengths, slopes = np.concatenate(segments).T
         order = np.argsort(slopes, kind="stable")  # slopes ascend within a layer already
         self._layers, self._lengths = layers[order], lengths[order]
         self._ends = np.cumsum(self._lengths)
 
-    def _segments(
-        self, layer: int, cuts: NDArray[np.float64], curve: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Return the segments of a layer's hull, [n, 2]: experts skipped, loss per expert.
-
-        Nothing is taken to be gained by skipping more, whatever luck the texts were.
-        """
+    def _segments(self, layer: int, sensitivity: SensitivityProfile) -> NDArray[np.float64]:
+        """Return the segments of a layer's hull, [n, 2]: experts skipped, loss per expert."""
         reached = self._reached[layer]
-        skipped = len(reached) - np.searchsorted(reached, cuts[::-1])
-        losses = np.maximum.accumulate(np.append(0.0, curve[::-1]))
-        return _hull_segments(np.stack([np.append(0, skipped), losses], axis=1))
+        skipped = len(reached) - np.searchsorted(reached, sensitivity.cuts[::-1])
+        points = np.stack([skipped, sensitivity.increase_nats[layer, ::-1]], axis=1)
+        return _hull_segments(np.concatenate([[[0.0, 0.0]], points]))
 
     def table(self, skipped_fraction: float) -> GatingTable:
         """Return the table that skips this fraction of the trace's expert activations."""

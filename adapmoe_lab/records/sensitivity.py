@@ -130,14 +130,6 @@ class SensitivityProfile:
         mean, error, joint_error = self._completed(cuts)
         return float(mean.sum()), joint_error * float(np.sqrt((error**2).sum()))
 
-    def predicted_curves(self) -> NDArray[np.float64]:
-        """Return what each layer is predicted to add to the loss at `cuts`, float64 [L, B].
-
-        Of the curves it has one part for all settings, the median of the anchors'.
-        """
-        factor = float(np.median(self.factor)) if len(self.factor) else 1.0
-        return self.first_order + factor * self.increase_nats
-
     def first_order_increase(self, cuts: ArrayLike) -> NDArray[np.float64]:
         """Return the first-order part [L] of the increase that the curves leave out."""
         return self._curve(self.first_order, np.asarray(cuts, dtype=np.float64))
