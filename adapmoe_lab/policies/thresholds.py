@@ -74,6 +74,9 @@ class LeastLoss:
     Every layer's curve of loss over skipped experts is replaced by its lower convex hull. Taking
     the hulls' segments in the order of their slopes is then the exact optimum for every fraction:
     at each, all layers pay the same price for one more skipped expert.
+
+    The first-order part of the loss is the texts' own and left out: cuts that counted on it were
+    dearer than one cut for all layers on other documents, cheaper only on the same ones.
     """
 
     def __init__(self, trace: RoutingTrace, sensitivity: SensitivityProfile) -> None:
