@@ -132,7 +132,7 @@ class SensitivityProfile:
 
     def first_order_increase(self, cuts: ArrayLike) -> NDArray[np.float64]:
         """Return the first-order part [L] of the increase that the curves leave out."""
-        return self._curve(self.first_order, np.asarray(cuts, dtype=np.float64))
+        return self._at(np.asarray(cuts, dtype=np.float64), self.first_order)[0]
 
     def cuts_skipping(self, skipped: ArrayLike) -> NDArray[np.float64]:
         """Return the cut per layer [L] that skips these shares [L] of a layer's activations."""
@@ -155,12 +155,9 @@ class SensitivityProfile:
     def _completed(self, cuts: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
         """Return the increase of each layer [L], its standard errors, and what relates them."""
         cuts = np.asarray(cuts, dtype=np.float64)
-        curve, curve_se, first, first_se = (
-            self._curve(values, cuts)
-            for values in (
-                self.increase_nats, self.increase_se, self.first_order, self.first_order_se
-            )
-        )  # fmt: skip
+        curve, curve_se, first, first_se = self._at(
+            cuts, self.increase_nats, self.increase_se, self.first_order, self.first_order_se
+        )
         factor, joint_error = self.correction(float(curve.sum()))
         return first + factor * curve, np.hypot(first_se, factor * curve_se), joint_error
 
@@ -178,12 +175,20 @@ class SensitivityProfile:
         )
         return float(factor), float(joint_error)
 
-    def _curve(self, values: NDArray[np.float64], cuts: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the value of each layer's curve at its cut; beyond the grid's end, nothing."""
-        ends = [np.append(row, 0.0) for row in values]
+    def _at(
+        self, cuts: NDArray[np.float64], *curves: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], ...]:
+        """Return the values [L] of curves [L, B] at each layer's cut; beyond the grid's end, 0."""
         grid = np.append(self.cuts, max(1.0, self.cuts[-1]) + 1e-9)
-        at = np.array([np.interp(cut, grid, row) for cut, row in zip(cuts, ends, strict=True)])
-        return np.where(cuts > 1, 0.0, at)
+        place = np.clip(cuts, grid[0], grid[-1])
+        right = np.maximum(1, np.searchsorted(grid, place))
+        share = (place - grid[right - 1]) / (grid[right] - grid[right - 1])
+        layers = np.arange(self.n_layers)
+        ended = [np.pad(curve, ((0, 0), (0, 1))) for curve in curves]
+        found = [
+            (1 - share) * curve[layers, right - 1] + share * curve[layers, right] for curve in ended
+        ]
+        return tuple(np.where(cuts > 1, 0.0, values) for values in found)
 
     def save(self, path: str | Path) -> Path:
         """Write the profile to one .npz file, whole or not at all, and return its path."""
