@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timel
 
 HELD_S = 5.0
 """Most seconds, about, of decoding over a link that holds its copies."""
+DECODE_S, LEAST_ROUNDS = 10.0, 3
+"""No further round of decoding begins after so many seconds, if there were that many."""
 N_REWEIGHTED = 30
 """Rounds of reweighting after which the least absolute errors have settled."""
 SMALL_ERROR, TINY_S = 0.01, 1e-9
@@ -58,7 +61,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
     Args:
         model: the model to run; its configuration is restored afterwards.
         n_steps: decode steps timed per round.
-        rounds: rounds of decoding.
+        rounds: rounds of decoding, fewer on a machine that is slow at them.
     """
     spec, engine = model.spec, model.engine
     hidden = torch.ones(1, spec.hidden_size, dtype=model.hf.dtype, device=engine.device)
@@ -76,7 +79,10 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         by_precision = expert_times(model.layers[0].experts, list(stored.values()), hidden)
         n_held = _n_held(model, copies.linked[-1], n_steps, rounds)
         free, held = [], []
+        end = time.monotonic() + DECODE_S
         for turn in range(rounds):
+            if turn >= LEAST_ROUNDS and time.monotonic() > end:
+                break
             for half in (0, 1):
                 free += _free_steps(model, n_steps, first=2 * turn + half)
             held += _held_steps(model, n_held) if n_held else []

@@ -128,11 +128,8 @@ def test_works_take_turns_and_the_first_turn_does_not_count():
 @pytest.mark.slow
 def test_the_demo_is_probed_in_twenty_seconds():
     model = load("demo", dtype="float32", device="cpu", announce=lambda _: None)
-    seconds = []
-    for _ in range(2):  # the first may compile the clock
-        start = time.monotonic()
-        hardware = probe_hardware(model)
-        seconds.append(time.monotonic() - start)
-    assert min(seconds) < 20
+    start = time.monotonic()
+    hardware = probe_hardware(model)
+    assert time.monotonic() - start < 20
     assert hardware.is_emulated
     assert hardware.link_bytes_per_s == pytest.approx(model.engine.link.bytes_per_s, rel=0.1)
