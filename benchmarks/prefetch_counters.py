@@ -110,10 +110,9 @@ def main() -> int:
             }
             rows.append(row)
             print(f"{target}, {slots} slots: {row}", flush=True)
-        totals = {name: sum(row[name] for row in rows) for name in rows[0]}
         for name in ("used", "wasted"):
-            ratio = totals[f"{name}_replayed"] / totals[name]
-            print(f"{target}: {name} {totals[name]}, replayed {ratio - 1:+.1%}", flush=True)
+            counted, expected = (sum(row[n] for row in rows) for n in (name, f"{name}_replayed"))
+            print(f"{target}: {name} {counted}, replayed {expected:g}", flush=True)
         results.append({"link": target, "conditions": measurement_conditions(model), "rows": rows})
     save_json(arguments.out, {"benchmark": "prefetch_counters", "results": results})
     return 0

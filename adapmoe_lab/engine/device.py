@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -35,12 +35,16 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def on_host(tensors: Sequence[torch.Tensor]) -> list[NDArray[np.float64]]:
-    """Return tensors of one device as float64 arrays; from a GPU they come in one copy."""
-    whole = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).cpu().numpy()
-    ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
-    parts = zip(np.split(whole, ends), tensors, strict=True)
-    return [part.reshape(tensor.shape) for part, tensor in parts]
+def on_host(tensors: Sequence[torch.Tensor]) -> list[NDArray[Any]]:
+    """Return tensors of one device as arrays; from a GPU they come in one copy, as float64.
+
+    Whole numbers beyond 2^53 would not survive that.
+    """
+    if not tensors[0].is_cuda:
+        return [tensor.detach().numpy() for tensor in tensors]
+    together = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).cpu()
+    parts = zip(together.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
+    return [part.view(tensor.shape).to(tensor.dtype).numpy() for part, tensor in parts]
 
 
 def device_name(device: torch.device) -> str:

@@ -260,7 +260,8 @@ class OffloadEngine:
     ) -> torch.Tensor:
         """Return the summed outputs [T, D] of the experts each token keeps."""
         self.clock.spend(self.pace.dense_layer_s)
-        indices, weights = _on_host(top_k_index, top_k_weights)
+        # on a GPU this is the layer's one synchronisation
+        indices, weights = on_host([top_k_index, top_k_weights.float()])
         keep = indices < self.store.n_experts(layer)
         if self.gating is not None:
             keep &= keep_by_cuts(weights, self.gating.cuts[layer], self.gating.quantity)
@@ -287,13 +288,3 @@ class OffloadEngine:
             for observer in self.observers:
                 observer(passed)
         return output
-
-
-def _on_host(
-    index: torch.Tensor, weights: torch.Tensor
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return routing on the host; on a GPU this is the layer's one synchronisation."""
-    if index.is_cuda:
-        chosen, shares = on_host([index, weights])
-        return chosen.astype(np.int64), shares.astype(np.float32)
-    return index.numpy(), weights.detach().float().numpy()

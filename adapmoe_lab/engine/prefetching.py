@@ -206,7 +206,7 @@ class Prefetcher:
 
     def _scores(
         self, speaking: Sequence[tuple[PrefetchSource, int]], layer: int, x: torch.Tensor
-    ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Return the likeliest experts of targets, and their scores, both [T, C], on the host."""
         found = []
         for source, target in speaking:
@@ -219,11 +219,11 @@ class Prefetcher:
         self,
         source: PrefetchSource,
         target: int,
-        experts: NDArray[np.float64],
-        scores: NDArray[np.float64],
+        experts: NDArray[np.int64],
+        scores: NDArray[np.float32],
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         gating = None if self._gating is None else (self._gating, target)
-        return candidates(experts.astype(np.int64), source.probability[target], scores, gating)
+        return candidates(experts, source.probability[target], scores, gating)
 
     def _drop_others(self, layer: int, experts: NDArray[np.int64]) -> None:
         """Give up earlier guesses of a layer that are not begun and not repeated."""

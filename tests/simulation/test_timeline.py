@@ -27,7 +27,7 @@ def replay_of(*layers):
     return Replay(*counts, np.ones(1, dtype=bool), members, starts, fates, absent)
 
 
-def guess_of(target, experts, probability=0.9, n_layers=2, distance=1, moment=1):
+def guess_of(target, experts, probability=0.9, n_layers=2, distance=1, moment=Moment.EXPERTS_INPUT):
     """Return what the experts' input of the layer before tells of one layer, or its output."""
     guessed = np.full((1, 1, n_layers, 2), -1, dtype=np.int16)
     guessed[0, 0, target, : len(experts)] = experts
@@ -111,7 +111,7 @@ def test_nothing_is_hidden_where_the_host_waits_for_a_layers_output(moment, expe
     """Nobody guesses anything; the layers are those of the test above."""
     replayed = replay_of({0: HIT}, {5: LOAD})
     costs = replace(costs_of(), dense_layer_s=5.0, wait_s=-3.5)
-    silent = guess_of(1, [], moment=int(moment))
+    silent = guess_of(1, [], moment=moment)
     assert run_timeline(replayed, costs, silent, 2).ended_s[0] == expected
 
 
