@@ -39,14 +39,16 @@ class _Row:
 class _Outlook:
     """When what is asked for now can begin, and when it will be needed.
 
+    Both are told before anybody is asked: the asking itself delays them alike.
+
     Attributes:
-        link_ready: when the link will be done with what is demanded.
+        begins_at: when the link will be done with what is demanded; now, if it is.
         ready_at: when the present layer will be done.
         layer_experts_s: seconds that the experts of a layer take.
         late_s: seconds that the link will take for what is yet to be demanded before that.
     """
 
-    link_ready: float
+    begins_at: float
     ready_at: float
     layer_experts_s: float = 0.0
     late_s: float = 0.0
@@ -136,8 +138,7 @@ class Prefetcher:
 
     def begin_pass(self, token_ids: torch.Tensor, cache: ExpertCache) -> None:
         """Ask for the first layer's experts, by the tokens [T] of the pass that begins."""
-        outlook = _Outlook(self._link.free_at(), self._clock.now())
-        self._ask(Moment.TOKEN, 0, token_ids, cache, outlook)
+        self._ask(Moment.TOKEN, 0, token_ids, cache, self._outlook())
 
     def look_ahead(
         self,
@@ -156,26 +157,30 @@ class Prefetcher:
             step: what the layer does.
             late: experts that it will demand once there is staging for them.
         """
-        link_ready, expert_s = self._link.free_at(), self.pace.expert_s
+        now, link_ready, expert_s = self._clock.now(), self._link.free_at(), self.pace.expert_s
         late_s = 0.0
         for expert in late:
             late_s += self._link.seconds(int(self._store.expert_bytes[layer, expert]))
         link_ready += late_s
-        ready_at = max(self._clock.now() + len(step.hits) * expert_s, link_ready)
+        ready_at = max(now + len(step.hits) * expert_s, link_ready)
         ready_at += expert_s if step.n_misses else 0.0
         n_members = len(step.hits) + step.n_misses
-        outlook = _Outlook(link_ready, ready_at, n_members * expert_s, late_s)
+        outlook = _Outlook(max(now, link_ready), ready_at, n_members * expert_s, late_s)
         self._ask(Moment.EXPERTS_INPUT, layer, hidden, cache, outlook)
 
     def look_again(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:
         """Ask by a layer's output [T, D], which the next one starts from."""
-        outlook = _Outlook(self._link.free_at(), self._clock.now())
-        self._ask(Moment.LAYER_OUTPUT, layer, output, cache, outlook)
+        self._ask(Moment.LAYER_OUTPUT, layer, output, cache, self._outlook())
 
     def end_pass(self, last_hidden: torch.Tensor, cache: ExpertCache) -> None:
         """Ask for the first layer's experts of the next token, by this one's last state [1, D]."""
-        outlook = _Outlook(self._link.free_at(), self._clock.now() + self.pace.head_s)
+        outlook = self._outlook(after_s=self.pace.head_s)
         self._ask(Moment.LAST_HIDDEN, 0, last_hidden, cache, outlook)
+
+    def _outlook(self, after_s: float = 0.0) -> _Outlook:
+        """Return the outlook when nothing is demanded and the layer is done after some seconds."""
+        now = self._clock.now()
+        return _Outlook(max(now, self._link.free_at()), now + after_s)
 
     def _ask(
         self, moment: Moment, layer: int, x: torch.Tensor, cache: ExpertCache, outlook: _Outlook
@@ -199,7 +204,7 @@ class Prefetcher:
             for expert, chance in zip(experts.tolist(), chances.tolist(), strict=True):
                 is_here = cache.slot_of[target, expert] >= 0
                 if not is_here and self._is_worth(
-                    target, expert, chance, outlook.link_ready, needed_at_s
+                    target, expert, chance, outlook.begins_at, needed_at_s
                 ):
                     self._fetch(target, expert)
         self._link.expect_quiet(outlook.ready_at + self.pace.dense_layer_s - outlook.late_s)
@@ -233,19 +238,18 @@ class Prefetcher:
                 self._give_up(number, row)
 
     def _is_worth(
-        self, layer: int, expert: int, chance: float, link_ready: float, needed_at_s: float
+        self, layer: int, expert: int, chance: float, begins_at: float, needed_at_s: float
     ) -> bool:
         """Whether an absent expert, not on its way yet, is expected to gain time."""
         if any(row.expert == expert for _, row in self._rows_of(layer)):
             return False
-        begins = max(self._clock.now(), link_ready)
         for row in self._rows:
             if row is not None and row.layer <= layer and not row.copy.is_whole:
-                begins += self._link.seconds(row.copy.bytes_left)
+                begins_at += self._link.seconds(row.copy.bytes_left)
         n_bytes = int(self._store.expert_bytes[layer, expert])
         load_s = self._link.seconds(n_bytes)
         piece_s = self._link.seconds(piece_bounds(n_bytes)[1])
-        return expected_gain_s(chance, begins, needed_at_s, load_s, piece_s) > 0
+        return expected_gain_s(chance, begins_at, needed_at_s, load_s, piece_s) > 0
 
     def _fetch(self, layer: int, expert: int) -> None:
         """Ask for an expert if the buffer has room."""

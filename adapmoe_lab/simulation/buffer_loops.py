@@ -51,10 +51,10 @@ def row_with(rows, layer, expert):
 def ask(guessed, probability, absent, target, distance, times, clock, pace, rest, piece, rows):
     """Ask for those guesses [C] of a layer that are worth it, instead of earlier ones not begun.
 
-    `times` are when the link is done with what is demanded, when the present layer is done, and
-    what the experts of a layer take.
+    `times` are when the link can begin with it, when the present layer is done, and what the
+    experts of a layer take.
     """
-    link_ready, ready_at, layer_experts_s = times
+    begins_at, ready_at, layer_experts_s = times
     clock[NOW] += pace[GUESS_S]
     for row in range(len(rows)):
         if rows[row, LAYER] == target and rows[row, BEGUN] == 0:
@@ -68,7 +68,7 @@ def ask(guessed, probability, absent, target, distance, times, clock, pace, rest
         expert = guessed[c]
         if expert < 0 or not absent[c] or row_with(rows, target, expert) >= 0:
             continue
-        begins, at = max(clock[NOW], link_ready), -1
+        begins, at = begins_at, -1
         for row in range(len(rows) - 1, -1, -1):
             if rows[row, LAYER] < 0:
                 at = row

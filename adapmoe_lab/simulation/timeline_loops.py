@@ -202,9 +202,9 @@ def run_clock(
     arrives, row_of = np.zeros(widest), np.full(widest, -1)
     for step in range(n_steps):
         p = step % probability.shape[1]
+        times = max(clock[NOW], clock[LINK_FREE]), clock[NOW], 0.0
         for j in range(len(moments)):
             if moments[j] == TOKEN:
-                times = clock[LINK_FREE], clock[NOW], 0.0
                 ask(
                     guessed[j, step, 0], probability[j, p, 0], absent[j, step, 0], 0, 1,
                     times, clock, pace, rest, piece, rows,
@@ -222,10 +222,10 @@ def run_clock(
             )
             hits_done_at = clock[NOW] + (len(own) - n_missing) * expert_s
             ready_at = max(hits_done_at, link_ready) + (expert_s if n_missing > 0 else 0.0)
+            times = max(clock[NOW], link_ready), ready_at, len(own) * expert_s
             for j in range(len(moments)):
                 target = layer + distances[j]
                 if moments[j] == EXPERTS_INPUT and target < n_layers:
-                    times = link_ready, ready_at, len(own) * expert_s
                     ask(
                         guessed[j, step, target], probability[j, p, target],
                         absent[j, step, target], target, distances[j],
@@ -234,18 +234,18 @@ def run_clock(
             stall[step, layer] = _run_experts(
                 clock, log, pace, rest, piece, rows, layer, own, fate, row_of, arrives
             )
+            times = max(clock[NOW], clock[LINK_FREE]), clock[NOW], len(own) * expert_s
             for j in range(len(moments)):
                 target = layer + distances[j]
                 if moments[j] == LAYER_OUTPUT and target < n_layers:
-                    times = clock[LINK_FREE], clock[NOW], len(own) * expert_s
                     ask(
                         guessed[j, step, target], probability[j, p, target],
                         absent[j, step, target], target, distances[j],
                         times, clock, pace, rest, piece, rows,
                     )  # fmt: skip
+        times = max(clock[NOW], clock[LINK_FREE]), clock[NOW] + head_s, 0.0
         for j in range(len(moments) if step + 1 < n_steps else 0):
             if moments[j] == LAST_HIDDEN:
-                times = clock[LINK_FREE], clock[NOW] + head_s, 0.0
                 p = (step + 1) % probability.shape[1]
                 ask(
                     guessed[j, step + 1, 0], probability[j, p, 0], absent[j, step + 1, 0], 0, 1,
