@@ -2,10 +2,11 @@
 
 `python benchmarks/prefetch_counters.py --out benchmarks/results/prefetch-counters.json`
 
-The demo model continues prompts over emulated links; the machine is probed before and after, and
-the counts of the two probes' replays are averaged. The routing is recorded in a second run of the
-same prompts, so that recording takes no time of the first. What is demanded without fetching ahead
-must be the same exactly; what is fetched ahead depends on how long everything takes.
+The machine is probed, then the demo model continues prompts over emulated links. What is worth
+fetching is weighed by the probe's times in the run and in the replay alike; how much of it begins
+depends on how long everything takes. The routing is recorded in a second run of the same prompts,
+without fetching ahead, so that recording takes no time of the first; what is demanded in it must be
+the same exactly.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import adapmoe_lab as lab
@@ -25,7 +25,7 @@ from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.profiling.recorder import RoutingRecorder
-from adapmoe_lab.records import HardwareProfile, RoutingTrace, Traffic, TunedConfig
+from adapmoe_lab.records import RoutingTrace, Traffic, TunedConfig
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.simulation.guesses import recorded_guesses
 from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
@@ -57,15 +57,13 @@ def recorded(
     return recorder.trace(), traffic
 
 
-def replayed(
-    trace: RoutingTrace, config: TunedConfig, hardware: HardwareProfile, model: LabModel
-) -> tuple[int, int, int]:
+def replayed(trace: RoutingTrace, config: TunedConfig, model: LabModel) -> tuple[int, int, int]:
     """Return the demands without fetching ahead, and what is used and wasted with it."""
     keep = kept_experts(trace, None)
     alone = replay(trace, keep, config.plan, config.eviction)
     guesses = recorded_guesses(trace, config.prefetch)
     with_guesses = replay(trace, keep, config.plan, config.eviction, guesses)
-    costs = StepCosts.on(hardware, model.engine.store.expert_bytes)
+    costs = StepCosts.on(config.hardware, model.engine.store.expert_bytes)
     timeline = run_timeline(with_guesses, costs, guesses, config.prefetch.buffer_slots)
     return int(alone.misses.sum()), *(
         int(counted.sum()) for counted in (timeline.used, timeline.wasted)
@@ -91,18 +89,15 @@ def main() -> int:
             config = replace(
                 TunedConfig.untuned(model.spec), plan=plan, eviction=EVICTION, prefetch=table
             )
-            before = lab.probe_hardware(model)
-            config = replace(config, hardware=before)
+            config = replace(config, hardware=lab.probe_hardware(model))
             traffic = run(model, config, prompts, arguments.new_tokens)
-            after = lab.probe_hardware(model)
             trace, demanded = recorded(model, config, prompts, arguments.new_tokens)
-            predicted = [replayed(trace, config, probe, model) for probe in (before, after)]
-            demands, used, wasted = np.mean(predicted, axis=0).tolist()
+            demands, used, wasted = replayed(trace, config, model)
             row = {
                 "slots": slots,
                 "n_steps": traffic.n_steps,
                 "demands": int(demanded.misses.sum()),
-                "demands_replayed": int(demands),
+                "demands_replayed": demands,
                 "used": int(traffic.prefetch_used.sum()),
                 "used_replayed": used,
                 "wasted": int(traffic.prefetch_wasted.sum()),
@@ -112,7 +107,7 @@ def main() -> int:
             print(f"{target}, {slots} slots: {row}", flush=True)
         for name in ("used", "wasted"):
             counted, expected = (sum(row[n] for row in rows) for n in (name, f"{name}_replayed"))
-            print(f"{target}: {name} {counted}, replayed {expected:g}", flush=True)
+            print(f"{target}: {name} {counted}, replayed {expected}", flush=True)
         results.append({"link": target, "conditions": measurement_conditions(model), "rows": rows})
     save_json(arguments.out, {"benchmark": "prefetch_counters", "results": results})
     return 0
