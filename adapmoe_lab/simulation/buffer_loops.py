@@ -47,58 +47,98 @@ def row_with(rows, layer, expert):
     return -1
 
 
-@called
-def ask(guessed, probability, absent, target, distance, times, clock, pace, rest, piece, rows):
-    """Ask for those guesses [C] of a layer that are worth it, instead of earlier ones not begun.
+@inlined
+def _is_open(j, step, target, absent, rows):
+    """Whether a layer has guesses of absent experts, or earlier ones that are not begun."""
+    is_open = False
+    for c in range(absent.shape[3]):
+        is_open |= absent[j, step, target, c]
+    for row in range(len(rows)):
+        is_open |= rows[row, LAYER] == target and rows[row, BEGUN] == 0
+    return is_open
 
-    `times` are when the link can begin with it, when the present layer is done, and what the
-    experts of a layer take.
+
+@inlined
+def ask_all(
+    moment, layer, step, begins_at, ready_at, layer_experts_s, n_layers,
+    moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
+):  # fmt: skip
+    """Ask for what is worth it of all that is guessed at a moment of a layer.
+
+    `step` is the step that the guesses are of; `begins_at` is when the link can begin, `ready_at`
+    when the layer is done, and `layer_experts_s` what the experts of a layer take. The arrays are
+    those that `run_clock` takes.
     """
-    begins_at, ready_at, layer_experts_s = times
-    clock[NOW] += pace[GUESS_S]
+    for j in range(len(moments)):
+        target = layer + distances[j]
+        if moments[j] == moment and target < n_layers:
+            clock[NOW] += pace[GUESS_S]
+            if _is_open(j, step, target, absent, rows):
+                distance = max(1, distances[j])
+                needed_at_s = needed_at(ready_at, distance, pace[DENSE_LAYER_S], layer_experts_s)
+                _ask(
+                    j, step, target, begins_at, needed_at_s,
+                    guessed, probability, absent, clock, rest, piece, rows,
+                )  # fmt: skip
+
+
+@called
+def _ask(
+    j, step, target, first_begins_at, needed_at_s,
+    guessed, probability, absent, clock, rest, piece, rows,
+):  # fmt: skip
+    """Ask for those guesses of a predictor that are worth it, instead of earlier ones not begun.
+
+    Arrays are taken whole, since numba counts references to parts of them.
+    """
+    n_guesses, p = guessed.shape[3], step % probability.shape[1]
     for row in range(len(rows)):
         if rows[row, LAYER] == target and rows[row, BEGUN] == 0:
             is_guessed = False
-            for c in range(len(guessed)):
-                is_guessed |= guessed[c] == rows[row, MEMBER]
+            for c in range(n_guesses):
+                is_guessed |= guessed[j, step, target, c] == rows[row, MEMBER]
             if not is_guessed:
                 rows[row, LAYER] = -1
-    needed_at_s = needed_at(ready_at, distance, pace[DENSE_LAYER_S], layer_experts_s)
-    for c in range(len(guessed)):
-        expert = guessed[c]
-        if expert < 0 or not absent[c] or row_with(rows, target, expert) >= 0:
+    for c in range(n_guesses):
+        expert = guessed[j, step, target, c]
+        is_absent = expert >= 0 and absent[j, step, target, c]
+        if not is_absent or row_with(rows, target, expert) >= 0:
             continue
-        begins, at = begins_at, -1
+        begins_at, at = first_begins_at, -1
         for row in range(len(rows) - 1, -1, -1):
             if rows[row, LAYER] < 0:
                 at = row
+        if at < 0:
+            break
         for row in range(len(rows)):
             if 0 <= rows[row, LAYER] <= target:
                 layer, other = int(rows[row, LAYER]), int(rows[row, MEMBER])
-                begins += rest[layer, other, int(rows[row, BEGUN]), SECONDS]
+                begins_at += rest[layer, other, int(rows[row, BEGUN]), SECONDS]
         load_s, piece_s = rest[target, expert, 0, SECONDS], piece[target, expert, 0, SECONDS]
-        gain_s = expected_gain_s(probability[c], begins, needed_at_s, load_s, piece_s)
-        if at >= 0 and gain_s > 0:
+        chance = probability[j, p, target, c]
+        if expected_gain_s(chance, begins_at, needed_at_s, load_s, piece_s) > 0:
             rows[at, LAYER], rows[at, MEMBER], rows[at, BEGUN] = target, expert, 0
             rows[at, ASKED_AT], rows[at, ORDER] = clock[NOW], clock[N_ASKED]
             clock[N_ASKED] += 1
 
 
 @inlined
-def settle(rows, layer, members, fates, row_of):
-    """Tell which missing members were begun ahead; give up the layer's other rows.
+def settle(rows, layer, members, fates, first, end, row_of):
+    """Tell which missing members first..end-1 were begun ahead; give up the layer's other rows.
 
-    Fills `row_of` with the member's row or -1; returns how many rows were begun for nothing.
+    Fills `row_of`, from its start, with the member's row or -1; returns how many rows were begun
+    for nothing.
     """
     n_wasted = 0
-    for i in range(len(members)):
-        row_of[i] = row_with(rows, layer, members[i]) if fates[i] != HIT else -1
+    for i in range(end - first):
+        is_missing = fates[layer, first + i] != HIT
+        row_of[i] = row_with(rows, layer, members[layer, first + i]) if is_missing else -1
         if row_of[i] >= 0 and rows[row_of[i], BEGUN] == 0:
             row_of[i] = -1
     for row in range(len(rows)):
         if rows[row, LAYER] == layer:
             is_needed = False
-            for i in range(len(members)):
+            for i in range(end - first):
                 is_needed |= row_of[i] == row
             if not is_needed:
                 n_wasted += rows[row, BEGUN] > 0

@@ -19,7 +19,11 @@ from adapmoe_lab import policies, records, simulation
 from adapmoe_lab.records.files import cache_folder, digest
 
 _SETTINGS: Any = config
-_UNWRAPPED: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_UNCOUNTED: Any = {"_nrt": False}
+"""Without counting references to arrays, which takes most of the time of short loops. What is
+compiled so can make no arrays: numba refuses to compile it."""
+
+_UNWRAPPED: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_UNCOUNTED}
 
 inlined: Callable[..., Any] = numba.njit(forceinline=True, **_UNWRAPPED)
 """Makes a function that compiled ones may call, and that becomes part of them."""
@@ -33,10 +37,10 @@ def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function when it is first called, or take it from the cache folder.
 
     It may call inlined functions and read constants of records, policies and simulation, whose
-    sources its code is known by. It holds no lock while it runs.
+    sources its code is known by. It makes no arrays, and holds no lock while it runs.
     """
     folder = cache_folder() / "compiled" / _sources()
-    dispatcher = numba.njit(nogil=True)(function)
+    dispatcher = numba.njit(nogil=True, **_UNCOUNTED)(function)
     if _can_write(folder):  # else every process compiles for itself
         elsewhere, _SETTINGS.CACHE_DIR = _SETTINGS.CACHE_DIR, str(folder)
         try:

@@ -48,6 +48,11 @@ class Replay:
         """Distinct experts that crossed the link, int64 [N, L]."""
         return self.loads + self.streamed
 
+    @property
+    def widest(self) -> int:
+        """The most experts that a layer needed in one step."""
+        return int(np.diff(self.starts).max())
+
 
 def replay(
     trace: RoutingTrace,
@@ -86,7 +91,7 @@ def replay(
     next_use_in = n_shared if policy.needs_future else None
     members, starts, following = expert_sets(trace, keep, bounds, next_use_in)
     bits = trace.router_probs.view(np.uint16)
-    counts = np.empty((spec.n_layers, 3, len(bounds) - 1), dtype=np.int64)
+    counts = np.empty((plan.n_pools, len(bounds) - 1, n_shared, 3), dtype=np.int64)
     fates = np.empty(members.shape, dtype=np.int8)
     absent = np.zeros(guesses.experts.shape, dtype=np.bool_)
 
@@ -105,7 +110,7 @@ def replay(
             bounds,
             pinned[own],
             empty_pool(n_shared, spec.n_experts),
-            counts[own],
+            counts[pool],
             fates[own],
             guesses.distances,
             guesses.experts,
@@ -113,7 +118,7 @@ def replay(
         )
 
     in_threads(replay_one, plan.n_pools)
-    hits, loads, streamed = counts.transpose(1, 2, 0)
+    hits, loads, streamed = counts.transpose(3, 1, 0, 2).reshape(3, -1, spec.n_layers)
     is_decode = trace.is_decode[bounds[:-1]]
     return Replay(hits, loads, streamed, is_decode, members, starts, fates, absent)
 

@@ -177,7 +177,7 @@ def replay_pool(
         bounds: int64 [N+1], first token of every step, and T.
         pinned: bool [L, E], experts that never leave.
         state: what `empty_pool` returns.
-        out: int64 [L, 3, N], filled with hits, loads and streamed experts.
+        out: int64 [N, L, 3], filled with hits, loads and streamed experts.
         fates: int8 [L, T K], filled with what becomes of each member: HIT, LOAD or STREAM.
         distances: int64 [J], from how many layers before a layer's experts are guessed; 0 for
             before the pass begins.
@@ -247,9 +247,9 @@ def replay_pool(
             _let_go(
                 values, resident, barred, lowest, lowest_value, members, layer, first, end, pinned
             )
-            out[layer, 0, step] = end - first - n_missing
-            out[layer, 1, step] = n_loads
-            out[layer, 2, step] = n_missing - n_loads
+            out[step, layer, 0] = end - first - n_missing
+            out[step, layer, 1] = n_loads
+            out[step, layer, 2] = n_missing - n_loads
             clock += 1
 
 

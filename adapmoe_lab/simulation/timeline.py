@@ -176,7 +176,7 @@ def run_timeline(
     """
     if not len(guesses.moments) and not n_events:
         return _layer_by_layer(replayed, costs)
-    from adapmoe_lab.simulation.timeline_loops import run_clock
+    from adapmoe_lab.simulation.timeline_loops import empty_clock, run_clock
 
     if (guesses.moments == Moment.LAYER_OUTPUT).any():
         costs = replace(costs, wait_s=max(0.0, costs.wait_s))
@@ -196,7 +196,7 @@ def run_timeline(
         costs.pace,
         costs.rest,
         costs.piece,
-        buffer_slots,
+        empty_clock(buffer_slots, replayed.widest),
         used,
         wasted,
         stall_s,
@@ -223,7 +223,8 @@ def _layer_by_layer(replayed: Replay, costs: StepCosts) -> Timeline:
     def run(layer: int) -> None:
         out = stall_s[layer], spent_s[layer], n_bytes[layer], link_s[layer]
         own = replayed.members[layer], replayed.starts[layer], replayed.fates[layer]
-        time_layer(*own, loads[layer], costs.pace, *out)
+        room = np.empty(replayed.widest, dtype=np.int64), np.empty(replayed.widest)
+        time_layer(*own, loads[layer], costs.pace, *room, *out)
 
     in_threads(run, n_layers)
     nothing = np.zeros((n_steps, n_layers), dtype=np.int64)

@@ -30,7 +30,7 @@ from adapmoe_lab.simulation.buffer_loops import (
     PIECE_S,
     SECONDS,
     WAIT_S,
-    ask,
+    ask_all,
     next_in_line,
     settle,
 )
@@ -94,32 +94,31 @@ def _begin_pieces(clock, log, pace, rows, piece):
 
 
 @inlined
-def _demand(clock, log, pace, rest, layer, members, fates, rows, row_of, arrives):
-    """Ask for everything that is missing, as far as there is staging; return what it all takes.
+def _demand(clock, log, pace, rest, layer, members, fates, first, end, rows, row_of, arrives):
+    """Ask for all of a layer's members that is missing, as far as there is staging.
 
-    That is when the link will be done, and how many members are missing.
+    Fills `arrives` as `row_of` is filled. Returns when the link will be done with all of it, and
+    how many members are missing.
     """
     n_missing, n_streamed, late_s = 0, 0, 0.0
-    for i in range(len(members)):
-        n_missing += fates[i] != HIT
-        row = row_of[i]
+    for i in range(end - first):
+        n_missing += fates[layer, first + i] != HIT
+        row, expert = row_of[i], members[layer, first + i]
         if row >= 0:
             if rows[row, BEGUN] < N_PIECES:
-                rows[row, ARRIVAL] = _copy(
-                    clock, log, pace, rest, layer, members[i], int(rows[row, BEGUN])
-                )
+                n_begun = int(rows[row, BEGUN])
+                rows[row, ARRIVAL] = _copy(clock, log, pace, rest, layer, expert, n_begun)
                 rows[row, BEGUN] = N_PIECES
             arrives[i] = rows[row, ARRIVAL]
-    for i in range(len(members)):
-        if fates[i] == LOAD and row_of[i] < 0:
-            arrives[i] = _copy(clock, log, pace, rest, layer, members[i], 0)
-    for i in range(len(members)):
-        if fates[i] == STREAM and row_of[i] < 0:
-            n_streamed += 1
-            if n_streamed <= N_STAGING:
-                arrives[i] = _copy(clock, log, pace, rest, layer, members[i], 0)
-            else:
-                late_s += rest[layer, members[i], 0, SECONDS]
+    for fate in (LOAD, STREAM):
+        for i in range(end - first if n_missing > 0 else 0):
+            if fates[layer, first + i] == fate and row_of[i] < 0:
+                expert = members[layer, first + i]
+                n_streamed += fate == STREAM
+                if n_streamed <= N_STAGING:
+                    arrives[i] = _copy(clock, log, pace, rest, layer, expert, 0)
+                else:
+                    late_s += rest[layer, expert, 0, SECONDS]
     return clock[LINK_FREE] + late_s, n_missing
 
 
@@ -133,32 +132,42 @@ def _run_when_there(clock, log, layer, expert, arrival, expert_s):
 
 
 @inlined
-def _run_experts(clock, log, pace, rest, piece, rows, layer, members, fates, row_of, arrives):
+def _run_experts(
+    clock, log, pace, rest, piece, rows, layer, members, fates, first, end, row_of, arrives
+):  # fmt: skip
     """Compute a layer's experts as they are there; return the seconds waited."""
-    stall, expert_s = 0.0, pace[EXPERT_S]
-    for i in range(len(members)):
-        if fates[i] == HIT:
-            _compute(clock, log, EXPERT, layer, members[i], expert_s)
-    for i in range(len(members)):
+    stall, expert_s, n_missing = 0.0, pace[EXPERT_S], 0
+    for i in range(end - first):
+        if fates[layer, first + i] == HIT:
+            _compute(clock, log, EXPERT, layer, members[layer, first + i], expert_s)
+        else:
+            n_missing += 1
+    if n_missing == 0:
+        return stall
+    for i in range(end - first):
         if row_of[i] >= 0:
-            stall += _run_when_there(clock, log, layer, members[i], arrives[i], expert_s)
+            expert = members[layer, first + i]
+            stall += _run_when_there(clock, log, layer, expert, arrives[i], expert_s)
             clock[NOW] += pace[MISS_S]  # it is moved to a slot
-    for i in range(len(members)):
-        if fates[i] == LOAD and row_of[i] < 0:
-            stall += _run_when_there(clock, log, layer, members[i], arrives[i], expert_s)
+    for i in range(end - first):
+        if fates[layer, first + i] == LOAD and row_of[i] < 0:
+            expert = members[layer, first + i]
+            stall += _run_when_there(clock, log, layer, expert, arrives[i], expert_s)
     late, n_in_flight = 0, 0
-    for i in range(len(members)):
-        if fates[i] == STREAM and row_of[i] < 0:
-            stall += _run_when_there(clock, log, layer, members[i], arrives[i], expert_s)
+    for i in range(end - first):
+        if fates[layer, first + i] == STREAM and row_of[i] < 0:
+            expert = members[layer, first + i]
+            stall += _run_when_there(clock, log, layer, expert, arrives[i], expert_s)
             n_in_flight = 0
             late = i + 1
-            while late < len(members) and n_in_flight < N_STAGING:
-                n_in_flight += fates[late] == STREAM and row_of[late] < 0
+            while late < end - first and n_in_flight < N_STAGING:
+                n_in_flight += fates[layer, first + late] == STREAM and row_of[late] < 0
                 late += 1
             if n_in_flight == N_STAGING:
                 _begin_pieces(clock, log, pace, rows, piece)
-                arrives[late - 1] = _copy(clock, log, pace, rest, layer, members[late - 1], 0)
-    for i in range(len(members)):
+                expert = members[layer, first + late - 1]
+                arrives[late - 1] = _copy(clock, log, pace, rest, layer, expert, 0)
+    for i in range(end - first):
         if row_of[i] >= 0:
             rows[row_of[i], LAYER] = -1
     clock[NOW] += max(pace[WAIT_S], -stall) if stall > 0 else 0.0
@@ -168,7 +177,7 @@ def _run_experts(clock, log, pace, rest, piece, rows, layer, members, fates, row
 @compiled
 def run_clock(
     members, starts, fates, moments, distances, guessed, probability, absent,
-    pace, rest, piece, n_rows, used, wasted, stall, n_bytes, link_s, ended, log,
+    pace, rest, piece, state, used, wasted, stall, n_bytes, link_s, ended, log,
 ):  # fmt: skip
     """Run the clock over every step, and return how many events were written down.
 
@@ -185,7 +194,7 @@ def run_clock(
         rest: float64 [L, E, P+1, 2], seconds and bytes of what is left of an expert when so many
             pieces are begun.
         piece: float64 [L, E, P, 2], seconds and bytes of each piece.
-        n_rows: rows of the buffer.
+        state: what `empty_clock` returns.
         used: int64 [N, L], filled with the experts that were begun ahead and needed.
         wasted: int64 [N, L], filled with those that were begun and not needed.
         stall: float64 [N, L], filled with the seconds that computing waited.
@@ -196,61 +205,46 @@ def run_clock(
     """
     n_layers, n_steps = starts.shape[0], starts.shape[1] - 1
     dense_layer_s, expert_s, head_s = pace[DENSE_LAYER_S], pace[EXPERT_S], pace[HEAD_S]
-    clock, rows = np.zeros(6), np.zeros((n_rows, 6))
-    rows[:, LAYER] = -1
-    widest = np.diff(starts).max()
-    arrives, row_of = np.zeros(widest), np.full(widest, -1)
+    clock, rows, row_of, arrives = state
     for step in range(n_steps):
-        p = step % probability.shape[1]
-        times = max(clock[NOW], clock[LINK_FREE]), clock[NOW], 0.0
-        for j in range(len(moments)):
-            if moments[j] == TOKEN:
-                ask(
-                    guessed[j, step, 0], probability[j, p, 0], absent[j, step, 0], 0, 1,
-                    times, clock, pace, rest, piece, rows,
-                )  # fmt: skip
+        begins_at = max(clock[NOW], clock[LINK_FREE])
+        ask_all(
+            TOKEN, 0, step, begins_at, clock[NOW], 0.0, n_layers,
+            moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
+        )  # fmt: skip
         for layer in range(n_layers):
             _compute(clock, log, DENSE, layer, -1, dense_layer_s)
             _begin_pieces(clock, log, pace, rows, piece)
-            own = members[layer, starts[layer, step] : starts[layer, step + 1]]
-            fate = fates[layer, starts[layer, step] : starts[layer, step + 1]]
-            wasted[step, layer] = settle(rows, layer, own, fate, row_of)
-            for i in range(len(own)):
+            first, end = starts[layer, step], starts[layer, step + 1]
+            wasted[step, layer] = settle(rows, layer, members, fates, first, end, row_of)
+            for i in range(end - first):
                 used[step, layer] += row_of[i] >= 0
             link_ready, n_missing = _demand(
-                clock, log, pace, rest, layer, own, fate, rows, row_of, arrives
+                clock, log, pace, rest, layer, members, fates, first, end, rows, row_of, arrives
             )
-            hits_done_at = clock[NOW] + (len(own) - n_missing) * expert_s
+            layer_experts_s = (end - first) * expert_s
+            hits_done_at = clock[NOW] + (end - first - n_missing) * expert_s
             ready_at = max(hits_done_at, link_ready) + (expert_s if n_missing > 0 else 0.0)
-            times = max(clock[NOW], link_ready), ready_at, len(own) * expert_s
-            for j in range(len(moments)):
-                target = layer + distances[j]
-                if moments[j] == EXPERTS_INPUT and target < n_layers:
-                    ask(
-                        guessed[j, step, target], probability[j, p, target],
-                        absent[j, step, target], target, distances[j],
-                        times, clock, pace, rest, piece, rows,
-                    )  # fmt: skip
+            begins_at = max(clock[NOW], link_ready)
+            ask_all(
+                EXPERTS_INPUT, layer, step, begins_at, ready_at, layer_experts_s, n_layers,
+                moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
+            )  # fmt: skip
             stall[step, layer] = _run_experts(
-                clock, log, pace, rest, piece, rows, layer, own, fate, row_of, arrives
-            )
-            times = max(clock[NOW], clock[LINK_FREE]), clock[NOW], len(own) * expert_s
-            for j in range(len(moments)):
-                target = layer + distances[j]
-                if moments[j] == LAYER_OUTPUT and target < n_layers:
-                    ask(
-                        guessed[j, step, target], probability[j, p, target],
-                        absent[j, step, target], target, distances[j],
-                        times, clock, pace, rest, piece, rows,
-                    )  # fmt: skip
-        times = max(clock[NOW], clock[LINK_FREE]), clock[NOW] + head_s, 0.0
-        for j in range(len(moments) if step + 1 < n_steps else 0):
-            if moments[j] == LAST_HIDDEN:
-                p = (step + 1) % probability.shape[1]
-                ask(
-                    guessed[j, step + 1, 0], probability[j, p, 0], absent[j, step + 1, 0], 0, 1,
-                    times, clock, pace, rest, piece, rows,
-                )  # fmt: skip
+                clock, log, pace, rest, piece, rows, layer, members, fates, first, end, row_of,
+                arrives,
+            )  # fmt: skip
+            begins_at = max(clock[NOW], clock[LINK_FREE])
+            ask_all(
+                LAYER_OUTPUT, layer, step, begins_at, clock[NOW], layer_experts_s, n_layers,
+                moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
+            )  # fmt: skip
+        if step + 1 < n_steps:
+            begins_at = max(clock[NOW], clock[LINK_FREE])
+            ask_all(
+                LAST_HIDDEN, 0, step + 1, begins_at, clock[NOW] + head_s, 0.0, n_layers,
+                moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
+            )  # fmt: skip
         _compute(clock, log, DENSE, -1, -1, head_s)
         n_bytes[step] = int(clock[N_BYTES])
         link_s[step] = clock[LINK_S]
@@ -260,7 +254,9 @@ def run_clock(
 
 
 @compiled
-def time_layer(members, starts, fates, load, pace, stall, spent, n_bytes, link_s):
+def time_layer(
+    members, starts, fates, load, pace, missing, arrives, stall, spent, n_bytes, link_s
+):  # fmt: skip
     """Time every step of one layer that finds and leaves the link idle, as `run_clock` does.
 
     The inner loop is one function on purpose: it runs a million times for a slider.
@@ -271,14 +267,14 @@ def time_layer(members, starts, fates, load, pace, stall, spent, n_bytes, link_s
         fates: int8 [T K], what becomes of each member.
         load: float64 [E, 2], seconds and bytes of each expert.
         pace: as `run_clock` takes it.
+        missing: int64, room for the experts that the widest step may miss.
+        arrives: float64, as much room.
         stall: float64 [N], filled with the seconds that computing waited.
         spent: float64 [N], filled with the seconds of the layer.
         n_bytes: int64 [N], filled with the bytes that crossed.
         link_s: float64 [N], filled with the seconds that took.
     """
     expert_s, miss_s = pace[EXPERT_S], pace[MISS_S]
-    missing = np.zeros(np.diff(starts).max(), dtype=np.int64)
-    arrives = np.zeros(len(missing))
     for step in range(len(starts) - 1):
         now, link_free, waited, crossed, busy = pace[DENSE_LAYER_S], 0.0, 0.0, 0.0, 0.0
         n_members, n_loads, n_missing = starts[step + 1] - starts[step], 0, 0
@@ -310,3 +306,13 @@ def time_layer(members, starts, fates, load, pace, stall, spent, n_bytes, link_s
         stall[step] = waited
         spent[step] = now + (max(pace[WAIT_S], -waited) if waited > 0 else 0.0)
         n_bytes[step], link_s[step] = int(crossed), busy
+
+
+def empty_clock(n_rows: int, widest: int) -> tuple[np.ndarray, ...]:
+    """Return what the clock keeps, at zero and with an empty buffer of so many rows.
+
+    In order: its own state; the buffer; the row and the arrival of every member of the widest step.
+    """
+    rows = np.zeros((n_rows, 6))
+    rows[:, LAYER] = -1
+    return np.zeros(6), rows, np.full(widest, -1), np.zeros(widest)
