@@ -87,10 +87,7 @@ def _ask(
     j, step, target, first_begins_at, needed_at_s,
     guessed, probability, absent, clock, rest, piece, rows,
 ):  # fmt: skip
-    """Ask for those guesses of a predictor that are worth it, instead of earlier ones not begun.
-
-    Arrays are taken whole, since numba counts references to parts of them.
-    """
+    """Ask for those guesses of a predictor that are worth it, instead of earlier ones not begun."""
     n_guesses, p = guessed.shape[3], step % probability.shape[1]
     for row in range(len(rows)):
         if rows[row, LAYER] == target and rows[row, BEGUN] == 0:

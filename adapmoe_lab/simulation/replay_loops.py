@@ -1,7 +1,6 @@
 """The loops of a replay, compiled. Import it only where they run, since that imports numba.
 
-Functions take one layer or one pool each, so that threads share the layers. They take plain
-arrays: numba counts references to the parts of a tuple inside the loops.
+Functions take one layer or one pool each, so that threads share the layers.
 """
 
 from __future__ import annotations
