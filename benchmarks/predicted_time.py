@@ -6,14 +6,13 @@ In every round the machine is probed, every configuration measured one after the
 machine probed again; predicted is the mean of the two probes' predictions, so that what else the
 machine does falls on all alike. The probe decodes a
 prompt of its own in a memory size of its own; the trace that is replayed was recorded without
-gating. A configuration's error is that of the median over rounds of predicted over measured.
+gating, and its steps after each prompt are the ones counted. A configuration's error is that of the median over rounds of predicted over measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,24 +22,20 @@ import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.records import HardwareProfile, RoutingTrace, TunedConfig
 from adapmoe_lab.records.files import save_json
-from adapmoe_lab.simulation.prefetch_tables import ms_per_token, plan_prefetch
+from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
 from adapmoe_lab.simulation.rank_agreement import rank_correlation
-from adapmoe_lab.simulation.simulate import Simulation, simulate
+from adapmoe_lab.simulation.simulate import replayed_and_timed
 
 SHARES = (0.25, 0.375, 0.625, 0.75, 1.0)
 PROBED_SHARE = 0.875
 """What the model is loaded with, and the probe decodes in; and half of all experts."""
 
 SKIPPED_FRACTION = 0.2
-PREDICTED: dict[str, Callable[[Simulation], float]] = {
-    "predicted_ms": ms_per_token,
-    "used_predicted": lambda simulation: float(simulation.prefetch_used_per_token.sum()),
-    "wasted_predicted": lambda simulation: float(simulation.prefetch_wasted_per_token.sum()),
-    "demands_predicted": lambda simulation: float(simulation.loads_per_token.sum()),
-}
+PREDICTED = ("predicted_ms", "used_predicted", "wasted_predicted", "demands_predicted")
 """What is kept of a prediction, all but the first in experts per token."""
 MEASURED = ("measured_ms", "samples_ms", "used", "wasted", "demands")
 
@@ -78,6 +73,24 @@ def cases_of(trace: RoutingTrace) -> list[Case]:
     return cases
 
 
+def predict(
+    trace: RoutingTrace, config: TunedConfig, hardware: HardwareProfile, prompt_tokens: int
+) -> dict[str, float]:
+    """Return the means of `PREDICTED` over the tokens that follow the prompts, which are decoded."""
+    starts = trace.sequence_starts
+    places = np.arange(trace.n_tokens)
+    is_decoded = places - starts[np.searchsorted(starts, places, "right") - 1] >= prompt_tokens
+    keep = kept_experts(trace, config.gating)
+    replayed, timeline = replayed_and_timed(trace, config, keep, hardware)
+    assert timeline is not None
+    used, wasted = timeline.used, timeline.wasted
+    counts = used, wasted, replayed.misses - used
+    means = [float(count[is_decoded].sum(axis=1).mean()) for count in counts]
+    return dict(
+        zip(PREDICTED, [1e3 * float(timeline.step_s[is_decoded].mean()), *means], strict=True)
+    )
+
+
 def run_rounds(
     model: LabModel, prompts: list[str], lengths: tuple[int, int], n_rounds: int
 ) -> tuple[list[HardwareProfile], list[dict[str, object]]]:
@@ -98,11 +111,13 @@ def run_rounds(
         }
         for case in cases
     ]
-    predicted: list[list[Simulation]] = []
+    predictions: list[list[dict[str, float]]] = []
 
     def probe() -> None:
         probes.append(lab.probe_hardware(model))
-        predicted.append([simulate(trace, case.config, probes[-1]) for case in cases])
+        predictions.append(
+            [predict(trace, case.config, probes[-1], prompt_tokens) for case in cases]
+        )
 
     probe()
     for number in range(n_rounds):
@@ -122,9 +137,9 @@ def run_rounds(
             ):
                 row[name].append(int(counted.sum()) / traffic.n_steps)
         probe()
-        for row, *both in zip(rows, *predicted[-2:], strict=True):
-            for name, of in PREDICTED.items():
-                row[name].append(float(np.mean([of(simulation) for simulation in both])))
+        for row, *both in zip(rows, *predictions[-2:], strict=True):
+            for name in PREDICTED:
+                row[name].append(float(np.mean([predicted[name] for predicted in both])))
         print(f"round {number + 1} of {n_rounds} done", flush=True)
     return probes, rows
 

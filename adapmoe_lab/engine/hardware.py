@@ -29,6 +29,7 @@ from adapmoe_lab.engine.pace import PROMPT_TOKENS
 from adapmoe_lab.engine.prediction import MAX_DISTANCE
 from adapmoe_lab.engine.prefetching import Prefetcher
 from adapmoe_lab.models.experts import run_expert
+from adapmoe_lab.models.residual_stream import layer_outputs_observed_by
 from adapmoe_lab.records import (
     OFF,
     CachePlan,
@@ -37,6 +38,7 @@ from adapmoe_lab.records import (
     PrefetchSource,
     PrefetchTable,
 )
+from adapmoe_lab.records.prefetch import Moment
 from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timeline
 
 HELD_S = 5.0
@@ -53,10 +55,11 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
     """Measure the parts of a decode step on this machine, in less than 20 s.
 
     Decode runs in the memory the model was loaded with, step by step by turns as it is, under a
-    gate that keeps every expert, and under one that keeps one; each with predictors asked and
-    without: what each adds is its cost, the rest that of everything else; misses are counted and
-    taken out. It also runs with half of the experts cached over the link as it is, for what
-    waiting adds. Everything else is timed by itself, in turns, and its median taken.
+    gate that keeps every expert, and under one that keeps one; each with nobody asked, with one
+    predictor, with several at once, and with one at a layer's output: what each adds is its cost,
+    the rest that of everything else; misses are counted and taken out. It also runs with half of
+    the experts cached over the link as it is, for what waiting adds. Everything else is timed by
+    itself, in turns, and its median taken.
 
     Args:
         model: the model to run; its configuration is restored afterwards.
@@ -84,7 +87,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
             if turn >= LEAST_ROUNDS and time.monotonic() > end:
                 break
             for half in (0, 1):
-                free += _free_steps(model, n_steps, first=2 * turn + half)
+                free += _free_steps(model, n_steps, first=5 * (2 * turn + half))
             held += _held_steps(model, n_held) if n_held else []
     solved = _solved(free, miss_s, next(iter(by_precision.values())))
     profile = HardwareProfile(
@@ -103,6 +106,8 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         gate_s=solved["gate"] / spec.n_layers,
         guess_s=solved.get("guess"),
         gated_guess_s=solved.get("gated_guess"),
+        ask_s=solved.get("ask"),
+        ask_output_s=solved.get("ask_output"),
         host_sync_s=sync_s,
         launch_s=launch_s,
         host_memory_bytes_per_s=memory_rate,
@@ -125,12 +130,20 @@ def measurement_conditions(model: LabModel) -> dict[str, str | int]:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One timed decode step: seconds, and counters, those of hits and misses by layer [L]."""
+    """One timed decode step: seconds, and counters, those of hits and misses by layer [L].
+
+    Attributes:
+        n_guesses: how often a predictor was asked about a layer.
+        n_asks: at how many moments of layers any was.
+        n_output_asks: how many of these were outputs of layers.
+    """
 
     seconds: float
     n_run: int
     is_gated: bool
     n_guesses: int
+    n_asks: int
+    n_output_asks: int
     hits: NDArray[np.int64]
     misses: NDArray[np.int64]
 
@@ -144,41 +157,49 @@ class _Turn:
 
 
 def _turns(model: LabModel) -> list[_Turn]:
-    """Return every way to run a step: as it is, keeping all, keeping one; asking nobody or all.
+    """Return every way to run a step: as it is, keeping all, keeping one; asking or not.
 
     In a gated step the answers are put to a gate too. The engine is left as the model was loaded.
     """
-    engine, spec, asked = model.engine, model.spec, _asking(model)
+    engine, spec, turns = model.engine, model.spec, []
     keeps_all, keeps_one = (
         GatingTable.per_layer(np.full(spec.n_layers, cut), spec.top_k) for cut in (OFF, 0.0)
     )
-    turns = [_Turn(None), _Turn(keeps_all), _Turn(keeps_one)]
-    if asked is not None:
-        asking = {}
-        for gating in (None, keeps_all):
-            predictors = model.predictors()
-            engine.configure(gating, model.memory.slots, prefetch=asked, predictors=predictors)
-            asking[gating] = engine.cached.prefetcher
-        turns += [_Turn(turn.gating, asking[turn.gating and keeps_all]) for turn in turns]
     engine.configure(None, model.memory.slots)
+    parts = engine.store, engine.link, engine.clock, engine.device, engine.pace
+    asked, predictors = [None, *_asking(model)], model.predictors()
+    for gating in (None, keeps_all, keeps_one):
+        judge = gating and keeps_all
+        turns += [
+            _Turn(gating, table and Prefetcher(table, predictors, *parts, judge)) for table in asked
+        ]
     return turns
 
 
-def _asking(model: LabModel) -> PrefetchTable | None:
-    """Return a table that asks of every layer what those before it can; None if none can."""
+def _asking(model: LabModel) -> list[PrefetchTable]:
+    """Return whom to ask, by turns: the next router of one layer and of all, the layer's own norm.
+
+    Only what can be had of the model is in it.
+    """
     spec = model.spec
-    if not all(layer.router.reads_experts_input for layer in model.layers):
-        return None
+    if not all(layer.router.reads_experts_input for layer in model.layers) or spec.n_layers < 2:
+        return []
     never = np.zeros((spec.n_layers, spec.top_k))
-    distances = range(1, min(MAX_DISTANCE + 1, spec.n_layers))
-    sources = [PrefetchSource("next_router", distance, never) for distance in distances]
-    return PrefetchTable(sources, buffer_slots=1) if sources else None
+    routers = [
+        PrefetchSource("next_router", distance, never)
+        for distance in range(1, min(MAX_DISTANCE + 1, spec.n_layers))
+    ]
+    by_turns = [routers[:1], routers] if len(routers) > 1 else [routers]
+    if any(predictor.name == "own_norm" for predictor in model.predictors()):
+        by_turns.append([PrefetchSource("own_norm", 1, never)])
+    return [PrefetchTable(sources, buffer_slots=1) for sources in by_turns]
 
 
 def _free_steps(model: LabModel, n_steps: int, first: int) -> list[_Step]:
-    """Decode over a link that holds nothing, every way to run a step by turns."""
-    turns = _turns(model)
-    with model.engine.unpaced():
+    """Decode over a link that holds nothing, every way to run a step by turns from `first` on."""
+    engine, turns = model.engine, _turns(model)
+    outputs = layer_outputs_observed_by(model.hf, model.layers, engine.end_layer)
+    with engine.unpaced(), outputs:
         return _steps(model, n_steps, turns[first % len(turns) :] + turns[: first % len(turns)])
 
 
@@ -205,8 +226,8 @@ def _steps(
         seconds, passed = engine.clock.now() - start, engine.traffic - before
         if step > 0:
             asking, is_gated = engine.cached.prefetcher, engine.gating is not None
-            n_guesses = _n_guesses(model, asking.table) if asking else 0
-            counted = passed.kept, is_gated, n_guesses, passed.hits, passed.misses
+            asked = _n_asked(model, asking.table) if asking else (0, 0, 0)
+            counted = passed.kept, is_gated, *asked, passed.hits, passed.misses
             steps.append(_Step(seconds, *counted))
         else:
             after_prompt()
@@ -218,9 +239,12 @@ def _steps(
     return steps
 
 
-def _n_guesses(model: LabModel, asked: PrefetchTable) -> int:
-    """Return how many guesses a table asks for in a step."""
-    return sum(model.spec.n_layers - source.distance for source in asked.sources)
+def _n_asked(model: LabModel, asked: PrefetchTable) -> tuple[int, int, int]:
+    """Return how many guesses a table asks for in a step, at how many moments, and outputs."""
+    targets = [model.spec.n_layers - source.distance for source in asked.sources]
+    n_asks = max(targets)  # all sources of a table speak at the same moments here
+    at_output = asked.sources[0].moment == Moment.LAYER_OUTPUT
+    return sum(targets), n_asks, n_asks * at_output
 
 
 def _n_held(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
@@ -240,27 +264,37 @@ def _half(model: LabModel) -> CachePlan:
 def _solved(steps: list[_Step], miss_s: float | None, alone_s: float) -> dict[str, float]:
     """Return the seconds of a step's parts, which leave the least absolute errors.
 
-    They are `step`, all outside the experts; `expert`; `gate`, gating every layer; `guess` and
-    `gated_guess`, one predictor asked of one layer, if any were. Where a router chooses one expert,
-    that expert takes what it takes alone.
+    They are `step`, all outside the experts; `expert`; `gate`, gating every layer; and, if anybody
+    was asked, `guess` and `gated_guess`, one predictor about one layer, `ask`, a moment at which
+    any is, and `ask_output`, what one at a layer's output takes more. What would be negative is
+    zero. Where a router chooses one expert, that expert takes what it takes alone.
     """
     seconds = np.array([step.seconds for step in steps])
     counts = {
-        "step": np.ones(len(steps)),
-        "expert": np.array([step.n_run for step in steps], dtype=np.float64),
-        "gate": np.array([step.is_gated for step in steps], dtype=np.float64),
-        "guess": np.array([step.n_guesses * (not step.is_gated) for step in steps], dtype=float),
-        "gated_guess": np.array([step.n_guesses * step.is_gated for step in steps], dtype=float),
-        "miss": np.array([step.misses.sum() for step in steps], dtype=np.float64),
+        "step": [1 for _ in steps],
+        "expert": [step.n_run for step in steps],
+        "gate": [step.is_gated for step in steps],
+        "guess": [step.n_guesses * (not step.is_gated) for step in steps],
+        "gated_guess": [step.n_guesses * step.is_gated for step in steps],
+        "ask": [step.n_asks for step in steps],
+        "ask_output": [step.n_output_asks for step in steps],
+        "miss": [step.misses.sum() for step in steps],
     }
+    columns = {name: np.array(values, dtype=np.float64) for name, values in counts.items()}
     if miss_s is not None:
-        seconds = seconds - counts.pop("miss") * miss_s
-    has_choice = bool(np.ptp(counts["expert"]))
+        seconds = seconds - columns.pop("miss") * miss_s
+    has_choice = bool(np.ptp(columns["expert"]))
     if not has_choice:
-        seconds = seconds - counts["expert"] * alone_s
-    used = {name: n for name, n in counts.items() if name == "step" or np.ptp(n)}
-    solution = least_absolute(np.stack(list(used.values()), axis=1), seconds)
-    found = {name: max(0.0, float(s)) for name, s in zip(used, solution, strict=True)}
+        seconds = seconds - columns.pop("expert") * alone_s
+    used = {name: column for name, column in columns.items() if name == "step" or np.ptp(column)}
+    found = dict.fromkeys(used, 0.0)
+    while used:
+        solution = least_absolute(np.stack(list(used.values()), axis=1), seconds)
+        least = int(solution.argmin())
+        if solution[least] >= 0:
+            found |= dict(zip(used, solution.tolist(), strict=True))
+            break
+        del used[list(used)[least]]
     return found if has_choice else {**found, "expert": alone_s}
 
 

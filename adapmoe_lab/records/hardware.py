@@ -26,6 +26,8 @@ TIMES = (
     "gate_s",
     "guess_s",
     "gated_guess_s",
+    "ask_s",
+    "ask_output_s",
     "host_sync_s",
     "launch_s",
 )
@@ -63,6 +65,8 @@ class HardwareProfile:
         gate_s: seconds that gating adds to a layer, whatever it skips.
         guess_s: seconds the host takes to ask a predictor about a layer and to weigh its answer.
         gated_guess_s: the same where the answer is put to the gate too.
+        ask_s: seconds that a moment at which predictors are asked takes beside their guesses.
+        ask_output_s: seconds that it takes more at a layer's output, for which a GPU is waited for.
         host_sync_s: seconds until the host knows that an idle device is idle; CUDA only.
         launch_s: seconds the host takes to launch a kernel; CUDA only.
         host_memory_bytes_per_s: bytes read and written by a large copy in host memory.
@@ -85,6 +89,8 @@ class HardwareProfile:
     gate_s: float | None = None
     guess_s: float | None = None
     gated_guess_s: float | None = None
+    ask_s: float | None = None
+    ask_output_s: float | None = None
     host_sync_s: float | None = None
     launch_s: float | None = None
     host_memory_bytes_per_s: float | None = None
@@ -190,6 +196,8 @@ class HardwareProfile:
             "gating a layer": self.gate_s,
             "a guess": self.guess_s,
             "a guess under a gate": self.gated_guess_s,
+            "asking": self.ask_s,
+            "asking at a layer's output": self.ask_output_s,
             "synchronising": self.host_sync_s,
             "a launch": self.launch_s,
         }

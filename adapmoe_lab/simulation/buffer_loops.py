@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from adapmoe_lab.policies import prefetch
 from adapmoe_lab.policies.prefetch import N_PIECES
+from adapmoe_lab.records.prefetch import Moment
 from adapmoe_lab.simulation.compiled import called, inlined
 from adapmoe_lab.simulation.replay import HIT
 
 needed_at = inlined(prefetch.needed_at)
 expected_gain_s = inlined(prefetch.expected_gain_s)
 
+LAYER_OUTPUT = int(Moment.LAYER_OUTPUT)
+
 NOW, LINK_FREE, N_ASKED, N_BYTES, LINK_S, N_LOGGED = range(6)
 """Places in the clock's state: the time, when the link is free, how many experts were asked for
 ahead, the bytes that crossed and the seconds they took, the events written down."""
 
 SECONDS, BYTES = range(2)
-DENSE_LAYER_S, EXPERT_S, HEAD_S, MISS_S, WAIT_S, GUESS_S, PIECE_S = range(7)
+(
+    DENSE_LAYER_S, EXPERT_S, HEAD_S, MISS_S, WAIT_S, GUESS_S, PIECE_S, ASK_S, ASK_OUTPUT_S,
+) = range(9)  # fmt: skip
 """Places in the pace, as `timeline.StepCosts` names them."""
 
 LAYER, MEMBER, BEGUN, ASKED_AT, ORDER, ARRIVAL = range(6)
@@ -69,9 +74,13 @@ def ask_all(
     when the layer is done, and `layer_experts_s` what the experts of a layer take. The arrays are
     those that `run_clock` takes.
     """
+    is_asked = False
     for j in range(len(moments)):
         target = layer + distances[j]
         if moments[j] == moment and target < n_layers:
+            if not is_asked:
+                clock[NOW] += pace[ASK_S] + (pace[ASK_OUTPUT_S] if moment == LAYER_OUTPUT else 0.0)
+                is_asked = True
             clock[NOW] += pace[GUESS_S]
             if _is_open(j, step, target, absent, rows):
                 distance = max(1, distances[j])

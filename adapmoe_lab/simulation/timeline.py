@@ -32,6 +32,8 @@ class StepCosts:
             not at all where somebody is asked about the layer's output, for which the host waits.
         guess_s: seconds that the host takes to ask a predictor about a layer.
         piece_s: seconds that the host takes for each piece.
+        ask_s: seconds that a moment of a layer takes at which any predictor is asked.
+        ask_output_s: seconds that it takes more at the layer's output.
     """
 
     dense_layer_s: float
@@ -43,6 +45,8 @@ class StepCosts:
     wait_s: float = 0.0
     guess_s: float = 0.0
     piece_s: float = 0.0
+    ask_s: float = 0.0
+    ask_output_s: float = 0.0
 
     @property
     def pace(self) -> NDArray[np.float64]:
@@ -56,6 +60,8 @@ class StepCosts:
                 max(self.wait_s, -self.dense_layer_s),
                 self.guess_s,
                 self.piece_s,
+                self.ask_s,
+                self.ask_output_s,
             ]
         )
 
@@ -106,6 +112,8 @@ class StepCosts:
             wait_s=hardware.wait_s or 0.0,
             guess_s=gated_guess_s or hardware.guess_s or 0.0,
             piece_s=(hardware.host_copy_s or 0.0) / N_PIECES,
+            ask_s=hardware.ask_s or 0.0,
+            ask_output_s=hardware.ask_output_s or 0.0,
         )
 
 

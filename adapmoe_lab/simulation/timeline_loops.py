@@ -190,7 +190,7 @@ def run_clock(
         guessed: int16 [J, N, L, C], experts that will be needed, -1 for none.
         probability: float64 [J, N or 1, L, C], that they will.
         absent: bool [J, N, L, C], which were not resident when they were guessed.
-        pace: float64 [7], seconds of everything but the link.
+        pace: float64 [9], seconds of everything but the link.
         rest: float64 [L, E, P+1, 2], seconds and bytes of what is left of an expert when so many
             pieces are begun.
         piece: float64 [L, E, P, 2], seconds and bytes of each piece.

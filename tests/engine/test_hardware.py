@@ -13,6 +13,8 @@ from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.hardware import least_absolute, probe_hardware
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.machine_times import interleaved_medians
+from adapmoe_lab.engine.prediction import NextRouter, OwnNorm
+from adapmoe_lab.engine.prefetching import Prefetcher
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.profiling.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, TunedConfig
@@ -41,8 +43,31 @@ def test_it_finds_the_costs_of_a_virtual_machine(load_tiny, expert_memory):
     assert hardware.link_bytes_per_s == pytest.approx(model.engine.link.bytes_per_s)
     assert hardware.miss_s == pytest.approx(0, abs=1e-12)
     asked = hardware.gate_s, hardware.guess_s, hardware.gated_guess_s
-    assert asked == pytest.approx((0, 0, 0), abs=1e-9)
+    asked += hardware.ask_s, hardware.ask_output_s
+    assert asked == pytest.approx((0, 0, 0, 0, 0), abs=1e-9)
     assert hardware.wait_s == pytest.approx(0, abs=1e-9)
+
+
+def test_it_finds_what_asking_takes(load_tiny, monkeypatch):
+    model = virtual(load_tiny)
+
+    def takes(seconds, method):
+        def slow(*arguments):
+            model.engine.clock.spend(seconds)
+            return method(*arguments)
+
+        return slow
+
+    for owner, name, seconds in (
+        (NextRouter, "scores", 2e-4),
+        (OwnNorm, "scores", 1e-3),
+        (Prefetcher, "_scores", 5e-4),
+    ):
+        monkeypatch.setattr(owner, name, takes(seconds, getattr(owner, name)))
+    hardware = probe_hardware(model, n_steps=12, rounds=2)
+    assert hardware.dense_step_s == pytest.approx(model.spec.n_layers * COSTS.dense_layer_s)
+    assert (hardware.guess_s, hardware.gated_guess_s) == pytest.approx((2e-4, 2e-4))
+    assert (hardware.ask_s, hardware.ask_output_s) == pytest.approx((5e-4, 1e-3 - 2e-4))
 
 
 def test_from_it_the_time_of_a_virtual_run_is_predicted(load_tiny):
@@ -92,8 +117,9 @@ def test_it_measures_every_part_on_a_cpu(load_tiny):
     assert set(hardware.expert_s_by_precision) == {"int8", "bfloat16", "int4"}
     assert min(hardware.expert_s_by_precision.values()) > 0
     assert min(hardware.dense_step_s, hardware.layer_host_s, hardware.host_copy_s) > 0
-    assert min(hardware.gate_s, hardware.guess_s) >= 0
-    assert hardware.gated_guess_s > 0
+    assert min(hardware.gate_s, hardware.guess_s, hardware.gated_guess_s) >= 0
+    assert hardware.ask_s + hardware.guess_s > 0
+    assert hardware.ask_s + hardware.ask_output_s + hardware.guess_s > 0
     assert hardware.layer_host_s * 3 < hardware.dense_step_s
     assert hardware.host_memory_bytes_per_s > 1e8
     assert hardware.host_matmul_bytes_per_s > 1e8

@@ -101,6 +101,27 @@ def test_gating_takes_time_in_every_layer_and_for_every_guess():
     assert only_asked == pytest.approx(unasked + 1)
 
 
+def test_asking_takes_time_at_every_moment_and_more_at_a_layers_output():
+    trace = make_trace(n_tokens=300)
+    guesses = trace.predictions["next_router"]
+    trace = replace(trace, predictions={"next_router": guesses, "own_norm": guesses})
+    hardware = HardwareProfile(
+        "cpu", "emulated:x", [1000], [0.0], 0.006, 0.0005,
+        guess_s=0.0005, ask_s=0.001, ask_output_s=0.002,
+    )  # fmt: skip
+    plain = TunedConfig.untuned(trace.spec)
+    unasked = simulate(trace, plain, hardware).ms_per_token
+    for names, spent_ms in (
+        (["next_router"], 2 * (1 + 0.5)),
+        (["own_norm"], 2 * (1 + 2 + 0.5)),
+        (["next_router", "own_norm"], 2 * (1 + 0.5) + 2 * (1 + 2 + 0.5)),
+    ):
+        sources = [PrefetchSource(name, 1, np.ones((3, 2))) for name in names]
+        asking = replace(plain, prefetch=PrefetchTable(sources, buffer_slots=4))
+        asked = simulate(trace, asking, hardware).ms_per_token
+        assert asked == pytest.approx(unasked + spent_ms)
+
+
 def test_guesses_that_were_not_recorded_are_refused():
     trace = make_trace()
     hardware = HardwareProfile("cpu", "emulated:x", [1000], [0.002], 0.006, 0.0005)
