@@ -4,9 +4,10 @@
 
 In every round the machine is probed, every configuration measured one after the other, and the
 machine probed again; predicted is the mean of the two probes' predictions, so that what else the
-machine does falls on all alike. The probe decodes a
-prompt of its own in a memory size of its own; the trace that is replayed was recorded without
-gating, and its steps after each prompt are the ones counted. A configuration's error is that of the median over rounds of predicted over measured.
+machine does falls on all alike. The probe decodes a prompt of its own in a memory size of its own.
+The trace that is replayed was recorded without gating; as in a measurement its first sequence comes
+twice, to warm up, and prompts do not count. A configuration's error is that of the median over
+rounds of predicted over measured.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.hardware import measurement_conditions
@@ -73,22 +75,34 @@ def cases_of(trace: RoutingTrace) -> list[Case]:
     return cases
 
 
+def as_measured(trace: RoutingTrace, prompt_tokens: int) -> tuple[RoutingTrace, NDArray[np.bool_]]:
+    """Return what a measurement runs, and which of its tokens count.
+
+    The first sequence comes twice, to warm up; prompts do not count either.
+    """
+    n_sequences = len(trace.sequence_starts)
+    run = trace.of_sequences([0, *range(n_sequences)])
+    starts, places = run.sequence_starts, np.arange(run.n_tokens)
+    sequence = np.searchsorted(starts, places, side="right") - 1
+    return run, (sequence > 0) & (places - starts[sequence] >= prompt_tokens)
+
+
 def predict(
-    trace: RoutingTrace, config: TunedConfig, hardware: HardwareProfile, prompt_tokens: int
+    run: RoutingTrace,
+    is_counted: NDArray[np.bool_],
+    config: TunedConfig,
+    hardware: HardwareProfile,
 ) -> dict[str, float]:
-    """Return the means of `PREDICTED` over the tokens that follow the prompts, which are decoded."""
-    starts = trace.sequence_starts
-    places = np.arange(trace.n_tokens)
-    is_decoded = places - starts[np.searchsorted(starts, places, "right") - 1] >= prompt_tokens
-    keep = kept_experts(trace, config.gating)
-    replayed, timeline = replayed_and_timed(trace, config, keep, hardware)
-    assert timeline is not None
-    used, wasted = timeline.used, timeline.wasted
-    counts = used, wasted, replayed.misses - used
-    means = [float(count[is_decoded].sum(axis=1).mean()) for count in counts]
-    return dict(
-        zip(PREDICTED, [1e3 * float(timeline.step_s[is_decoded].mean()), *means], strict=True)
-    )
+    """Return the means of `PREDICTED` over the tokens that count."""
+    keep = kept_experts(run, config.gating)
+    replayed, timeline = replayed_and_timed(run, config, keep, hardware)
+    counts = {
+        "used_predicted": timeline.used,
+        "wasted_predicted": timeline.wasted,
+        "demands_predicted": replayed.misses - timeline.used,
+    }
+    means = {name: float(n[is_counted].sum(axis=1).mean()) for name, n in counts.items()}
+    return {"predicted_ms": 1e3 * float(timeline.step_s[is_counted].mean()), **means}
 
 
 def run_rounds(
@@ -100,6 +114,7 @@ def run_rounds(
     """
     prompt_tokens, new_tokens = lengths
     trace = lab.profile(model, [model.generate(prompt, new_tokens) for prompt in prompts])
+    run, is_counted = as_measured(trace, prompt_tokens)
     cases, probes = cases_of(trace), []
     rows: list[dict[str, object]] = [
         {
@@ -115,9 +130,7 @@ def run_rounds(
 
     def probe() -> None:
         probes.append(lab.probe_hardware(model))
-        predictions.append(
-            [predict(trace, case.config, probes[-1], prompt_tokens) for case in cases]
-        )
+        predictions.append([predict(run, is_counted, case.config, probes[-1]) for case in cases])
 
     probe()
     for number in range(n_rounds):
