@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.link import EmulatedLink
@@ -25,30 +21,20 @@ from adapmoe_lab.engine.machine_times import (
     seconds_each,
     sync_and_launch_s,
 )
-from adapmoe_lab.engine.pace import PROMPT_TOKENS
-from adapmoe_lab.engine.prediction import MAX_DISTANCE
-from adapmoe_lab.engine.prefetching import Prefetcher
-from adapmoe_lab.models.experts import run_expert
-from adapmoe_lab.models.residual_stream import layer_outputs_observed_by
-from adapmoe_lab.records import (
-    OFF,
-    CachePlan,
-    GatingTable,
-    HardwareProfile,
-    PrefetchSource,
-    PrefetchTable,
+from adapmoe_lab.engine.timed_steps import (
+    TimedStep,
+    free_steps,
+    held_steps,
+    solved_costs,
 )
-from adapmoe_lab.records.prefetch import Moment
+from adapmoe_lab.models.experts import run_expert
+from adapmoe_lab.records import HardwareProfile
 from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timeline
 
 HELD_S = 5.0
 """Most seconds, about, of decoding over a link that holds its copies."""
 DECODE_S, LEAST_ROUNDS = 10.0, 3
 """No further round of decoding begins after so many seconds, if there were that many."""
-N_REWEIGHTED = 30
-"""Rounds of reweighting after which the least absolute errors have settled."""
-SMALL_ERROR, TINY_S = 0.01, 1e-9
-"""Errors count as alike below this share of their median, and below these seconds."""
 
 
 def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> HardwareProfile:
@@ -87,9 +73,9 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
             if turn >= LEAST_ROUNDS and time.monotonic() > end:
                 break
             for half in (0, 1):
-                free += _free_steps(model, n_steps, first=5 * (2 * turn + half))
-            held += _held_steps(model, n_held) if n_held else []
-    solved = _solved(free, miss_s, next(iter(by_precision.values())))
+                free += free_steps(model, n_steps, first=5 * (2 * turn + half))
+            held += held_steps(model, n_held) if n_held else []
+    solved = solved_costs(free, miss_s, next(iter(by_precision.values())))
     profile = HardwareProfile(
         device=device_name(engine.device),
         link=engine.link.name,
@@ -128,125 +114,6 @@ def measurement_conditions(model: LabModel) -> dict[str, str | int]:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """One timed decode step: seconds, and counters, those of hits and misses by layer [L].
-
-    Attributes:
-        n_guesses: how often a predictor was asked about a layer.
-        n_asks: at how many moments of layers any was.
-        n_output_asks: how many of these were outputs of layers.
-    """
-
-    seconds: float
-    n_run: int
-    is_gated: bool
-    n_guesses: int
-    n_asks: int
-    n_output_asks: int
-    hits: NDArray[np.int64]
-    misses: NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class _Turn:
-    """How a decode step is run: under which gate, and with whom asked what is never followed."""
-
-    gating: GatingTable | None = None
-    asking: Prefetcher | None = None
-
-
-def _turns(model: LabModel) -> list[_Turn]:
-    """Return every way to run a step: as it is, keeping all, keeping one; asking or not.
-
-    In a gated step the answers are put to a gate too. The engine is left as the model was loaded.
-    """
-    engine, spec, turns = model.engine, model.spec, []
-    keeps_all, keeps_one = (
-        GatingTable.per_layer(np.full(spec.n_layers, cut), spec.top_k) for cut in (OFF, 0.0)
-    )
-    engine.configure(None, model.memory.slots)
-    parts = engine.store, engine.link, engine.clock, engine.device, engine.pace
-    asked, predictors = [None, *_asking(model)], model.predictors()
-    for gating in (None, keeps_all, keeps_one):
-        judge = gating and keeps_all
-        turns += [
-            _Turn(gating, table and Prefetcher(table, predictors, *parts, judge)) for table in asked
-        ]
-    return turns
-
-
-def _asking(model: LabModel) -> list[PrefetchTable]:
-    """Return whom to ask, by turns: the next router of one layer and of all, the layer's own norm.
-
-    Only what can be had of the model is in it.
-    """
-    spec = model.spec
-    if not all(layer.router.reads_experts_input for layer in model.layers) or spec.n_layers < 2:
-        return []
-    never = np.zeros((spec.n_layers, spec.top_k))
-    routers = [
-        PrefetchSource("next_router", distance, never)
-        for distance in range(1, min(MAX_DISTANCE + 1, spec.n_layers))
-    ]
-    by_turns = [routers[:1], routers] if len(routers) > 1 else [routers]
-    if any(predictor.name == "own_norm" for predictor in model.predictors()):
-        by_turns.append([PrefetchSource("own_norm", 1, never)])
-    return [PrefetchTable(sources, buffer_slots=1) for sources in by_turns]
-
-
-def _free_steps(model: LabModel, n_steps: int, first: int) -> list[_Step]:
-    """Decode over a link that holds nothing, every way to run a step by turns from `first` on."""
-    engine, turns = model.engine, _turns(model)
-    outputs = layer_outputs_observed_by(model.hf, model.layers, engine.end_layer)
-    with engine.unpaced(), outputs:
-        return _steps(model, n_steps, turns[first % len(turns) :] + turns[: first % len(turns)])
-
-
-def _held_steps(model: LabModel, n_steps: int) -> list[_Step]:
-    """Decode over a link that holds its copies; the prompt passes unheld."""
-    with ExitStack() as unheld:
-        unheld.enter_context(model.engine.unpaced())
-        model.engine.configure(None, _half(model))
-        return _steps(model, n_steps, [_Turn()], after_prompt=unheld.close)
-
-
-def _steps(
-    model: LabModel,
-    n_steps: int,
-    turns: list[_Turn],
-    after_prompt: Callable[[], None] = lambda: None,
-) -> list[_Step]:
-    """Decode in a cache that is empty at first; return the steps after the prompt."""
-    engine, steps = model.engine, []
-    before, start = engine.traffic, 0.0
-
-    def note(step: int) -> None:
-        nonlocal before, start
-        seconds, passed = engine.clock.now() - start, engine.traffic - before
-        if step > 0:
-            asking, is_gated = engine.cached.prefetcher, engine.gating is not None
-            asked = _n_asked(model, asking.table) if asking else (0, 0, 0)
-            counted = passed.kept, is_gated, *asked, passed.hits, passed.misses
-            steps.append(_Step(seconds, *counted))
-        else:
-            after_prompt()
-        turn = turns[step % len(turns)]
-        engine.gating, engine.cached.prefetcher = turn.gating, turn.asking
-        before, start = engine.traffic, engine.clock.now()
-
-    decode(model.hf, torch.arange(PROMPT_TOKENS), n_steps + 1, after_step=note)
-    return steps
-
-
-def _n_asked(model: LabModel, asked: PrefetchTable) -> tuple[int, int, int]:
-    """Return how many guesses a table asks for in a step, at how many moments, and outputs."""
-    targets = [model.spec.n_layers - source.distance for source in asked.sources]
-    n_asks = max(targets)  # all sources of a table speak at the same moments here
-    at_output = asked.sources[0].moment == Moment.LAYER_OUTPUT
-    return sum(targets), n_asks, n_asks * at_output
-
-
 def _n_held(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
     """Return how many steps over a held link each round has time for; 0 if nothing is held."""
     if model.engine.link.name == NO_LINK:
@@ -255,67 +122,7 @@ def _n_held(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
     return int(np.clip(HELD_S / rounds / step_s, 2, n_steps))
 
 
-def _half(model: LabModel) -> CachePlan:
-    """Return room for half of the experts, less where the model was loaded with less."""
-    slots = model.memory.slots
-    return replace(slots, slots=np.minimum(slots.slots, model.spec.n_experts // 2))
-
-
-def _solved(steps: list[_Step], miss_s: float | None, alone_s: float) -> dict[str, float]:
-    """Return the seconds of a step's parts, which leave the least absolute errors.
-
-    They are `step`, all outside the experts; `expert`; `gate`, gating every layer; and, if anybody
-    was asked, `guess` and `gated_guess`, one predictor about one layer, `ask`, a moment at which
-    any is, and `ask_output`, what one at a layer's output takes more. What would be negative is
-    zero. Where a router chooses one expert, that expert takes what it takes alone.
-    """
-    seconds = np.array([step.seconds for step in steps])
-    counts = {
-        "step": [1 for _ in steps],
-        "expert": [step.n_run for step in steps],
-        "gate": [step.is_gated for step in steps],
-        "guess": [step.n_guesses * (not step.is_gated) for step in steps],
-        "gated_guess": [step.n_guesses * step.is_gated for step in steps],
-        "ask": [step.n_asks for step in steps],
-        "ask_output": [step.n_output_asks for step in steps],
-        "miss": [step.misses.sum() for step in steps],
-    }
-    columns = {name: np.array(values, dtype=np.float64) for name, values in counts.items()}
-    if miss_s is not None:
-        seconds = seconds - columns.pop("miss") * miss_s
-    has_choice = bool(np.ptp(columns["expert"]))
-    if not has_choice:
-        seconds = seconds - columns.pop("expert") * alone_s
-    used = {name: column for name, column in columns.items() if name == "step" or np.ptp(column)}
-    found = dict.fromkeys(used, 0.0)
-    while used:
-        solution = least_absolute(np.stack(list(used.values()), axis=1), seconds)
-        least = int(solution.argmin())
-        if solution[least] >= 0:
-            found |= dict(zip(used, solution.tolist(), strict=True))
-            break
-        del used[list(used)[least]]
-    return found if has_choice else {**found, "expert": alone_s}
-
-
-def least_absolute(
-    columns: NDArray[np.float64], values: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return the x [P] of the least sum of |columns [N, P] @ x - values [N]|.
-
-    By least squares reweighted again and again: how far off a few values are matters little.
-    """
-    weights = np.ones(len(values))
-    solution = np.zeros(columns.shape[1])
-    for _ in range(N_REWEIGHTED):
-        root = np.sqrt(weights)
-        solution = np.linalg.lstsq(columns * root[:, None], values * root, rcond=None)[0]
-        errors = np.abs(columns @ solution - values)
-        weights = 1 / np.maximum(errors, max(SMALL_ERROR * float(np.median(errors)), TINY_S))
-    return solution
-
-
-def _wait_s(steps: list[_Step], hardware: HardwareProfile, model: LabModel) -> float:
+def _wait_s(steps: list[TimedStep], hardware: HardwareProfile, model: LabModel) -> float:
     """Return what a layer that waited took beyond what the cost model says; the median of steps."""
     counts = [np.stack([getattr(step, name) for step in steps]) for name in ("hits", "misses")]
     costs = StepCosts.on(hardware, model.engine.store.expert_bytes)

@@ -10,11 +10,12 @@ from runs import PROMPT, half_cached
 
 from adapmoe_lab.engine.clock import StepPace, VirtualClock
 from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.hardware import least_absolute, probe_hardware
+from adapmoe_lab.engine.hardware import probe_hardware
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.machine_times import interleaved_medians
 from adapmoe_lab.engine.prediction import NextRouter, OwnNorm
 from adapmoe_lab.engine.prefetching import Prefetcher
+from adapmoe_lab.engine.timed_steps import least_absolute
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.profiling.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, TunedConfig
