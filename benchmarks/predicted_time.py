@@ -37,8 +37,6 @@ PROBED_SHARE = 0.875
 """What the model is loaded with, and the probe decodes in; and half of all experts."""
 
 SKIPPED_FRACTION = 0.2
-PREDICTED = ("predicted_ms", "used_predicted", "wasted_predicted", "demands_predicted")
-"""What is kept of a prediction, all but the first in experts per token."""
 MEASURED = ("measured_ms", "samples_ms", "used", "wasted", "demands")
 
 N_PROMPTS = 3
@@ -76,15 +74,17 @@ def cases_of(trace: RoutingTrace) -> list[Case]:
 
 
 def as_measured(trace: RoutingTrace, prompt_tokens: int) -> tuple[RoutingTrace, NDArray[np.bool_]]:
-    """Return what a measurement runs, and which of its tokens count.
+    """Return what a measurement runs, prompts token by token, and which of its tokens count.
 
-    The first sequence comes twice, to warm up; prompts do not count either.
+    The first sequence comes twice, to warm up. Prompts do not count, nor the last token of each
+    sequence, which is produced and not run.
     """
     n_sequences = len(trace.sequence_starts)
     run = trace.of_sequences([0, *range(n_sequences)])
     starts, places = run.sequence_starts, np.arange(run.n_tokens)
     sequence = np.searchsorted(starts, places, side="right") - 1
-    return run, (sequence > 0) & (places - starts[sequence] >= prompt_tokens)
+    is_last = np.isin(places + 1, [*starts, run.n_tokens])
+    return run, (sequence > 0) & (places - starts[sequence] >= prompt_tokens) & ~is_last
 
 
 def predict(
@@ -93,7 +93,7 @@ def predict(
     config: TunedConfig,
     hardware: HardwareProfile,
 ) -> dict[str, float]:
-    """Return the means of `PREDICTED` over the tokens that count."""
+    """Return means over the tokens that count: milliseconds, and experts used, wasted, demanded."""
     keep = kept_experts(run, config.gating)
     replayed, timeline = replayed_and_timed(run, config, keep, hardware)
     counts = {
@@ -122,7 +122,7 @@ def run_rounds(
             "share": case.share,
             "is_gated": case.is_gated,
             "fetches_ahead": case.fetches_ahead,
-            **{name: [] for name in (*PREDICTED, *MEASURED)},
+            **{name: [] for name in MEASURED},
         }
         for case in cases
     ]
@@ -151,8 +151,9 @@ def run_rounds(
                 row[name].append(int(counted.sum()) / traffic.n_steps)
         probe()
         for row, *both in zip(rows, *predictions[-2:], strict=True):
-            for name in PREDICTED:
-                row[name].append(float(np.mean([predicted[name] for predicted in both])))
+            for name in both[0]:
+                mean = float(np.mean([predicted[name] for predicted in both]))
+                row.setdefault(name, []).append(mean)
         print(f"round {number + 1} of {n_rounds} done", flush=True)
     return probes, rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,11 +19,13 @@ class StepPace:
         dense_layer_s: a layer before it asks for its experts.
         expert_s: one expert that is there.
         head_s: what follows the last layer.
+        load_s: returns what a load of so many bytes is expected to take; None asks the link.
     """
 
     dense_layer_s: float = 0.0
     expert_s: float = 0.0
     head_s: float = 0.0
+    load_s: Callable[[float], float] | None = None
 
 
 class Clock(Protocol):

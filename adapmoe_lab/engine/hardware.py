@@ -28,7 +28,7 @@ from adapmoe_lab.engine.timed_steps import (
     solved_costs,
 )
 from adapmoe_lab.models.experts import run_expert
-from adapmoe_lab.records import HardwareProfile
+from adapmoe_lab.records import HardwareProfile, TunedConfig
 from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timeline
 
 HELD_S = 5.0
@@ -60,7 +60,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
     if engine.device.type == "cuda":
         sync_s, launch_s = sync_and_launch_s(engine.device)
     memory_rate, matmul_rate = host_rates(model.hf.dtype)
-    with model.running():
+    with model.running(TunedConfig.untuned(spec)):
         layer_host_s = _layer_host_s(model, hidden)
         host_copy_s, miss_s = _host_miss_s(model, hidden)
         engine.release()
@@ -73,7 +73,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
             if turn >= LEAST_ROUNDS and time.monotonic() > end:
                 break
             for half in (0, 1):
-                free += free_steps(model, n_steps, first=5 * (2 * turn + half))
+                free += free_steps(model, n_steps, first=2 * turn + half)
             held += held_steps(model, n_held) if n_held else []
     solved = solved_costs(free, miss_s, next(iter(by_precision.values())))
     profile = HardwareProfile(

@@ -116,16 +116,29 @@ class OffloadEngine:
         compensation = self._on_device(surrogates)
         prefetcher = None
         if prefetch is not None:
-            prefetcher = Prefetcher(
-                prefetch, predictors, self.store, self.link, self.clock, self.device, self.pace,
-                gating,
-            )  # fmt: skip
+            prefetcher = self.prefetcher(prefetch, predictors, gating)
         self._use(
             CachedExperts(
                 self.store, self.link, self.device, plan, eviction, self._routers, prefetcher
             )
         )
         self.gating, self.compensation = gating, compensation
+
+    def prefetcher(
+        self,
+        table: PrefetchTable,
+        predictors: Sequence[Predictor],
+        gating: GatingTable | None,
+        device: torch.device | None = None,
+    ) -> Prefetcher:
+        """Return what follows a prefetch table here, its buffer on the engine's device or another.
+
+        `gating` is what will skip experts.
+        """
+        return Prefetcher(
+            table, predictors, self.store, self.link, self.clock, device or self.device, self.pace,
+            gating,
+        )  # fmt: skip
 
     def release(self) -> None:
         """Give up all slots, once nothing is on its way into them; experts then only stream."""

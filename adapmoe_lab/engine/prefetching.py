@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -100,6 +101,7 @@ class Prefetcher:
         self.wasted = np.zeros(store.n_layers, dtype=np.int64)
         self._gating = gating
         self._bytes_settled = 0
+        self._load_s = link.seconds if pace.load_s is None else cache(pace.load_s)
 
     def _check_predictors(self) -> None:
         missing = {source.predictor for source in self.table.sources} - set(self._predictors)
@@ -169,7 +171,9 @@ class Prefetcher:
         self._ask(Moment.EXPERTS_INPUT, layer, hidden, cache, outlook)
 
     def look_again(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:
-        """Ask by a layer's output [T, D], which the next one starts from."""
+        """Ask by a layer's output [T, D], which the next starts from, if anybody speaks then."""
+        if not any(source.moment == Moment.LAYER_OUTPUT for source in self.table.sources):
+            return
         self._ask(Moment.LAYER_OUTPUT, layer, output, cache, self._outlook())
 
     def end_pass(self, last_hidden: torch.Tensor, cache: ExpertCache) -> None:
@@ -245,10 +249,9 @@ class Prefetcher:
             return False
         for row in self._rows:
             if row is not None and row.layer <= layer and not row.copy.is_whole:
-                begins_at += self._link.seconds(row.copy.bytes_left)
+                begins_at += self._load_s(row.copy.bytes_left)
         n_bytes = int(self._store.expert_bytes[layer, expert])
-        load_s = self._link.seconds(n_bytes)
-        piece_s = self._link.seconds(piece_bounds(n_bytes)[1])
+        load_s, piece_s = self._load_s(n_bytes), self._load_s(piece_bounds(n_bytes)[1])
         return expected_gain_s(chance, begins_at, needed_at_s, load_s, piece_s) > 0
 
     def _fetch(self, layer: int, expert: int) -> None:

@@ -19,6 +19,9 @@ from adapmoe_lab.models.residual_stream import layer_outputs_observed_by
 from adapmoe_lab.records import OFF, CachePlan, GatingTable, PrefetchSource, PrefetchTable
 from adapmoe_lab.records.prefetch import Moment
 
+STRIDE = 5
+"""Turns that the next decode begins further on: few steps cover all, since it divides no number of
+turns that there can be."""
 N_REWEIGHTED = 30
 """Rounds of reweighting after which the least absolute errors have settled."""
 SMALL_ERROR, TINY_S = 0.01, 1e-9
@@ -68,20 +71,20 @@ def _turns(model: LabModel) -> list[_Turn]:
         GatingTable.per_layer(np.full(spec.n_layers, cut), spec.top_k) for cut in (OFF, 0.0)
     )
     engine.configure(None, model.memory.slots)
-    parts = engine.store, engine.link, engine.clock, engine.device, engine.pace
-    asked, predictors = [None, *_asking(model)], model.predictors()
-    for gating in (None, keeps_all, keeps_one):
-        judge = gating and keeps_all
-        turns += [
-            _Turn(gating, table and Prefetcher(table, predictors, *parts, judge)) for table in asked
-        ]
+    tables, predictors, host = _asking(model), model.predictors(), torch.device("cpu")
+    plain, judging = (
+        [None, *(engine.prefetcher(table, predictors, judge, device=host) for table in tables)]
+        for judge in (None, keeps_all)
+    )
+    for gating, asked in ((None, plain), (keeps_all, judging), (keeps_one, judging)):
+        turns += [_Turn(gating, asking) for asking in asked]
     return turns
 
 
 def _asking(model: LabModel) -> list[PrefetchTable]:
-    """Return whom to ask, by turns: the next router of one layer and of all, the layer's own norm.
+    """Return whom to ask: the next router, the same at every distance, and the next layer's norm.
 
-    Only what can be had of the model is in it.
+    Only what can be had of the model is in it; nothing where routers read another input.
     """
     spec = model.spec
     if not all(layer.router.reads_experts_input for layer in model.layers) or spec.n_layers < 2:
@@ -98,11 +101,15 @@ def _asking(model: LabModel) -> list[PrefetchTable]:
 
 
 def free_steps(model: LabModel, n_steps: int, first: int) -> list[TimedStep]:
-    """Decode over a link that holds nothing, every way to run a step by turns from `first` on."""
+    """Decode over a link that holds nothing, every way to run a step by turns.
+
+    With each number, `first` begins with another way.
+    """
     engine, turns = model.engine, _turns(model)
+    first = first * STRIDE % len(turns)
     outputs = layer_outputs_observed_by(model.hf, model.layers, engine.end_layer)
     with engine.unpaced(), outputs:
-        return _steps(model, n_steps, turns[first % len(turns) :] + turns[: first % len(turns)])
+        return _steps(model, n_steps, turns[first:] + turns[:first])
 
 
 def held_steps(model: LabModel, n_steps: int) -> list[TimedStep]:
@@ -160,8 +167,9 @@ def solved_costs(steps: list[TimedStep], miss_s: float | None, alone_s: float) -
 
     They are `step`, all outside the experts; `expert`; `gate`, gating every layer; and, if anybody
     was asked, `guess` and `gated_guess`, one predictor about one layer, `ask`, a moment at which
-    any is, and `ask_output`, what one at a layer's output takes more. What would be negative is
-    zero. Where a router chooses one expert, that expert takes what it takes alone.
+    any is, and `ask_output`, what one at a layer's output takes more. Parts that would be negative
+    are left out, those that take most off a step first, and are zero. Where a router chooses one
+    expert, that expert takes what it takes alone.
     """
     seconds = np.array([step.seconds for step in steps])
     counts = {
@@ -180,15 +188,17 @@ def solved_costs(steps: list[TimedStep], miss_s: float | None, alone_s: float) -
     has_choice = bool(np.ptp(columns["expert"]))
     if not has_choice:
         seconds = seconds - columns.pop("expert") * alone_s
-    used = {name: column for name, column in columns.items() if name == "step" or np.ptp(column)}
-    found = dict.fromkeys(used, 0.0)
-    while used:
-        solution = least_absolute(np.stack(list(used.values()), axis=1), seconds)
-        least = int(solution.argmin())
-        if solution[least] >= 0:
-            found |= dict(zip(used, solution.tolist(), strict=True))
+    names = [name for name, column in columns.items() if name == "step" or np.ptp(column)]
+    found = dict.fromkeys(names, 0.0)
+    while True:
+        table = np.stack([columns[name] for name in names], axis=1)
+        solution = least_absolute(table, seconds)
+        at_most = solution * table.max(axis=0)
+        worst = int(at_most.argmin())
+        if at_most[worst] >= 0 or names[worst] == "step":
             break
-        del used[list(used)[least]]
+        del names[worst]
+    found |= {name: max(0.0, float(s)) for name, s in zip(names, solution, strict=True)}
     return found if has_choice else {**found, "expert": alone_s}
 
 

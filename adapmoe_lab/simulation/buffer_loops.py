@@ -14,7 +14,8 @@ from adapmoe_lab.simulation.replay import HIT
 needed_at = inlined(prefetch.needed_at)
 expected_gain_s = inlined(prefetch.expected_gain_s)
 
-LAYER_OUTPUT = int(Moment.LAYER_OUTPUT)
+TOKEN, EXPERTS_INPUT = int(Moment.TOKEN), int(Moment.EXPERTS_INPUT)
+LAYER_OUTPUT, LAST_HIDDEN = int(Moment.LAYER_OUTPUT), int(Moment.LAST_HIDDEN)
 
 NOW, LINK_FREE, N_ASKED, N_BYTES, LINK_S, N_LOGGED = range(6)
 """Places in the clock's state: the time, when the link is free, how many experts were asked for
@@ -53,6 +54,12 @@ def row_with(rows, layer, expert):
 
 
 @inlined
+def begins_at(clock):
+    """Return when the link can begin with what is asked for now, if nothing is demanded."""
+    return max(clock[NOW], clock[LINK_FREE])
+
+
+@inlined
 def _is_open(j, step, target, absent, rows):
     """Whether a layer has guesses of absent experts, or earlier ones that are not begun."""
     is_open = False
@@ -65,30 +72,31 @@ def _is_open(j, step, target, absent, rows):
 
 @inlined
 def ask_all(
-    moment, layer, step, begins_at, ready_at, layer_experts_s, n_layers,
+    moment, layer, step, first_begins_at, ready_at, layer_experts_s, n_layers,
     moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
 ):  # fmt: skip
-    """Ask for what is worth it of all that is guessed at a moment of a layer.
+    """Ask for what is worth it of all that is guessed at a moment, everybody having been asked.
 
-    `step` is the step that the guesses are of; `begins_at` is when the link can begin, `ready_at`
-    when the layer is done, and `layer_experts_s` what the experts of a layer take. The arrays are
-    those that `run_clock` takes.
+    `step` is the step that the guesses are of; `first_begins_at` is when the link can begin,
+    `ready_at` when the layer is done, and `layer_experts_s` what the experts of a layer take. The
+    arrays are those that `run_clock` takes.
     """
-    is_asked = False
+    n_speaking = 0
+    for j in range(len(moments)):
+        n_speaking += moments[j] == moment and layer + distances[j] < n_layers
+    if n_speaking > 0:
+        clock[NOW] += pace[ASK_S] + (pace[ASK_OUTPUT_S] if moment == LAYER_OUTPUT else 0.0)
+        clock[NOW] += n_speaking * pace[GUESS_S]
     for j in range(len(moments)):
         target = layer + distances[j]
-        if moments[j] == moment and target < n_layers:
-            if not is_asked:
-                clock[NOW] += pace[ASK_S] + (pace[ASK_OUTPUT_S] if moment == LAYER_OUTPUT else 0.0)
-                is_asked = True
-            clock[NOW] += pace[GUESS_S]
-            if _is_open(j, step, target, absent, rows):
-                distance = max(1, distances[j])
-                needed_at_s = needed_at(ready_at, distance, pace[DENSE_LAYER_S], layer_experts_s)
-                _ask(
-                    j, step, target, begins_at, needed_at_s,
-                    guessed, probability, absent, clock, rest, piece, rows,
-                )  # fmt: skip
+        speaks = moments[j] == moment and target < n_layers
+        if speaks and _is_open(j, step, target, absent, rows):
+            distance = max(1, distances[j])
+            needed_at_s = needed_at(ready_at, distance, pace[DENSE_LAYER_S], layer_experts_s)
+            _ask(
+                j, step, target, first_begins_at, needed_at_s,
+                guessed, probability, absent, clock, rest, piece, rows,
+            )  # fmt: skip
 
 
 @called
@@ -110,7 +118,7 @@ def _ask(
         is_absent = expert >= 0 and absent[j, step, target, c]
         if not is_absent or row_with(rows, target, expert) >= 0:
             continue
-        begins_at, at = first_begins_at, -1
+        starts_at, at = first_begins_at, -1
         for row in range(len(rows) - 1, -1, -1):
             if rows[row, LAYER] < 0:
                 at = row
@@ -119,10 +127,10 @@ def _ask(
         for row in range(len(rows)):
             if 0 <= rows[row, LAYER] <= target:
                 layer, other = int(rows[row, LAYER]), int(rows[row, MEMBER])
-                begins_at += rest[layer, other, int(rows[row, BEGUN]), SECONDS]
+                starts_at += rest[layer, other, int(rows[row, BEGUN]), SECONDS]
         load_s, piece_s = rest[target, expert, 0, SECONDS], piece[target, expert, 0, SECONDS]
         chance = probability[j, p, target, c]
-        if expected_gain_s(chance, begins_at, needed_at_s, load_s, piece_s) > 0:
+        if expected_gain_s(chance, starts_at, needed_at_s, load_s, piece_s) > 0:
             rows[at, LAYER], rows[at, MEMBER], rows[at, BEGUN] = target, expert, 0
             rows[at, ASKED_AT], rows[at, ORDER] = clock[NOW], clock[N_ASKED]
             clock[N_ASKED] += 1

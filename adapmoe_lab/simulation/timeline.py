@@ -32,8 +32,8 @@ class StepCosts:
             not at all where somebody is asked about the layer's output, for which the host waits.
         guess_s: seconds that the host takes to ask a predictor about a layer.
         piece_s: seconds that the host takes for each piece.
-        ask_s: seconds that a moment of a layer takes at which any predictor is asked.
-        ask_output_s: seconds that it takes more at the layer's output.
+        ask_s: seconds that a moment takes at which any predictor is asked.
+        ask_output_s: seconds that it takes more at a layer's output.
     """
 
     dense_layer_s: float
@@ -228,10 +228,12 @@ def _layer_by_layer(replayed: Replay, costs: StepCosts) -> Timeline:
     n_bytes = np.zeros((n_layers, n_steps), dtype=np.int64)
     loads = np.ascontiguousarray(costs.rest[:, :, 0])
 
+    widest = replayed.widest
+
     def run(layer: int) -> None:
         out = stall_s[layer], spent_s[layer], n_bytes[layer], link_s[layer]
         own = replayed.members[layer], replayed.starts[layer], replayed.fates[layer]
-        room = np.empty(replayed.widest, dtype=np.int64), np.empty(replayed.widest)
+        room = np.empty(widest, dtype=np.int64), np.empty(widest)
         time_layer(*own, loads[layer], costs.pace, *room, *out)
 
     in_threads(run, n_layers)

@@ -10,7 +10,6 @@ import numpy as np
 
 from adapmoe_lab.policies.allocation import N_STAGING
 from adapmoe_lab.policies.prefetch import N_PIECES
-from adapmoe_lab.records.prefetch import Moment
 from adapmoe_lab.simulation.buffer_loops import (
     ARRIVAL,
     ASKED_AT,
@@ -18,8 +17,11 @@ from adapmoe_lab.simulation.buffer_loops import (
     BYTES,
     DENSE_LAYER_S,
     EXPERT_S,
+    EXPERTS_INPUT,
     HEAD_S,
+    LAST_HIDDEN,
     LAYER,
+    LAYER_OUTPUT,
     LINK_FREE,
     LINK_S,
     MEMBER,
@@ -29,17 +31,16 @@ from adapmoe_lab.simulation.buffer_loops import (
     NOW,
     PIECE_S,
     SECONDS,
+    TOKEN,
     WAIT_S,
     ask_all,
+    begins_at,
     next_in_line,
     settle,
 )
 from adapmoe_lab.simulation.compiled import compiled, inlined
 from adapmoe_lab.simulation.replay import HIT, LOAD, STREAM
 from adapmoe_lab.simulation.timeline import EVENT_KINDS
-
-TOKEN, EXPERTS_INPUT = int(Moment.TOKEN), int(Moment.EXPERTS_INPUT)
-LAYER_OUTPUT, LAST_HIDDEN = int(Moment.LAYER_OUTPUT), int(Moment.LAST_HIDDEN)
 
 DENSE, EXPERT, DEMAND, AHEAD = range(len(EVENT_KINDS))
 """Kinds of events: computing beside the experts; one expert computed; an expert brought when it was
@@ -207,9 +208,8 @@ def run_clock(
     dense_layer_s, expert_s, head_s = pace[DENSE_LAYER_S], pace[EXPERT_S], pace[HEAD_S]
     clock, rows, row_of, arrives = state
     for step in range(n_steps):
-        begins_at = max(clock[NOW], clock[LINK_FREE])
         ask_all(
-            TOKEN, 0, step, begins_at, clock[NOW], 0.0, n_layers,
+            TOKEN, 0, step, begins_at(clock), clock[NOW], 0.0, n_layers,
             moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
         )  # fmt: skip
         for layer in range(n_layers):
@@ -222,27 +222,24 @@ def run_clock(
             link_ready, n_missing = _demand(
                 clock, log, pace, rest, layer, members, fates, first, end, rows, row_of, arrives
             )
-            layer_experts_s = (end - first) * expert_s
             hits_done_at = clock[NOW] + (end - first - n_missing) * expert_s
             ready_at = max(hits_done_at, link_ready) + (expert_s if n_missing > 0 else 0.0)
-            begins_at = max(clock[NOW], link_ready)
             ask_all(
-                EXPERTS_INPUT, layer, step, begins_at, ready_at, layer_experts_s, n_layers,
+                EXPERTS_INPUT, layer, step, max(clock[NOW], link_ready), ready_at,
+                (end - first) * expert_s, n_layers,
                 moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
             )  # fmt: skip
             stall[step, layer] = _run_experts(
                 clock, log, pace, rest, piece, rows, layer, members, fates, first, end, row_of,
                 arrives,
             )  # fmt: skip
-            begins_at = max(clock[NOW], clock[LINK_FREE])
             ask_all(
-                LAYER_OUTPUT, layer, step, begins_at, clock[NOW], layer_experts_s, n_layers,
+                LAYER_OUTPUT, layer, step, begins_at(clock), clock[NOW], 0.0, n_layers,
                 moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
             )  # fmt: skip
         if step + 1 < n_steps:
-            begins_at = max(clock[NOW], clock[LINK_FREE])
             ask_all(
-                LAST_HIDDEN, 0, step + 1, begins_at, clock[NOW] + head_s, 0.0, n_layers,
+                LAST_HIDDEN, 0, step + 1, begins_at(clock), clock[NOW] + head_s, 0.0, n_layers,
                 moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
             )  # fmt: skip
         _compute(clock, log, DENSE, -1, -1, head_s)

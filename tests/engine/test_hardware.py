@@ -15,10 +15,9 @@ from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.machine_times import interleaved_medians
 from adapmoe_lab.engine.prediction import NextRouter, OwnNorm
 from adapmoe_lab.engine.prefetching import Prefetcher
-from adapmoe_lab.engine.timed_steps import least_absolute
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.profiling.recorder import RoutingRecorder
-from adapmoe_lab.records import GatingTable, TunedConfig
+from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable, TunedConfig
 from adapmoe_lab.simulation.simulate import simulate
 
 COSTS = StepPace(dense_layer_s=2e-3, expert_s=5e-4)
@@ -49,8 +48,12 @@ def test_it_finds_the_costs_of_a_virtual_machine(load_tiny, expert_memory):
     assert hardware.wait_s == pytest.approx(0, abs=1e-9)
 
 
-def test_it_finds_what_asking_takes(load_tiny, monkeypatch):
+@pytest.mark.parametrize("follows_outputs", [False, True])
+def test_it_finds_what_asking_takes_whatever_is_followed(load_tiny, monkeypatch, follows_outputs):
     model = virtual(load_tiny)
+    if follows_outputs:
+        table = PrefetchTable([PrefetchSource("own_norm", 1, np.zeros((3, 2)))], buffer_slots=1)
+        model.apply(replace(TunedConfig.untuned(model.spec), prefetch=table))
 
     def takes(seconds, method):
         def slow(*arguments):
@@ -98,7 +101,7 @@ def test_it_uses_the_memory_that_was_given_and_restores_the_configuration(load_t
         used.append(plan.slots),
         configure(gating, plan, *rest, **ahead),
     )
-    hardware = probe_hardware(model, n_steps=6, rounds=2)
+    hardware = probe_hardware(model, n_steps=12, rounds=3)
     assert all((slots <= model.memory.slots.slots).all() for slots in used)
     assert model.config is config
     assert model.engine.gating is gating
@@ -108,34 +111,23 @@ def test_it_uses_the_memory_that_was_given_and_restores_the_configuration(load_t
 
 def test_where_the_router_chooses_one_expert_it_takes_what_it_takes_alone(tmp_path):
     model = load(save_tiny_mixtral(tmp_path, top_k=1), device="cpu", link="none")
-    hardware = probe_hardware(model, n_steps=6, rounds=2)
+    hardware = probe_hardware(model, n_steps=12, rounds=3)
     assert hardware.expert_s == hardware.expert_s_by_precision["float32"] > 0
     assert hardware.dense_step_s > 0
 
 
 def test_it_measures_every_part_on_a_cpu(load_tiny):
-    hardware = probe_hardware(load_tiny(expert_dtype="int8"), n_steps=6, rounds=2)
+    hardware = probe_hardware(load_tiny(expert_dtype="int8"), n_steps=24, rounds=3)
     assert set(hardware.expert_s_by_precision) == {"int8", "bfloat16", "int4"}
     assert min(hardware.expert_s_by_precision.values()) > 0
     assert min(hardware.dense_step_s, hardware.layer_host_s, hardware.host_copy_s) > 0
-    assert min(hardware.gate_s, hardware.guess_s, hardware.gated_guess_s) >= 0
-    assert hardware.ask_s + hardware.guess_s > 0
-    assert hardware.ask_s + hardware.ask_output_s + hardware.guess_s > 0
+    assert min(hardware.ask_s + hardware.guess_s, hardware.ask_s + hardware.gated_guess_s) > 0
     assert hardware.layer_host_s * 3 < hardware.dense_step_s
     assert hardware.host_memory_bytes_per_s > 1e8
     assert hardware.host_matmul_bytes_per_s > 1e8
     assert hardware.wait_s is None  # nothing is held without an emulated link
     only_on_cuda = hardware.pageable_copy_s, hardware.host_sync_s, hardware.launch_s
     assert only_on_cuda == (None, None, None)
-
-
-def test_what_a_few_steps_are_off_by_matters_little():
-    rng = np.random.default_rng(0)
-    columns = np.stack([np.ones(300), rng.integers(0, 9, 300), rng.integers(0, 2, 300)], axis=1)
-    true = np.array([8e-3, 2e-4, 1e-3])
-    seconds = columns @ true * rng.normal(1, 0.01, 300)
-    seconds[:20] *= 3
-    np.testing.assert_allclose(least_absolute(columns, seconds), true, rtol=0.05)
 
 
 def test_works_take_turns_and_the_first_turn_does_not_count():

@@ -12,6 +12,7 @@ from adapmoe_lab.engine.clock import RealClock, StepPace, VirtualClock
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.link import EmulatedLink
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.prefetching import Prefetcher
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.models.families import router_scores
@@ -28,6 +29,7 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.records.config import EVICTION_POLICIES
+from adapmoe_lab.records.prefetch import Moment
 from adapmoe_lab.simulation.guesses import recorded_guesses
 from adapmoe_lab.simulation.replay import replay
 from adapmoe_lab.simulation.timeline import StepCosts, run_timeline
@@ -174,8 +176,11 @@ def decode_alone(model, prompts, n_steps):
     return recorder.trace()
 
 
-def run_and_replay(model, config, run):
-    """Run a config and replay what was routed; return both accounts, and the times they took."""
+def run_and_replay(model, config, run, **asking):
+    """Run a config and replay what was routed; return both accounts, and the times they took.
+
+    `asking` is what that takes in the replay.
+    """
     engine, table = model.engine, config.prefetch
     prompts = [model.encode(text)[:16] for text in calibration_texts()[:3]]
     with model.running(config):
@@ -193,6 +198,7 @@ def run_and_replay(model, config, run):
         expert_s=PACE.expert_s,
         head_s=PACE.head_s,
     )
+    costs = replace(costs, **asking)
     timeline = run_timeline(replayed, costs, guesses, table.buffer_slots if table else 0)
     return traffic, took, replayed, timeline
 
@@ -233,6 +239,28 @@ def test_fetching_ahead_is_counted_and_timed_alike(demo, is_global, load_s, run,
     without, took, *_ = run_and_replay(demo, replace(config, prefetch=None), run)
     np.testing.assert_array_equal(without.hits, accounts[0].hits)
     assert accounts[1] < took
+
+
+@pytest.mark.parametrize("load_s", [2**-12, 2**-9, 2**-7])
+@pytest.mark.parametrize("spoken", [EVERYBODY, NEXT_THREE])
+def test_asking_takes_time_and_changes_no_decision(demo, monkeypatch, load_s, spoken):
+    ask_s, guess_s, ask_output_s = 2**-12, 2**-14, 2**-13
+    scores = Prefetcher._scores
+
+    def slow(self, speaking, layer, x):
+        at_output = speaking[0][0].moment == Moment.LAYER_OUTPUT
+        self._clock.spend(ask_s + at_output * ask_output_s + len(speaking) * guess_s)
+        return scores(self, speaking, layer, x)
+
+    paced(demo, demo.spec.stored_expert_bytes / load_s)
+    config = config_of(demo, "lru", False, following(*spoken))
+    at_once = run_and_replay(demo, config, decode_alone)
+    monkeypatch.setattr(Prefetcher, "_scores", slow)
+    costs = {"ask_s": ask_s, "guess_s": guess_s, "ask_output_s": ask_output_s}
+    accounts = run_and_replay(demo, config, decode_alone, **costs)
+    assert_equal_accounts(*accounts)
+    assert accounts[0].prefetch_used.sum() >= at_once[0].prefetch_used.sum() > 0
+    assert accounts[1] > at_once[1]
 
 
 @pytest.mark.parametrize("eviction", EVICTION_POLICIES)

@@ -1,0 +1,50 @@
+"""What the parts of a step take is found from steps that differ in them."""
+
+import numpy as np
+import pytest
+
+from adapmoe_lab.engine.timed_steps import TimedStep, least_absolute, solved_costs
+
+
+def test_what_a_few_steps_are_off_by_matters_little():
+    rng = np.random.default_rng(0)
+    columns = np.stack([np.ones(300), rng.integers(0, 9, 300), rng.integers(0, 2, 300)], axis=1)
+    true = np.array([8e-3, 2e-4, 1e-3])
+    seconds = columns @ true * rng.normal(1, 0.01, 300)
+    seconds[:20] *= 3
+    np.testing.assert_allclose(least_absolute(columns, seconds), true, rtol=0.05)
+
+
+def steps_that_take(expert, gate, guess, ask):
+    """Return steps of 5 ms whose other parts take so much, over two layers without misses."""
+    nothing = np.zeros(2, dtype=np.int64)
+    return [
+        TimedStep(
+            5e-3 + n_run * expert + is_gated * gate + n_guesses * guess + n_asks * ask,
+            n_run, is_gated, n_guesses, n_asks, 0, nothing, nothing,
+        )
+        for n_run in (2, 4)
+        for is_gated in (False, True)
+        for n_guesses, n_asks in ((0, 0), (1, 1), (3, 1))
+    ]  # fmt: skip
+
+
+def test_parts_are_told_apart():
+    found = solved_costs(steps_that_take(1e-4, 3e-4, 2e-5, 1e-4), None, alone_s=9.0)
+    assert found == pytest.approx(
+        {
+            "step": 5e-3,
+            "expert": 1e-4,
+            "gate": 3e-4,
+            "guess": 2e-5,
+            "gated_guess": 2e-5,
+            "ask": 1e-4,
+        }
+    )
+
+
+def test_what_would_be_negative_is_nothing_and_the_rest_is_found_without_it():
+    found = solved_costs(steps_that_take(1e-4, -3e-5, 2e-5, 1e-4), None, alone_s=9.0)
+    assert found["gate"] == 0
+    assert found["step"] == pytest.approx(5e-3, rel=0.01)
+    assert found["expert"] == pytest.approx(1e-4, rel=0.1)
