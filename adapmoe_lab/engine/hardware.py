@@ -73,7 +73,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
             if turn >= LEAST_ROUNDS and time.monotonic() > end:
                 break
             for half in (0, 1):
-                free += free_steps(model, n_steps, first=2 * turn + half)
+                free.append(free_steps(model, n_steps, first=2 * turn + half))
             held += held_steps(model, n_held) if n_held else []
     solved = solved_costs(free, miss_s, next(iter(by_precision.values())))
     profile = HardwareProfile(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -22,6 +22,8 @@ from adapmoe_lab.records.prefetch import Moment
 STRIDE = 5
 """Turns that the next decode begins further on: few steps cover all, since it divides no number of
 turns that there can be."""
+N_SCALED = 4
+"""Rounds of telling slow decodes from dear parts, after which both have settled."""
 N_REWEIGHTED = 30
 """Rounds of reweighting after which the least absolute errors have settled."""
 SMALL_ERROR, TINY_S = 0.01, 1e-9
@@ -162,8 +164,13 @@ def _half(model: LabModel) -> CachePlan:
     return replace(slots, slots=np.minimum(slots.slots, model.spec.n_experts // 2))
 
 
-def solved_costs(steps: list[TimedStep], miss_s: float | None, alone_s: float) -> dict[str, float]:
+def solved_costs(
+    decodes: Sequence[Sequence[TimedStep]], miss_s: float | None, alone_s: float
+) -> dict[str, float]:
     """Return the seconds of a step's parts, which leave the least absolute errors.
+
+    Where a whole decode was slower or faster than the others, so are all its parts: what else the
+    machine did then is taken out first.
 
     They are `step`, all outside the experts; `expert`; `gate`, gating every layer; and, if anybody
     was asked, `guess` and `gated_guess`, one predictor about one layer, `ask`, a moment at which
@@ -171,6 +178,7 @@ def solved_costs(steps: list[TimedStep], miss_s: float | None, alone_s: float) -
     are left out, those that take most off a step first, and are zero. Where a router chooses one
     expert, that expert takes what it takes alone.
     """
+    steps = [step for decode in decodes for step in decode]
     seconds = np.array([step.seconds for step in steps])
     counts = {
         "step": [1 for _ in steps],
@@ -189,17 +197,32 @@ def solved_costs(steps: list[TimedStep], miss_s: float | None, alone_s: float) -
     if not has_choice:
         seconds = seconds - columns.pop("expert") * alone_s
     names = [name for name, column in columns.items() if name == "step" or np.ptp(column)]
-    found = dict.fromkeys(names, 0.0)
-    while True:
-        table = np.stack([columns[name] for name in names], axis=1)
-        solution = least_absolute(table, seconds)
-        at_most = solution * table.max(axis=0)
-        worst = int(at_most.argmin())
-        if at_most[worst] >= 0 or names[worst] == "step":
-            break
-        del names[worst]
-    found |= {name: max(0.0, float(s)) for name, s in zip(names, solution, strict=True)}
+    table = np.stack([columns[name] for name in names], axis=1)
+    ends = np.cumsum([len(decode) for decode in decodes])[:-1]
+    paces = np.ones(len(decodes))
+    for _ in range(N_SCALED):
+        solution = _least_absolute_parts(
+            table, seconds / np.repeat(paces, [len(d) for d in decodes])
+        )
+        ratios = seconds / np.maximum(table @ solution, TINY_S)
+        paces = np.array([np.median(own) for own in np.split(ratios, ends)])
+        paces /= np.median(paces)
+    found = dict(zip(names, solution.tolist(), strict=True))
     return found if has_choice else {**found, "expert": alone_s}
+
+
+def _least_absolute_parts(
+    table: NDArray[np.float64], seconds: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return what each column adds, none of it negative; the first is left out last."""
+    parts, kept = np.zeros(table.shape[1]), list(range(table.shape[1]))
+    while True:
+        solution = least_absolute(table[:, kept], seconds)
+        worst = int((solution * table[:, kept].max(axis=0)).argmin())
+        if solution[worst] >= 0 or worst == 0:
+            parts[kept] = np.maximum(0.0, solution)
+            return parts
+        del kept[worst]
 
 
 def least_absolute(

@@ -1,5 +1,7 @@
 """What the parts of a step take is found from steps that differ in them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,7 @@ def steps_that_take(expert, gate, guess, ask):
 
 
 def test_parts_are_told_apart():
-    found = solved_costs(steps_that_take(1e-4, 3e-4, 2e-5, 1e-4), None, alone_s=9.0)
+    found = solved_costs([steps_that_take(1e-4, 3e-4, 2e-5, 1e-4)], None, alone_s=9.0)
     assert found == pytest.approx(
         {
             "step": 5e-3,
@@ -44,7 +46,24 @@ def test_parts_are_told_apart():
 
 
 def test_what_would_be_negative_is_nothing_and_the_rest_is_found_without_it():
-    found = solved_costs(steps_that_take(1e-4, -3e-5, 2e-5, 1e-4), None, alone_s=9.0)
+    found = solved_costs([steps_that_take(1e-4, -3e-5, 2e-5, 1e-4)], None, alone_s=9.0)
     assert found["gate"] == 0
     assert found["step"] == pytest.approx(5e-3, rel=0.01)
     assert found["expert"] == pytest.approx(1e-4, rel=0.1)
+
+
+def test_a_decode_that_was_slow_as_a_whole_changes_nothing():
+    """Each decode is short of some ways to run a step, as on a machine, so that means mislead."""
+    true = {
+        "step": 5e-3,
+        "expert": 1e-4,
+        "gate": 3e-4,
+        "guess": 2e-5,
+        "gated_guess": 2e-5,
+        "ask": 1e-4,
+    }
+    steps = steps_that_take(1e-4, 3e-4, 2e-5, 1e-4)
+    decodes = [[steps[(first + 5 * i) % 12] for i in range(8)] for first in range(12)]
+    for decode, pace in ((decodes[2], 1.6), (decodes[5], 2.0), (decodes[9], 1.3)):
+        decode[:] = [replace(step, seconds=pace * step.seconds) for step in decode]
+    assert solved_costs(decodes, None, alone_s=9.0) == pytest.approx(true, rel=1e-3)
