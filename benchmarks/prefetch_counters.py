@@ -60,12 +60,11 @@ def recorded(
 def replayed(trace: RoutingTrace, config: TunedConfig, model: LabModel) -> tuple[int, int, int]:
     """Return the demands without fetching ahead, and what is used and wasted with it."""
     keep = kept_experts(trace, None)
-    alone = replay(trace, keep, config.plan, config.eviction)
     guesses = recorded_guesses(trace, config.prefetch)
-    with_guesses = replay(trace, keep, config.plan, config.eviction, guesses)
+    residency = replay(trace, keep, config.plan, config.eviction, guesses)
     costs = StepCosts.on(config.hardware, model.engine.store.expert_bytes)
-    timeline = run_timeline(with_guesses, costs, guesses, config.prefetch.buffer_slots)
-    return int(alone.misses.sum()), *(
+    timeline = run_timeline(residency, costs, guesses, config.prefetch.buffer_slots)
+    return int(residency.misses.sum()), *(
         int(counted.sum()) for counted in (timeline.used, timeline.wasted)
     )
 

@@ -21,12 +21,7 @@ from adapmoe_lab.engine.machine_times import (
     seconds_each,
     sync_and_launch_s,
 )
-from adapmoe_lab.engine.timed_steps import (
-    TimedStep,
-    free_steps,
-    held_steps,
-    solved_costs,
-)
+from adapmoe_lab.engine.timed_steps import TimedStep, free_steps, held_steps, solved_costs
 from adapmoe_lab.models.experts import run_expert
 from adapmoe_lab.records import HardwareProfile, TunedConfig
 from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timeline
@@ -72,8 +67,8 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         for turn in range(rounds):
             if turn >= LEAST_ROUNDS and time.monotonic() > end:
                 break
-            for half in (0, 1):
-                free.append(free_steps(model, n_steps, first=2 * turn + half))
+            for _ in range(2):
+                free.append(free_steps(model, n_steps, first=len(free)))
             held += held_steps(model, n_held) if n_held else []
     solved = solved_costs(free, miss_s, next(iter(by_precision.values())))
     profile = HardwareProfile(

@@ -141,7 +141,7 @@ class LabModel:
         self._watching = hooks = ExitStack()
         hooks.enter_context(token_ids_observed_by(self.hf, self.engine.begin_pass))
         hooks.enter_context(last_hidden_observed_by(self.hf, self.engine.end_pass))
-        if table is not None and any(s.moment == Moment.LAYER_OUTPUT for s in table.sources):
+        if table is not None and table.speaks_at(Moment.LAYER_OUTPUT):
             hooks.enter_context(
                 layer_outputs_observed_by(self.hf, self.layers, self.engine.end_layer)
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ class Prefetcher:
         self.wasted = np.zeros(store.n_layers, dtype=np.int64)
         self._gating = gating
         self._bytes_settled = 0
-        self._load_s = link.seconds if pace.load_s is None else cache(pace.load_s)
+        self._load_s = link.seconds if pace.load_s is None else lru_cache(pace.load_s)
 
     def _check_predictors(self) -> None:
         missing = {source.predictor for source in self.table.sources} - set(self._predictors)
@@ -172,9 +172,8 @@ class Prefetcher:
 
     def look_again(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:
         """Ask by a layer's output [T, D], which the next starts from, if anybody speaks then."""
-        if not any(source.moment == Moment.LAYER_OUTPUT for source in self.table.sources):
-            return
-        self._ask(Moment.LAYER_OUTPUT, layer, output, cache, self._outlook())
+        if self.table.speaks_at(Moment.LAYER_OUTPUT):
+            self._ask(Moment.LAYER_OUTPUT, layer, output, cache, self._outlook())
 
     def end_pass(self, last_hidden: torch.Tensor, cache: ExpertCache) -> None:
         """Ask for the first layer's experts of the next token, by this one's last state [1, D]."""

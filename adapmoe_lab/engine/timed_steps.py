@@ -154,8 +154,7 @@ def _n_asked(model: LabModel, asked: PrefetchTable) -> tuple[int, int, int]:
     """Return how many guesses a table asks for in a step, at how many moments, and outputs."""
     targets = [model.spec.n_layers - source.distance for source in asked.sources]
     n_asks = max(targets)  # all sources of a table speak at the same moments here
-    at_output = asked.sources[0].moment == Moment.LAYER_OUTPUT
-    return sum(targets), n_asks, n_asks * at_output
+    return sum(targets), n_asks, n_asks * asked.speaks_at(Moment.LAYER_OUTPUT)
 
 
 def _half(model: LabModel) -> CachePlan:
@@ -198,14 +197,12 @@ def solved_costs(
         seconds = seconds - columns.pop("expert") * alone_s
     names = [name for name, column in columns.items() if name == "step" or np.ptp(column)]
     table = np.stack([columns[name] for name in names], axis=1)
-    ends = np.cumsum([len(decode) for decode in decodes])[:-1]
+    lengths = [len(decode) for decode in decodes]
     paces = np.ones(len(decodes))
     for _ in range(N_SCALED):
-        solution = _least_absolute_parts(
-            table, seconds / np.repeat(paces, [len(d) for d in decodes])
-        )
+        solution = _least_absolute_parts(table, seconds / np.repeat(paces, lengths))
         ratios = seconds / np.maximum(table @ solution, TINY_S)
-        paces = np.array([np.median(own) for own in np.split(ratios, ends)])
+        paces = np.array([np.median(own) for own in np.split(ratios, np.cumsum(lengths)[:-1])])
         paces /= np.median(paces)
     found = dict(zip(names, solution.tolist(), strict=True))
     return found if has_choice else {**found, "expert": alone_s}

@@ -127,6 +127,10 @@ class PrefetchTable:
         """L, the number of layers spoken of."""
         return len(self.sources[0].probability)
 
+    def speaks_at(self, moment: Moment) -> bool:
+        """Whether any of the predictors is asked at a moment."""
+        return any(source.moment == moment for source in self.sources)
+
     def n_bytes(self, expert_bytes: int) -> int:
         """Return the device bytes of a buffer for experts of this size, and of what is fitted."""
         return self.buffer_slots * expert_bytes + (self.fitted.n_bytes if self.fitted else 0)

@@ -134,15 +134,14 @@ def _run_when_there(clock, log, layer, expert, arrival, expert_s):
 
 @inlined
 def _run_experts(
-    clock, log, pace, rest, piece, rows, layer, members, fates, first, end, row_of, arrives
+    clock, log, pace, rest, piece, rows, layer, members, fates, first, end, row_of, arrives,
+    n_missing,
 ):  # fmt: skip
     """Compute a layer's experts as they are there; return the seconds waited."""
-    stall, expert_s, n_missing = 0.0, pace[EXPERT_S], 0
+    stall, expert_s = 0.0, pace[EXPERT_S]
     for i in range(end - first):
         if fates[layer, first + i] == HIT:
             _compute(clock, log, EXPERT, layer, members[layer, first + i], expert_s)
-        else:
-            n_missing += 1
     if n_missing == 0:
         return stall
     for i in range(end - first):
@@ -231,7 +230,7 @@ def run_clock(
             )  # fmt: skip
             stall[step, layer] = _run_experts(
                 clock, log, pace, rest, piece, rows, layer, members, fates, first, end, row_of,
-                arrives,
+                arrives, n_missing,
             )  # fmt: skip
             ask_all(
                 LAYER_OUTPUT, layer, step, begins_at(clock), clock[NOW], 0.0, n_layers,

@@ -17,12 +17,24 @@ def test_what_a_few_steps_are_off_by_matters_little():
     np.testing.assert_allclose(least_absolute(columns, seconds), true, rtol=0.05)
 
 
-def steps_that_take(expert, gate, guess, ask):
-    """Return steps of 5 ms whose other parts take so much, over two layers without misses."""
+PARTS = {
+    "step": 5e-3,
+    "expert": 1e-4,
+    "gate": 3e-4,
+    "guess": 2e-5,
+    "gated_guess": 2e-5,
+    "ask": 1e-4,
+}
+"""Seconds."""
+
+
+def steps_that_take(step, expert, gate, guess, gated_guess, ask):
+    """Return steps whose parts take so much, over two layers without misses."""
     nothing = np.zeros(2, dtype=np.int64)
     return [
         TimedStep(
-            5e-3 + n_run * expert + is_gated * gate + n_guesses * guess + n_asks * ask,
+            step + n_run * expert + is_gated * gate + n_asks * ask
+            + n_guesses * (gated_guess if is_gated else guess),
             n_run, is_gated, n_guesses, n_asks, 0, nothing, nothing,
         )
         for n_run in (2, 4)
@@ -32,21 +44,12 @@ def steps_that_take(expert, gate, guess, ask):
 
 
 def test_parts_are_told_apart():
-    found = solved_costs([steps_that_take(1e-4, 3e-4, 2e-5, 1e-4)], None, alone_s=9.0)
-    assert found == pytest.approx(
-        {
-            "step": 5e-3,
-            "expert": 1e-4,
-            "gate": 3e-4,
-            "guess": 2e-5,
-            "gated_guess": 2e-5,
-            "ask": 1e-4,
-        }
-    )
+    found = solved_costs([steps_that_take(**PARTS)], None, alone_s=9.0)
+    assert found == pytest.approx(PARTS)
 
 
 def test_what_would_be_negative_is_nothing_and_the_rest_is_found_without_it():
-    found = solved_costs([steps_that_take(1e-4, -3e-5, 2e-5, 1e-4)], None, alone_s=9.0)
+    found = solved_costs([steps_that_take(**{**PARTS, "gate": -3e-5})], None, alone_s=9.0)
     assert found["gate"] == 0
     assert found["step"] == pytest.approx(5e-3, rel=0.01)
     assert found["expert"] == pytest.approx(1e-4, rel=0.1)
@@ -54,16 +57,8 @@ def test_what_would_be_negative_is_nothing_and_the_rest_is_found_without_it():
 
 def test_a_decode_that_was_slow_as_a_whole_changes_nothing():
     """Each decode is short of some ways to run a step, as on a machine, so that means mislead."""
-    true = {
-        "step": 5e-3,
-        "expert": 1e-4,
-        "gate": 3e-4,
-        "guess": 2e-5,
-        "gated_guess": 2e-5,
-        "ask": 1e-4,
-    }
-    steps = steps_that_take(1e-4, 3e-4, 2e-5, 1e-4)
+    steps = steps_that_take(**PARTS)
     decodes = [[steps[(first + 5 * i) % 12] for i in range(8)] for first in range(12)]
     for decode, pace in ((decodes[2], 1.6), (decodes[5], 2.0), (decodes[9], 1.3)):
         decode[:] = [replace(step, seconds=pace * step.seconds) for step in decode]
-    assert solved_costs(decodes, None, alone_s=9.0) == pytest.approx(true, rel=1e-3)
+    assert solved_costs(decodes, None, alone_s=9.0) == pytest.approx(PARTS, rel=1e-3)
