@@ -150,6 +150,9 @@ def asks_high_precision(above: Any, total: float) -> Any:
     return above <= HIGH_PRECISION_SHARE * total
 
 
-def distance_malus(rule: int, layers_ahead: Any, clock: int, n_layers: int) -> Any:
-    """Return what a layer's values lose because the layer comes so many layers later."""
-    return layers_ahead * (clock // n_layers) if rule == HOBBIT else 0 * layers_ahead
+def distance_malus(rule: int, layers_ahead: Any, n_passes: int) -> Any:
+    """Return what a layer's values lose because the layer comes so many layers later.
+
+    `n_passes` is the number of forward passes before this one.
+    """
+    return layers_ahead * n_passes if rule == HOBBIT else 0 * layers_ahead

@@ -191,7 +191,8 @@ class ExpertCache:
         keys = np.where(candidates, self._values[first:end], np.inf)
         if n_layers > 1:
             layers_ahead = (np.arange(first, end) - layer) % n_layers
-            keys -= distance_malus(rule, layers_ahead, self._clocks[pool] - 1, n_layers)[:, None]
+            n_passes = (self._clocks[pool] - 1) // n_layers
+            keys -= distance_malus(rule, layers_ahead, n_passes)[:, None]
         leaving, flat = [], keys.ravel()
         for _ in range(n_needed):
             lowest = int(flat.argmin())

@@ -23,7 +23,7 @@ def miss_curves(trace: RoutingTrace, gating: GatingTable | None = None) -> NDArr
 
     steps = trace.as_decode()
     bounds = step_bounds(steps)
-    members, starts, _ = expert_sets(steps, kept_experts(steps, gating), bounds)
+    members, starts = expert_sets(steps, kept_experts(steps, gating), bounds)
     n_layers, n_experts = trace.spec.n_layers, trace.spec.n_experts
     growth = np.zeros((n_layers, n_experts + 2), dtype=np.int64)
 

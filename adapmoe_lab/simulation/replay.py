@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.eviction import POLICIES
+from adapmoe_lab.policies.eviction import BELADY, HOBBIT, POLICIES
 from adapmoe_lab.records import CachePlan, RoutingTrace
 from adapmoe_lab.simulation.guesses import NO_GUESSES, Guesses, step_bounds
 
@@ -88,8 +88,8 @@ def replay(
     pinned = plan.pinned_mask(spec.n_experts) & policy.pins
     bounds = step_bounds(trace)
     n_shared = spec.n_layers // plan.n_pools  # layers per pool
-    next_use_in = n_shared if policy.needs_future else None
-    members, starts, following = expert_sets(trace, keep, bounds, next_use_in)
+    members, starts = expert_sets(trace, keep, bounds)
+    hints = _use_hints(trace, policy.rule, members, starts, bounds, n_shared)
     bits = trace.router_probs.view(np.uint16)
     counts = np.empty((plan.n_pools, len(bounds) - 1, n_shared, 3), dtype=np.int64)
     fates = np.empty(members.shape, dtype=np.int8)
@@ -104,7 +104,7 @@ def replay(
             first,
             members[own],
             starts[own],
-            following[own],
+            hints[own],
             bits,
             HALF,
             bounds,
@@ -124,43 +124,66 @@ def replay(
 
 
 def expert_sets(
-    trace: RoutingTrace,
-    keep: NDArray[np.bool_],
-    bounds: NDArray[np.int64],
-    next_use_in: int | None = None,
-) -> tuple[NDArray[np.int16], NDArray[np.int64], NDArray[np.int64]]:
+    trace: RoutingTrace, keep: NDArray[np.bool_], bounds: NDArray[np.int64]
+) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
     """Return the distinct experts of every step and layer.
 
     Args:
         trace: recorded routing.
         keep: bool [T, L, K], which of the routed experts are run.
         bounds: of its steps, see `step_bounds`.
-        next_use_in: layers that share slots, whose steps the times of next use count; None for
-            no such times.
 
     Returns:
         The sets of each layer one after another, ascending, int16 [L, T K]; where each begins and
-        the last one ends, int64 [L, N+1]; the time of each member's next use, int64 [L, T K].
+        the last one ends, int64 [L, N+1].
     """
-    from adapmoe_lab.simulation.replay_loops import collect_sets, next_uses
+    from adapmoe_lab.simulation.replay_loops import collect_sets
 
     n_tokens, n_layers, top_k = trace.expert_indices.shape
-    n_experts = trace.spec.n_experts
     members = np.empty((n_layers, n_tokens * top_k), dtype=np.int16)
     starts = np.empty((n_layers, len(bounds)), dtype=np.int64)
-    following = np.empty((n_layers, 0 if next_use_in is None else n_tokens * top_k), dtype=np.int64)
     keep = np.ascontiguousarray(keep)
 
     def collect(layer: int) -> None:
+        last_step = np.full(trace.spec.n_experts, -1)
         own = members[layer], starts[layer]
-        last_step = np.full(n_experts, -1)
         collect_sets(trace.expert_indices, keep, bounds, layer, last_step, *own)
-        if next_use_in is not None:
-            never = np.full(n_experts, next_use_in * len(bounds))
-            next_uses(*own, layer % next_use_in, next_use_in, never, following[layer])
 
     in_threads(collect, n_layers)
-    return members, starts, following
+    return members, starts
+
+
+def _use_hints(
+    trace: RoutingTrace,
+    rule: int,
+    members: NDArray[np.int16],
+    starts: NDArray[np.int64],
+    bounds: NDArray[np.int64],
+    n_shared: int,
+) -> NDArray[np.int32]:
+    """Return what a rule is told of every use beforehand, int32 [L, T K], empty if nothing.
+
+    `n_shared` layers share slots; the times of Belady's next uses count their steps.
+    """
+    from adapmoe_lab.simulation.replay_loops import HALF, high_precision_uses, next_uses
+
+    n_experts, bits = trace.spec.n_experts, trace.router_probs.view(np.uint16)
+    hints = np.empty((len(members), members.shape[1] if rule in (BELADY, HOBBIT) else 0), np.int32)
+
+    def look_ahead(layer: int) -> None:
+        never = np.full(n_experts, n_shared * len(bounds))
+        own = members[layer], starts[layer]
+        next_uses(*own, layer % n_shared, n_shared, never, hints[layer])
+
+    def rank(layer: int) -> None:
+        own = members[layer], starts[layer]
+        high_precision_uses(*own, layer, bits, HALF, bounds, np.empty(n_experts), hints[layer])
+
+    if rule == BELADY:
+        in_threads(look_ahead, len(members))
+    elif rule == HOBBIT:
+        in_threads(rank, len(members))
+    return hints
 
 
 def in_threads(work: Callable[[int], None], n: int) -> None:

@@ -59,17 +59,36 @@ def collect_sets(indices, keep, bounds, layer, last_step, members, starts):
 
 
 @compiled
-def next_uses(members, starts, layer, n_layers, upcoming, following):
-    """Fill `following` [T K] with the time of every member's next use.
+def next_uses(members, starts, layer, n_layers, upcoming, hints):
+    """Fill `hints` [T K] with the time of every member's next use.
 
     Times count the steps of all `n_layers` layers of a pool; `layer` is the number in it.
     `upcoming` [E] holds a time after the last step everywhere; working space.
     """
     for step in range(len(starts) - 2, -1, -1):
         for i in range(starts[step], starts[step + 1]):
-            following[i] = upcoming[members[i]]
+            hints[i] = upcoming[members[i]]
         for i in range(starts[step], starts[step + 1]):
             upcoming[members[i]] = step * n_layers + layer
+
+
+@compiled
+def high_precision_uses(members, starts, layer, bits, half, bounds, scores, hints):
+    """Fill `hints` [T K] with 1 for every use that HOBBIT would load in high precision, else 0.
+
+    `layer` is the number among the model's; `scores` [E] is working space, and `bits`, `half` and
+    `bounds` are as `replay_pool` takes them.
+    """
+    for step in range(len(bounds) - 1):
+        _mean_scores(bits, half, bounds[step], bounds[step + 1], layer, scores)
+        for own in range(starts[step], starts[step + 1]):
+            total, above = 0.0, 0.0
+            for i in range(starts[step], starts[step + 1]):
+                score = scores[members[i]]
+                total += score
+                if score > scores[members[own]]:
+                    above += score
+            hints[own] = asks_high_precision(above, total)
 
 
 @inlined
@@ -83,18 +102,6 @@ def _mean_scores(bits, half, first, end, layer, scores):
     if end > first + 1:
         for expert in range(len(scores)):
             scores[expert] /= end - first
-
-
-@inlined
-def _high_precision_use(members, layer, first, end, scores, own):
-    """Return 1 if HOBBIT would load the expert `own` of a set in high precision, else 0."""
-    total, above = 0.0, 0.0
-    for i in range(first, end):
-        score = scores[members[layer, i]]
-        total += score
-        if score > scores[own]:
-            above += score
-    return int(asks_high_precision(above, total))
 
 
 @inlined
@@ -118,21 +125,37 @@ def _begin_pass(values, barred, lowest, lowest_value):
 
 
 @inlined
-def _layer_to_leave(rule, lowest_value, layer, clock):
-    """Return the layer whose lowest expert leaves first, ties to the lowest layer."""
+def _leaving(rule, lowest_value, other, layer, n_passes):
+    """Return the value by which a layer's lowest expert leaves, at the step of `layer`."""
     n_layers = len(lowest_value)
-    at, least = 0, np.inf
-    if rule == HOBBIT:
-        for other in range(n_layers):
-            ahead = other - layer if other >= layer else other - layer + n_layers
-            value = lowest_value[other] - distance_malus(rule, ahead, clock, n_layers)
-            if value < least:
-                at, least = other, value
-    else:
-        for other in range(n_layers):
-            if lowest_value[other] < least:
-                at, least = other, lowest_value[other]
-    return at
+    if other >= n_layers:
+        return np.inf
+    if rule != HOBBIT:
+        return lowest_value[other]
+    ahead = other - layer if other >= layer else other - layer + n_layers
+    return lowest_value[other] - distance_malus(rule, ahead, n_passes)
+
+
+@inlined
+def _lower(best, at, value):
+    """Return the lower of two pairs of a place and its value, ties to the first."""
+    return (at, value) if value < best[1] else best
+
+
+@inlined
+def _layer_to_leave(rule, lowest_value, layer, n_passes):
+    """Return the layer whose lowest expert leaves first, ties to the lowest layer.
+
+    Four runs of layers are compared side by side, since a comparison waits for the one before.
+    """
+    run = (len(lowest_value) + 3) // 4
+    a = b = c = d = (0, np.inf)
+    for i in range(run):
+        a = _lower(a, i, _leaving(rule, lowest_value, i, layer, n_passes))
+        b = _lower(b, i + run, _leaving(rule, lowest_value, i + run, layer, n_passes))
+        c = _lower(c, i + 2 * run, _leaving(rule, lowest_value, i + 2 * run, layer, n_passes))
+        d = _lower(d, i + 3 * run, _leaving(rule, lowest_value, i + 3 * run, layer, n_passes))
+    return _lower(_lower(a, b[0], b[1]), *_lower(c, d[0], d[1]))[0]
 
 
 @inlined
@@ -156,7 +179,7 @@ def _note_absent(guessed, absent, resident):
 
 @compiled
 def replay_pool(
-    rule, n_slots, first_layer, members, starts, following, bits, half, bounds, pinned, state, out,
+    rule, n_slots, first_layer, members, starts, hints, bits, half, bounds, pinned, state, out,
     fates, distances, guessed, absent,
 ):  # fmt: skip
     """Replay every step of the layers that share a pool of slots.
@@ -169,9 +192,9 @@ def replay_pool(
         first_layer: number of the pool's first layer among the model's.
         members: int16 [L, T K], the sets of the pool's layers, as `collect_sets` gives them.
         starts: int64 [L, N+1], where each set begins.
-        following: int64 [L, T K], times of the members' next use, read by Belady only.
+        hints: int32 [L, T K], what `after_use` is told of each use, for rules that need it.
         bits: uint16 [T, L of the model, E], the router's scores as the bits of float16, read by
-            rules that need them.
+            the rule that averages them.
         half: `HALF`.
         bounds: int64 [N+1], first token of every step, and T.
         pinned: bool [L, E], experts that never leave.
@@ -191,7 +214,7 @@ def replay_pool(
     for step in range(len(bounds) - 1):
         for layer in range(n_layers):
             first, end = starts[layer, step], starts[layer, step + 1]
-            if rule in (ROUTER_AVERAGE, HOBBIT):
+            if rule == ROUTER_AVERAGE:
                 _mean_scores(
                     bits, half, bounds[step], bounds[step + 1], first_layer + layer, scores
                 )
@@ -215,10 +238,8 @@ def replay_pool(
                 fates[layer, i] = HIT if was_resident else STREAM
                 missing[n_missing] = i
                 n_missing += 1 - was_resident
-                if rule == BELADY:
-                    hint = following[layer, i]
-                elif rule == HOBBIT:
-                    hint = _high_precision_use(members, layer, first, end, scores, expert)
+                if rule in (BELADY, HOBBIT):
+                    hint = hints[layer, i]
                 values[layer, expert], memory[layer, expert] = after_use(
                     rule, values[layer, expert], memory[layer, expert], was_resident, hint,
                     clock, n_layers,
@@ -230,7 +251,7 @@ def replay_pool(
                 if n_free > 0:
                     n_free -= 1
                 else:
-                    at = _layer_to_leave(rule, lowest_value, layer, clock)
+                    at = _layer_to_leave(rule, lowest_value, layer, step)
                     resident[at, lowest[at]] = False
                     barred[at, lowest[at]] = np.inf
                     _find_lowest(values, barred, lowest, lowest_value, at)
