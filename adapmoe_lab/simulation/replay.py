@@ -167,22 +167,21 @@ def _use_hints(
     """
     from adapmoe_lab.simulation.replay_loops import HALF, high_precision_uses, next_uses
 
+    if rule not in (BELADY, HOBBIT):
+        return np.empty((len(members), 0), dtype=np.int32)
     n_experts, bits = trace.spec.n_experts, trace.router_probs.view(np.uint16)
-    hints = np.empty((len(members), members.shape[1] if rule in (BELADY, HOBBIT) else 0), np.int32)
+    hints = np.empty(members.shape, dtype=np.int32)
 
-    def look_ahead(layer: int) -> None:
-        never = np.full(n_experts, n_shared * len(bounds))
+    def fill(layer: int) -> None:
         own = members[layer], starts[layer]
-        next_uses(*own, layer % n_shared, n_shared, never, hints[layer])
+        if rule == BELADY:
+            never = np.full(n_experts, n_shared * len(bounds))
+            next_uses(*own, layer % n_shared, n_shared, never, hints[layer])
+        else:
+            scores = np.empty(n_experts)
+            high_precision_uses(*own, layer, bits, HALF, bounds, scores, hints[layer])
 
-    def rank(layer: int) -> None:
-        own = members[layer], starts[layer]
-        high_precision_uses(*own, layer, bits, HALF, bounds, np.empty(n_experts), hints[layer])
-
-    if rule == BELADY:
-        in_threads(look_ahead, len(members))
-    elif rule == HOBBIT:
-        in_threads(rank, len(members))
+    in_threads(fill, len(members))
     return hints
 
 

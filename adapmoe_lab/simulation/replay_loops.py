@@ -81,13 +81,14 @@ def high_precision_uses(members, starts, layer, bits, half, bounds, scores, hint
     """
     for step in range(len(bounds) - 1):
         _mean_scores(bits, half, bounds[step], bounds[step + 1], layer, scores)
+        total = 0.0
+        for i in range(starts[step], starts[step + 1]):
+            total += scores[members[i]]
         for own in range(starts[step], starts[step + 1]):
-            total, above = 0.0, 0.0
+            above = 0.0
             for i in range(starts[step], starts[step + 1]):
-                score = scores[members[i]]
-                total += score
-                if score > scores[members[own]]:
-                    above += score
+                if scores[members[i]] > scores[members[own]]:
+                    above += scores[members[i]]
             hints[own] = asks_high_precision(above, total)
 
 
