@@ -7,13 +7,14 @@ machine probed again; predicted is the mean of the two probes' predictions, so t
 machine does falls on all alike. The probe decodes a prompt of its own in a memory size of its own.
 The trace that is replayed was recorded without gating; as in a measurement its first sequence comes
 twice, to warm up, and prompts do not count. A configuration's error is that of the median over
-rounds of predicted over measured.
+rounds of predicted over measured. The file is saved after every round.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -107,10 +108,11 @@ def predict(
 
 def run_rounds(
     model: LabModel, prompts: list[str], lengths: tuple[int, int], n_rounds: int
-) -> tuple[list[HardwareProfile], list[dict[str, object]]]:
-    """Probe, predict and measure by turns; return the probes, and a row per configuration.
+) -> Iterator[tuple[list[HardwareProfile], list[dict[str, object]]]]:
+    """Probe, predict and measure by turns; after every round yield all so far.
 
-    Prompts have the first of the lengths, in tokens, and are continued by the second.
+    That is the probes, and a row per configuration. Prompts have the first of the lengths, in
+    tokens, and are continued by the second.
     """
     prompt_tokens, new_tokens = lengths
     trace = lab.profile(model, [model.generate(prompt, new_tokens) for prompt in prompts])
@@ -155,7 +157,7 @@ def run_rounds(
                 mean = float(np.mean([predicted[name] for predicted in both]))
                 row.setdefault(name, []).append(mean)
         print(f"round {number + 1} of {n_rounds} done", flush=True)
-    return probes, rows
+        yield probes, rows
 
 
 def judge(rows: list[dict[str, object]]) -> dict[str, float]:
@@ -197,25 +199,26 @@ def main() -> int:
             for text in texts[:: max(1, len(texts) // N_PROMPTS)][:N_PROMPTS]
         ]
         lengths = arguments.prompt_tokens, arguments.new_tokens
-        probes, rows = run_rounds(model, prompts, lengths, arguments.rounds)
-        verdict = judge(rows)
-        print(f"\n{model.engine.link.name}: predicted over measured")
-        for row in rows:
-            spent = np.median(row["measured_ms"])
-            print(f"{row['case']:45} {spent:8.2f} ms  {row['ratio']:.3f}")
-        print(", ".join(f"{name} {value:.3f}" for name, value in verdict.items()), flush=True)
-        results.append(
-            {
-                "link": model.engine.link.name,
+        link = model.engine.link.name
+        for probes, rows in run_rounds(model, prompts, lengths, arguments.rounds):
+            result = {
+                "link": link,
                 "conditions": measurement_conditions(model),
                 "prompt_tokens": arguments.prompt_tokens,
                 "new_tokens": arguments.new_tokens,
-                "verdict": verdict,
+                "verdict": judge(rows),
                 "rows": rows,
                 "probes": [probe.to_json() for probe in probes],
             }
-        )
-        save_json(arguments.out, {"benchmark": "predicted_time", "results": results})
+            record = {"benchmark": "predicted_time", "results": [*results, result]}
+            save_json(arguments.out, record)
+        results.append(result)
+        print(f"\n{link}: predicted over measured")
+        for row in rows:
+            spent = np.median(row["measured_ms"])
+            print(f"{row['case']:45} {spent:8.2f} ms  {row['ratio']:.3f}")
+        verdict = result["verdict"].items()
+        print(", ".join(f"{name} {value:.3f}" for name, value in verdict), flush=True)
     return 0
 
 
