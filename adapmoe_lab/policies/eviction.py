@@ -109,7 +109,14 @@ def value_in_new_step(rule: int, value: Any, score: Any) -> Any:
 
 
 def after_use(
-    rule: int, value: Any, memory: Any, was_resident: Any, hint: Any, clock: int, n_layers: int
+    rule: int,
+    value: Any,
+    memory: Any,
+    was_resident: Any,
+    hint: Any,
+    clock: int,
+    n_layers: int,
+    n_passes: int,
 ) -> tuple[Any, Any]:
     """Return value and memory of an expert of a step's set.
 
@@ -122,6 +129,7 @@ def after_use(
             use.
         clock: steps before this one, of all layers that share the slots.
         n_layers: number of layers that share the slots.
+        n_passes: forward passes before this one, `clock // n_layers`.
     """
     if rule == LRU:
         return 2.0 * clock + 1 - was_resident, memory
@@ -133,7 +141,7 @@ def after_use(
     if rule == LEAST_STALE:
         return FRESH + clock + was_resident * (value - clock), memory
     if rule == HOBBIT:
-        now = clock // n_layers + 0 * memory
+        now = n_passes + 0 * memory
         return value + n_layers * (now - memory + 1 + hint), now
     if rule == BELADY:
         return -1 * hint, memory

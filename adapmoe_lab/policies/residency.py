@@ -165,6 +165,7 @@ class ExpertCache:
             hint,
             clock,
             end - first,
+            clock // (end - first),
         )
 
     def _free_places(self, layer: int, n_needed: int) -> list[tuple[int, tuple[int, int] | None]]:

@@ -24,28 +24,28 @@ class Replay:
     """What became of the experts that every step and layer needed.
 
     Attributes:
-        hits: int64 [N, L], distinct experts resident before the step; N steps.
-        loads: int64 [N, L], distinct experts brought into a slot.
-        streamed: int64 [N, L], distinct experts that only passed through staging.
+        hits: int16 [N, L], distinct experts resident before the step; N steps.
+        loads: int16 [N, L], distinct experts brought into a slot.
+        streamed: int16 [N, L], distinct experts that only passed through staging.
         is_decode: bool [N], which steps were decode.
         members: int16 [L, T K], the distinct experts of each layer's steps one after another.
-        starts: int64 [L, N+1], where the experts of each step begin, and the last ones end.
+        starts: int32 [L, N+1], where the experts of each step begin, and the last ones end.
         fates: int8 [L, T K], what became of each: `HIT`, `LOAD` or `STREAM`.
         absent: bool [J, N, L, C], which guesses spoke of experts that were not resident then.
     """
 
-    hits: NDArray[np.int64]
-    loads: NDArray[np.int64]
-    streamed: NDArray[np.int64]
+    hits: NDArray[np.int16]
+    loads: NDArray[np.int16]
+    streamed: NDArray[np.int16]
     is_decode: NDArray[np.bool_]
     members: NDArray[np.int16]
-    starts: NDArray[np.int64]
+    starts: NDArray[np.int32]
     fates: NDArray[np.int8]
     absent: NDArray[np.bool_]
 
     @property
-    def misses(self) -> NDArray[np.int64]:
-        """Distinct experts that crossed the link, int64 [N, L]."""
+    def misses(self) -> NDArray[np.int16]:
+        """Distinct experts that crossed the link, int16 [N, L]."""
         return self.loads + self.streamed
 
     @property
@@ -91,7 +91,7 @@ def replay(
     members, starts = expert_sets(trace, keep, bounds)
     hints = _use_hints(trace, policy.rule, members, starts, bounds, n_shared)
     bits = trace.router_probs.view(np.uint16)
-    counts = np.empty((plan.n_pools, len(bounds) - 1, n_shared, 3), dtype=np.int64)
+    counts = np.empty((plan.n_pools, len(bounds) - 1, n_shared, 3), dtype=np.int16)
     fates = np.empty(members.shape, dtype=np.int8)
     absent = np.zeros(guesses.experts.shape, dtype=np.bool_)
 
@@ -125,7 +125,7 @@ def replay(
 
 def expert_sets(
     trace: RoutingTrace, keep: NDArray[np.bool_], bounds: NDArray[np.int64]
-) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int16], NDArray[np.int32]]:
     """Return the distinct experts of every step and layer.
 
     Args:
@@ -135,13 +135,13 @@ def expert_sets(
 
     Returns:
         The sets of each layer one after another, ascending, int16 [L, T K]; where each begins and
-        the last one ends, int64 [L, N+1].
+        the last one ends, int32 [L, N+1].
     """
     from adapmoe_lab.simulation.replay_loops import collect_sets
 
     n_tokens, n_layers, top_k = trace.expert_indices.shape
     members = np.empty((n_layers, n_tokens * top_k), dtype=np.int16)
-    starts = np.empty((n_layers, len(bounds)), dtype=np.int64)
+    starts = np.empty((n_layers, len(bounds)), dtype=np.int32)
     keep = np.ascontiguousarray(keep)
 
     def collect(layer: int) -> None:
@@ -157,7 +157,7 @@ def _use_hints(
     trace: RoutingTrace,
     rule: int,
     members: NDArray[np.int16],
-    starts: NDArray[np.int64],
+    starts: NDArray[np.int32],
     bounds: NDArray[np.int64],
     n_shared: int,
 ) -> NDArray[np.int32]:

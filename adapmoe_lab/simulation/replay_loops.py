@@ -39,7 +39,7 @@ def collect_sets(indices, keep, bounds, layer, last_step, members, starts):
         layer: which layer.
         last_step: int64 [E], -1 everywhere; working space.
         members: int16 [T K], filled with the sets one after another.
-        starts: int64 [N+1], filled with where each set begins, and the last one ends.
+        starts: int32 [N+1], filled with where each set begins, and the last one ends.
     """
     n = 0
     for step in range(len(bounds) - 1):
@@ -106,35 +106,32 @@ def _mean_scores(bits, half, first, end, layer, scores):
 
 
 @inlined
-def _find_lowest(values, barred, lowest, lowest_value, layer):
+def _find_lowest(values, barred, malus, lowest, lowest_value, layer):
     """Find the expert of a layer that would leave first, ties to the lowest id."""
     at, least = -1, np.inf
     for expert in range(values.shape[1]):
         value = values[layer, expert] + barred[layer, expert]
         if value < least:
             at, least = expert, value
-    lowest[layer], lowest_value[layer] = at, least
+    lowest[layer], lowest_value[layer] = at, least - malus[layer]
 
 
 @inlined
-def _begin_pass(values, barred, lowest, lowest_value):
-    """Change the values that change as a forward pass begins; only least-stale's do."""
+def _begin_pass(rule, step, values, barred, malus, lowest, lowest_value):
+    """Change what changes as a forward pass begins, under least-stale and HOBBIT."""
     for layer in range(len(values)):
-        for expert in range(values.shape[1]):
-            values[layer, expert] = value_in_new_pass(LEAST_STALE, values[layer, expert])
-        _find_lowest(values, barred, lowest, lowest_value, layer)
+        if rule == LEAST_STALE:
+            for expert in range(values.shape[1]):
+                values[layer, expert] = value_in_new_pass(rule, values[layer, expert])
+            _find_lowest(values, barred, malus, lowest, lowest_value, layer)
+        if rule == HOBBIT:
+            _set_malus(malus, lowest_value, layer, distance_malus(rule, layer, step))
 
 
 @inlined
-def _leaving(rule, lowest_value, other, layer, n_passes):
-    """Return the value by which a layer's lowest expert leaves, at the step of `layer`."""
-    n_layers = len(lowest_value)
-    if other >= n_layers:
-        return np.inf
-    if rule != HOBBIT:
-        return lowest_value[other]
-    ahead = other - layer if other >= layer else other - layer + n_layers
-    return lowest_value[other] - distance_malus(rule, ahead, n_passes)
+def _set_malus(malus, lowest_value, layer, new):
+    lowest_value[layer] += malus[layer] - new
+    malus[layer] = new
 
 
 @inlined
@@ -144,29 +141,32 @@ def _lower(best, at, value):
 
 
 @inlined
-def _layer_to_leave(rule, lowest_value, layer, n_passes):
+def _layer_to_leave(lowest_value):
     """Return the layer whose lowest expert leaves first, ties to the lowest layer.
 
     Four runs of layers are compared side by side, since a comparison waits for the one before.
     """
-    run = (len(lowest_value) + 3) // 4
+    run = len(lowest_value) // 4
     a = b = c = d = (0, np.inf)
     for i in range(run):
-        a = _lower(a, i, _leaving(rule, lowest_value, i, layer, n_passes))
-        b = _lower(b, i + run, _leaving(rule, lowest_value, i + run, layer, n_passes))
-        c = _lower(c, i + 2 * run, _leaving(rule, lowest_value, i + 2 * run, layer, n_passes))
-        d = _lower(d, i + 3 * run, _leaving(rule, lowest_value, i + 3 * run, layer, n_passes))
+        a = _lower(a, i, lowest_value[i])
+        b = _lower(b, i + run, lowest_value[i + run])
+        c = _lower(c, i + 2 * run, lowest_value[i + 2 * run])
+        d = _lower(d, i + 3 * run, lowest_value[i + 3 * run])
     return _lower(_lower(a, b[0], b[1]), *_lower(c, d[0], d[1]))[0]
 
 
 @inlined
-def _let_go(values, resident, barred, lowest, lowest_value, members, layer, first, end, pinned):
+def _let_go(
+    values, resident, barred, malus, lowest, lowest_value, members, layer, first, end, pinned
+):  # fmt: skip
     """Let a step's members leave again, keeping the layer's lowest expert up to date."""
     for i in range(first, end):
         expert = members[layer, i]
         if resident[layer, expert] and not pinned[layer, expert]:
             barred[layer, expert] = 0
-            value, least, at = values[layer, expert], lowest_value[layer], lowest[layer]
+            value = values[layer, expert] - malus[layer]
+            least, at = lowest_value[layer], lowest[layer]
             if value < least or (value == least and expert < at):
                 lowest[layer], lowest_value[layer] = expert, value
 
@@ -192,7 +192,7 @@ def replay_pool(
         n_slots: slots of the pool.
         first_layer: number of the pool's first layer among the model's.
         members: int16 [L, T K], the sets of the pool's layers, as `collect_sets` gives them.
-        starts: int64 [L, N+1], where each set begins.
+        starts: int32 [L, N+1], where each set begins.
         hints: int32 [L, T K], what `after_use` is told of each use, for rules that need it.
         bits: uint16 [T, L of the model, E], the router's scores as the bits of float16, read by
             the rule that averages them.
@@ -200,7 +200,7 @@ def replay_pool(
         bounds: int64 [N+1], first token of every step, and T.
         pinned: bool [L, E], experts that never leave.
         state: what `empty_pool` returns.
-        out: int64 [N, L, 3], filled with hits, loads and streamed experts.
+        out: int16 [N, L, 3], filled with hits, loads and streamed experts.
         fates: int8 [L, T K], filled with what becomes of each member: HIT, LOAD or STREAM.
         distances: int64 [J], from how many layers before a layer's experts are guessed; 0 for
             before the pass begins.
@@ -208,7 +208,7 @@ def replay_pool(
         absent: bool [J, N, L of the model, C], filled with which of them are not resident at the
             moment of guessing.
     """
-    values, memory, resident, barred, lowest, lowest_value, missing, scores = state
+    values, memory, resident, barred, malus, lowest, lowest_value, missing, scores = state
     n_layers, n_experts = values.shape
     moves_all = rule in (LFU_AGED, ROUTER_AVERAGE)
     n_free, n_may_leave, clock = n_slots, 0, 0
@@ -219,8 +219,8 @@ def replay_pool(
                 _mean_scores(
                     bits, half, bounds[step], bounds[step + 1], first_layer + layer, scores
                 )
-            if rule == LEAST_STALE and layer == 0:
-                _begin_pass(values, barred, lowest, lowest_value)
+            if layer == 0 and rule in (LEAST_STALE, HOBBIT):
+                _begin_pass(rule, step, values, barred, malus, lowest, lowest_value)
             for j in range(len(distances)):
                 if n_layers == 1 or (layer == 0 and distances[j] == 0):
                     at = first_layer + layer
@@ -243,19 +243,19 @@ def replay_pool(
                     hint = hints[layer, i]
                 values[layer, expert], memory[layer, expert] = after_use(
                     rule, values[layer, expert], memory[layer, expert], was_resident, hint,
-                    clock, n_layers,
+                    clock, n_layers, step,
                 )  # fmt: skip
             if not is_lowest_known:
-                _find_lowest(values, barred, lowest, lowest_value, layer)
+                _find_lowest(values, barred, malus, lowest, lowest_value, layer)
             n_loads = min(n_missing, n_free + n_may_leave - n_barred)
             for number in range(n_loads):
                 if n_free > 0:
                     n_free -= 1
                 else:
-                    at = _layer_to_leave(rule, lowest_value, layer, step)
+                    at = _layer_to_leave(lowest_value)
                     resident[at, lowest[at]] = False
                     barred[at, lowest[at]] = np.inf
-                    _find_lowest(values, barred, lowest, lowest_value, at)
+                    _find_lowest(values, barred, malus, lowest, lowest_value, at)
                     n_may_leave -= 1
                 expert = members[layer, missing[number]]
                 fates[layer, missing[number]] = LOAD
@@ -265,9 +265,13 @@ def replay_pool(
                 at = layer + distances[j]
                 if distances[j] > 0 and at < n_layers:
                     _note_absent(guessed[j, step, at], absent[j, step, at], resident[at])
+            if rule == HOBBIT:
+                later = distance_malus(rule, layer + n_layers, step)
+                _set_malus(malus, lowest_value, layer, later)
             _let_go(
-                values, resident, barred, lowest, lowest_value, members, layer, first, end, pinned
-            )
+                values, resident, barred, malus, lowest, lowest_value, members, layer, first, end,
+                pinned,
+            )  # fmt: skip
             out[step, layer, 0] = end - first - n_missing
             out[step, layer, 1] = n_loads
             out[step, layer, 2] = n_missing - n_loads
@@ -279,17 +283,20 @@ def empty_pool(n_layers: int, n_experts: int) -> tuple[np.ndarray, ...]:
 
     In order: values [L, E] by which experts leave; memory [L, E] that some rules keep; whether an
     expert is resident [L, E]; 0 for one that may leave and infinity for one that may not [L, E];
-    each layer's expert that would leave first [L], and its value; room for the missing experts
-    and for the scores of one step.
+    what a layer's values lose until its next step, counted from the pass's beginning, since what
+    all lose does not matter [L]; each layer's expert that would leave first [L], and its value,
+    with infinity up to a multiple of four; room for the missing experts and for the scores of one
+    step.
     """
-    shape = (n_layers, n_experts)
+    shape, n_padded = (n_layers, n_experts), n_layers + -n_layers % 4
     return (
         np.zeros(shape),
         np.zeros(shape),
         np.zeros(shape, dtype=np.bool_),
         np.full(shape, np.inf),
+        np.zeros(n_layers),
         np.full(n_layers, -1),
-        np.full(n_layers, np.inf),
+        np.full(n_padded, np.inf),
         np.zeros(n_experts + 1, dtype=np.int64),
         np.zeros(n_experts),
     )

@@ -91,7 +91,7 @@ def count_misses(members, starts, stack, growth):
 
     Args:
         members: int16 [T K], the sets of the layer, as `collect_sets` gives them.
-        starts: int64 [N+1], where each set begins.
+        starts: int32 [N+1], where each set begins.
         stack: what `empty_stack` returns.
         growth: int64 [E+2] of zeros, filled with how much the misses grow with each slot more.
     """

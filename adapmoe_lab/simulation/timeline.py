@@ -122,8 +122,8 @@ class Timeline:
     """What happened when, of N steps and L layers.
 
     Attributes:
-        used: int64 [N, L], experts begun ahead that were needed then.
-        wasted: int64 [N, L], experts begun ahead that were not.
+        used: int16 [N, L], experts begun ahead that were needed then.
+        wasted: int16 [N, L], experts begun ahead that were not.
         stall_s: float64 [N, L], seconds that computing waited for the link.
         n_bytes: int64 [N], bytes that crossed the link.
         link_s: float64 [N], seconds the link was busy with what was begun in each step.
@@ -133,8 +133,8 @@ class Timeline:
             expert.
     """
 
-    used: NDArray[np.int64]
-    wasted: NDArray[np.int64]
+    used: NDArray[np.int16]
+    wasted: NDArray[np.int16]
     stall_s: NDArray[np.float64]
     n_bytes: NDArray[np.int64]
     link_s: NDArray[np.float64]
@@ -150,13 +150,13 @@ class Timeline:
 EVENT_KINDS = ("dense", "expert", "demand", "ahead")
 
 
-def counted_replay(hits: NDArray[np.int64], loads: NDArray[np.int64]) -> Replay:
+def counted_replay(hits: NDArray[np.int16], loads: NDArray[np.int16]) -> Replay:
     """Return a replay of steps [N, L] of which only counts are known; which experts is made up."""
     n_steps, n_layers = hits.shape
     width = int((hits + loads).sum(axis=0).max())
     members = np.zeros((n_layers, width), dtype=np.int16)
     fates = np.zeros((n_layers, width), dtype=np.int8)
-    starts = np.zeros((n_layers, n_steps + 1), dtype=np.int64)
+    starts = np.zeros((n_layers, n_steps + 1), dtype=np.int32)
     starts[:, 1:] = (hits + loads).cumsum(axis=0).T
     for step, layer in np.ndindex(n_steps, n_layers):
         first, end = starts[layer, step : step + 2]
@@ -189,7 +189,7 @@ def run_timeline(
     if (guesses.moments == Moment.LAYER_OUTPUT).any():
         costs = replace(costs, wait_s=max(0.0, costs.wait_s))
     shape = replayed.hits.shape
-    used, wasted, stall_s = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape)
+    used, wasted, stall_s = np.zeros(shape, np.int16), np.zeros(shape, np.int16), np.zeros(shape)
     n_bytes, link_s, ended_s = np.zeros(shape[0], np.int64), np.zeros(shape[0]), np.zeros(shape[0])
     events = np.zeros((n_events, 5))
     n_logged = run_clock(
@@ -237,7 +237,7 @@ def _layer_by_layer(replayed: Replay, costs: StepCosts) -> Timeline:
         time_layer(*own, loads[layer], costs.pace, *room, *out)
 
     in_threads(run, n_layers)
-    nothing = np.zeros((n_steps, n_layers), dtype=np.int64)
+    nothing = np.zeros((n_steps, n_layers), dtype=np.int16)
     return Timeline(
         used=nothing,
         wasted=nothing,

@@ -77,6 +77,8 @@ def _copy(clock, log, pace, rest, layer, expert, n_begun):
 @inlined
 def _begin_pieces(clock, log, pace, rows, piece):
     """Begin every piece whose time came while the link was idle."""
+    if clock[LINK_FREE] >= clock[NOW]:
+        return
     at, spent_s = next_in_line(rows), 0.0
     while at >= 0:
         begins = max(clock[LINK_FREE], rows[at, ASKED_AT])
@@ -90,7 +92,8 @@ def _begin_pieces(clock, log, pace, rows, piece):
         rows[at, ARRIVAL] = clock[LINK_FREE]
         rows[at, BEGUN] += 1
         spent_s += pace[PIECE_S]
-        at = next_in_line(rows)
+        if rows[at, BEGUN] == N_PIECES:
+            at = next_in_line(rows)
     clock[NOW] += spent_s
 
 
@@ -183,7 +186,7 @@ def run_clock(
 
     Args:
         members: int16 [L, T K], the sets of each layer, as `collect_sets` gives them.
-        starts: int64 [L, N+1], where each set begins.
+        starts: int32 [L, N+1], where each set begins.
         fates: int8 [L, T K], what becomes of each member.
         moments: int64 [J], when each predictor speaks.
         distances: int64 [J], of which layer, counted from its own.
@@ -195,8 +198,8 @@ def run_clock(
             pieces are begun.
         piece: float64 [L, E, P, 2], seconds and bytes of each piece.
         state: what `empty_clock` returns.
-        used: int64 [N, L], filled with the experts that were begun ahead and needed.
-        wasted: int64 [N, L], filled with those that were begun and not needed.
+        used: int16 [N, L], filled with the experts that were begun ahead and needed.
+        wasted: int16 [N, L], filled with those that were begun and not needed.
         stall: float64 [N, L], filled with the seconds that computing waited.
         n_bytes: int64 [N], filled with the bytes that crossed.
         link_s: float64 [N], filled with the seconds that took.
@@ -259,7 +262,7 @@ def time_layer(
 
     Args:
         members: int16 [T K], the sets of the layer.
-        starts: int64 [N+1], where each set begins.
+        starts: int32 [N+1], where each set begins.
         fates: int8 [T K], what becomes of each member.
         load: float64 [E, 2], seconds and bytes of each expert.
         pace: as `run_clock` takes it.
