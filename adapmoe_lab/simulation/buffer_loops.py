@@ -105,7 +105,7 @@ def _ask(
     guessed, probability, absent, clock, rest, piece, rows,
 ):  # fmt: skip
     """Ask for those guesses of a predictor that are worth it, instead of earlier ones not begun."""
-    n_guesses, p = guessed.shape[3], step % probability.shape[1]
+    n_guesses, p = guessed.shape[3], step if probability.shape[1] > 1 else 0
     for row in range(len(rows)):
         if rows[row, LAYER] == target and rows[row, BEGUN] == 0:
             is_guessed = False

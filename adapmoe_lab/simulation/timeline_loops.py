@@ -209,6 +209,9 @@ def run_clock(
     n_layers, n_steps = starts.shape[0], starts.shape[1] - 1
     dense_layer_s, expert_s, head_s = pace[DENSE_LAYER_S], pace[EXPERT_S], pace[HEAD_S]
     clock, rows, row_of, arrives = state
+    speaks_at_output = False
+    for j in range(len(moments)):
+        speaks_at_output |= moments[j] == LAYER_OUTPUT
     for step in range(n_steps):
         ask_all(
             TOKEN, 0, step, begins_at(clock), clock[NOW], 0.0, n_layers,
@@ -235,10 +238,12 @@ def run_clock(
                 clock, log, pace, rest, piece, rows, layer, members, fates, first, end, row_of,
                 arrives, n_missing,
             )  # fmt: skip
-            ask_all(
-                LAYER_OUTPUT, layer, step, begins_at(clock), clock[NOW], 0.0, n_layers,
-                moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
-            )  # fmt: skip
+            if speaks_at_output:
+                ask_all(
+                    LAYER_OUTPUT, layer, step, begins_at(clock), clock[NOW], 0.0, n_layers,
+                    moments, distances, guessed, probability, absent, clock, pace, rest, piece,
+                    rows,
+                )  # fmt: skip
         if step + 1 < n_steps:
             ask_all(
                 LAST_HIDDEN, 0, step + 1, begins_at(clock), clock[NOW] + head_s, 0.0, n_layers,
