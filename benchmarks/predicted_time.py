@@ -1,6 +1,8 @@
 """Predicted milliseconds per output token against those measured, cache, gating and prefetch apart.
 
-`python benchmarks/predicted_time.py MODEL --out FILE [--target NAME ...] [--rounds N]`
+`python benchmarks/predicted_time.py MODEL --out FILE [--target NAME ...] [--rounds N]
+[--prompts N]`; a model whose weights are random wants more prompts, each of which it continues in
+a way of its own.
 
 In every round the machine is probed, every configuration measured one after the other, and the
 machine probed again; predicted is the mean of the two probes' predictions, so that what else the
@@ -40,7 +42,6 @@ PROBED_SHARE = 0.875
 SKIPPED_FRACTION = 0.2
 MEASURED = ("measured_ms", "samples_ms", "used", "wasted", "demands")
 
-N_PROMPTS = 3
 EVICTION = "lfu_aged"
 
 
@@ -161,19 +162,28 @@ def run_rounds(
 
 
 def judge(rows: list[dict[str, object]]) -> dict[str, float]:
-    """Add to every row how far off it is; return how far off they are together."""
+    """Add to every row how far off it is; return how far off they are together.
+
+    Beside how predicted and measured rank the configurations alike stands how the even and the odd
+    rounds of the measurement do, which says how well it knows the order itself.
+    """
     for row in rows:
         ratios = np.array(row["predicted_ms"]) / np.array(row["measured_ms"])
         row["ratio"] = float(np.median(ratios))
     errors = np.array([abs(row["ratio"] - 1) for row in rows])
     predicted = np.array([np.median(row["predicted_ms"]) for row in rows])
-    measured = np.array([np.median(row["measured_ms"]) for row in rows])
-    return {
+    rounds = np.array([row["measured_ms"] for row in rows])
+    measured = np.median(rounds, axis=1)
+    verdict = {
         "n": len(rows),
         "median_error": float(np.median(errors)),
         "worst_error": float(errors.max()),
         "rank_correlation": float(rank_correlation(predicted, measured)),
     }
+    if rounds.shape[1] > 1:
+        even, odd = (np.median(rounds[:, first::2], axis=1) for first in (0, 1))
+        verdict["rank_correlation_of_halves"] = float(rank_correlation(even, odd))
+    return verdict
 
 
 def main() -> int:
@@ -184,10 +194,11 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", default=[None], help="links to emulate, on a CPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     arguments = parser.parse_args()
-    results = []
+    results, n_prompts = [], arguments.prompts
     for target in arguments.target:
         model = lab.load(
             arguments.model, dtype=arguments.dtype, link=target,
@@ -196,7 +207,7 @@ def main() -> int:
         texts = lab.calibration_texts()
         prompts = [
             model.tokenizer.decode(model.encode(text)[: arguments.prompt_tokens])
-            for text in texts[:: max(1, len(texts) // N_PROMPTS)][:N_PROMPTS]
+            for text in texts[:: max(1, len(texts) // n_prompts)][:n_prompts]
         ]
         lengths = arguments.prompt_tokens, arguments.new_tokens
         link = model.engine.link.name
@@ -204,6 +215,7 @@ def main() -> int:
             result = {
                 "link": link,
                 "conditions": measurement_conditions(model),
+                "prompts": n_prompts,
                 "prompt_tokens": arguments.prompt_tokens,
                 "new_tokens": arguments.new_tokens,
                 "verdict": judge(rows),
