@@ -194,7 +194,7 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", default=[None], help="links to emulate, on a CPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=3, help="texts to continue")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     arguments = parser.parse_args()
@@ -215,7 +215,7 @@ def main() -> int:
             result = {
                 "link": link,
                 "conditions": measurement_conditions(model),
-                "prompts": n_prompts,
+                "prompts": len(prompts),
                 "prompt_tokens": arguments.prompt_tokens,
                 "new_tokens": arguments.new_tokens,
                 "verdict": judge(rows),

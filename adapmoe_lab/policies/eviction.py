@@ -129,7 +129,8 @@ def after_use(
             use.
         clock: steps before this one, of all layers that share the slots.
         n_layers: number of layers that share the slots.
-        n_passes: forward passes before this one, `clock // n_layers`.
+        n_passes: forward passes before this one, `clock // n_layers`; told, since a division for
+            every use takes long.
     """
     if rule == LRU:
         return 2.0 * clock + 1 - was_resident, memory

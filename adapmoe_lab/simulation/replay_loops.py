@@ -130,6 +130,7 @@ def _begin_pass(rule, step, values, barred, malus, lowest, lowest_value):
 
 @inlined
 def _set_malus(malus, lowest_value, layer, new):
+    """Change what a layer's values lose, keeping its lowest value up to date."""
     lowest_value[layer] += malus[layer] - new
     malus[layer] = new
 

@@ -150,8 +150,9 @@ class Timeline:
 EVENT_KINDS = ("dense", "expert", "demand", "ahead")
 
 
-def counted_replay(hits: NDArray[np.int16], loads: NDArray[np.int16]) -> Replay:
+def counted_replay(hits: NDArray[np.integer], loads: NDArray[np.integer]) -> Replay:
     """Return a replay of steps [N, L] of which only counts are known; which experts is made up."""
+    hits, loads = hits.astype(np.int16), loads.astype(np.int16)
     n_steps, n_layers = hits.shape
     width = int((hits + loads).sum(axis=0).max())
     members = np.zeros((n_layers, width), dtype=np.int16)

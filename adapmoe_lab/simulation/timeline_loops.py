@@ -77,8 +77,6 @@ def _copy(clock, log, pace, rest, layer, expert, n_begun):
 @inlined
 def _begin_pieces(clock, log, pace, rows, piece):
     """Begin every piece whose time came while the link was idle."""
-    if clock[LINK_FREE] >= clock[NOW]:
-        return
     at, spent_s = next_in_line(rows), 0.0
     while at >= 0:
         begins = max(clock[LINK_FREE], rows[at, ASKED_AT])
@@ -92,8 +90,7 @@ def _begin_pieces(clock, log, pace, rows, piece):
         rows[at, ARRIVAL] = clock[LINK_FREE]
         rows[at, BEGUN] += 1
         spent_s += pace[PIECE_S]
-        if rows[at, BEGUN] == N_PIECES:
-            at = next_in_line(rows)
+        at = next_in_line(rows)
     clock[NOW] += spent_s
 
 
