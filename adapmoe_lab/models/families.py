@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -68,6 +68,14 @@ class MoELayer:
         return int(self.experts.num_experts)  # pyright: ignore[reportArgumentType]
 
     @property
+    def input_size(self) -> int:
+        """D, the width of what an expert is given: of the hidden states, or narrower.
+
+        Known where the experts hold their parameters.
+        """
+        return _input_size(self.experts)
+
+    @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the parameters that hold one entry per expert."""
         return tuple(name for name, _ in self.experts.named_parameters(recurse=False))
@@ -90,6 +98,20 @@ def find_moe_layers(hf: PreTrainedModel) -> list[MoELayer]:
         raise UnsupportedModelError(refusal(hf.config.model_type))
     _check_alike(layers, hf.config.model_type)
     return sorted(layers, key=lambda layer: _layer_number(layer.path))
+
+
+def served_layers(hf: PreTrainedModel, known: list[MoELayer]) -> list[MoELayer]:
+    """Return the layers of a model loaded without its experts.
+
+    `known` are those of its outline, whose parameters tell what the routers read.
+    """
+    return [
+        replace(
+            layer,
+            router=replace(layer.router, reads_experts_input=seen.router.reads_experts_input),
+        )
+        for layer, seen in zip(find_moe_layers(hf), known, strict=True)
+    ]
 
 
 def router_scores(router: Router, hidden: torch.Tensor) -> torch.Tensor:
@@ -165,8 +187,20 @@ def _find_router(block: nn.Module, experts: nn.Module, family: Family) -> Router
         n_experts=n_experts,
         scoring=scoring,
         softcap=float(getattr(module, "router_logit_softcapping", 0.0)),
-        reads_experts_input=Trait.OWN_INPUT not in family.traits,
+        reads_experts_input=Trait.OWN_INPUT not in family.traits
+        and _has_same_input(module, experts),
     )
+
+
+def _input_size(experts: nn.Module) -> int:
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    return getattr(experts, first).shape[-2 if experts.is_transposed else -1]
+
+
+def _has_same_input(router: nn.Module, experts: nn.Module) -> bool:
+    """Whether a router reads as many values as the experts, as far as their parameters tell."""
+    is_known = any(parameter.dim() > 1 for parameter in experts.parameters(recurse=False))
+    return not is_known or router.weight.shape[1] == _input_size(experts)  # pyright: ignore
 
 
 def _n_rows(module: nn.Module) -> int:
