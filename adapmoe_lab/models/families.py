@@ -135,6 +135,16 @@ def router_logits(router: Router, hidden: torch.Tensor) -> torch.Tensor:
     return _all_logits(router, hidden)[:, : router.n_experts]
 
 
+def check_scores_known(router: Router) -> None:
+    """Raise UnsupportedModelError where a router's scores do not follow from the experts' input."""
+    if not router.reads_experts_input:
+        raise UnsupportedModelError(
+            f"This model's {type(router.module).__name__} does not score what the experts are "
+            "given, so its scores cannot be recorded or predicted. The model can be served, but "
+            "not profiled."
+        )
+
+
 def scores_of_logits(router: Router, logits: torch.Tensor) -> torch.Tensor:
     """Return the scores [T, n] that a router would make of logits [T, n]."""
     return SCORES[router.scoring](logits)
@@ -146,13 +156,8 @@ def _all_logits(router: Router, hidden: torch.Tensor) -> torch.Tensor:
     Raises:
         UnsupportedModelError: the router reads something else than the experts' input.
     """
+    check_scores_known(router)
     weight: torch.Tensor = router.module.weight  # pyright: ignore[reportAssignmentType]
-    if not router.reads_experts_input or weight.shape[1] != hidden.shape[-1]:
-        raise UnsupportedModelError(
-            f"This model's {type(router.module).__name__} does not score what the experts are "
-            f"given ({hidden.shape[-1]} values a token), so its scores cannot be recorded or "
-            "predicted. The model can be served, but not profiled."
-        )
     bias = getattr(router.module, "bias", None)
     logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
     if router.softcap > 0:
