@@ -25,12 +25,12 @@ def kv_cache_bytes(config: PreTrainedConfig, n_tokens: int, item_bytes: int) -> 
     Layers with a window or a recurrent state take less, so this is an upper bound.
     """
     text = config.get_text_config()
-    n_heads = text.num_attention_heads
+    n_heads = _most(text, "num_attention_heads")
     if getattr(text, "kv_lora_rank", None):  # multi-head latent attention, cached expanded
         per_layer = n_heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
     else:
-        n_kv_heads = getattr(text, "num_key_value_heads", None) or n_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // n_heads
+        n_kv_heads = _most(text, "num_key_value_heads") or n_heads
+        head_dim = _most(text, "head_dim") or text.hidden_size // n_heads
         per_layer = 2 * n_kv_heads * head_dim
     return text.num_hidden_layers * per_layer * n_tokens * item_bytes
 
@@ -44,7 +44,7 @@ def work_bytes(
     Attention is taken not to hold all scores at once; see `score_bytes` for where it does.
     """
     text, n_tokens = config.get_text_config(), n_tokens * batch_size
-    widest = max(text.hidden_size * WORK_TENSORS, getattr(text, "intermediate_size", 0) or 0)
+    widest = max(text.hidden_size * WORK_TENSORS, _most(text, "intermediate_size"))
     per_token = widest * item_bytes + 2 * top_k * text.hidden_size * 4
     return n_tokens * per_token + text.vocab_size * (item_bytes + 4)
 
@@ -55,5 +55,11 @@ def score_bytes(config: PreTrainedConfig, n_tokens: int, batch_size: int) -> int
     Some attention does so: the eager one, and float32 on CUDA, which no fused kernel takes with
     grouped queries.
     """
-    scores = batch_size * config.get_text_config().num_attention_heads * n_tokens**2
+    scores = batch_size * _most(config.get_text_config(), "num_attention_heads") * n_tokens**2
     return SCORE_COPIES * scores * 4
+
+
+def _most(config: PreTrainedConfig, name: str) -> int:
+    """Return a number of a configuration, the largest where it is given layer by layer; else 0."""
+    value = getattr(config, f"{name}_per_layer", None) or getattr(config, name, None) or 0
+    return max(value) if isinstance(value, list | tuple) else value
