@@ -186,12 +186,28 @@ class OffloadEngine:
 
     @contextmanager
     def reading_store(self) -> Iterator[None]:
-        """Take experts straight from the store, leaving cache and counters as they are."""
+        """Take experts straight from the store; the cache and its counters stay as they are."""
         previous, self._source = self._source, self._direct
         try:
             yield
         finally:
             self._source = previous
+
+    @contextmanager
+    def unconfigured(self) -> Iterator[None]:
+        """Run everything straight from the store, whatever is configured, and count and show none.
+
+        What is configured and counted is as before afterwards.
+        """
+        kept = ("compensation", "observers", "gradient_observers", "_n_steps", "_kept", "_skipped")
+        before = {name: getattr(self, name) for name in kept}
+        self.compensation, self.observers, self.gradient_observers = None, [], []
+        try:
+            with self.reading_store(), self.gated_by(None):
+                yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
 
     @contextmanager
     def gated_by(self, table: GatingTable | None) -> Iterator[None]:
