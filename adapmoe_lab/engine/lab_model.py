@@ -36,6 +36,8 @@ from adapmoe_lab.records.prefetch import Moment
 class LabModel:
     """A Mixture-of-Experts model whose experts live in host memory and are served on demand.
 
+    `close` frees what it holds; so does the end of a `with` block, and the last reference to it.
+
     Attributes:
         hf: the transformers model, usable as it is; its experts run through the engine.
         tokenizer: the model's tokenizer.
@@ -67,6 +69,14 @@ class LabModel:
         self._watching = ExitStack()
         self._measured_pace: StepPace | None = None
 
+    def __enter__(self) -> Self:
+        """Use the model for a block, and close it afterwards."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the model."""
+        self.close()
+
     def __repr__(self) -> str:
         """Describe the model, where it runs, and what crosses which link."""
         spec = self.spec
@@ -89,7 +99,9 @@ class LabModel:
 
         Raises:
             RecordError: the config was tuned for another model.
+            RuntimeError: the model was closed.
         """
+        self.engine.check_open()
         config.check_model(self.spec)
         check_precision(config, self.spec)
         plan = config.plan if config.plan is not None else self.memory.slots
@@ -250,6 +262,7 @@ class LabModel:
 
     def save_experts(self, folder: str | Path) -> None:
         """Write the experts as they are stored, for `load(..., store=folder)` to reopen at once."""
+        self.engine.check_open()
         identity = store_identity(self._checkpoint, self.spec)
         save_store(self.engine.store, Path(folder).expanduser(), identity)
 
@@ -259,6 +272,7 @@ class LabModel:
         Experts stored in fewer bits come back dequantised.
         """
         with self._in_use:
+            self.engine.check_open()
             self._watching.close()
             self._hook.detach()
             self.engine.release()
@@ -266,8 +280,20 @@ class LabModel:
                 weights = self.engine.store.fused(number, self.hf.dtype)
                 on_device = {name: t.to(self.engine.device) for name, t in weights.items()}
                 self._hook.give_weights(number, on_device)
-            self.engine.store.close()
+            self.engine.close()
         return self.hf
+
+    def close(self) -> None:
+        """Free the experts, their room on the device and pinned memory, and close all files.
+
+        Handle and `hf` are spent then: running either is an error. Waits for a thread that runs
+        the model. Closing twice, or after `detach`, does nothing.
+        """
+        with self._in_use:
+            if not self.engine.is_closed:
+                self._watching.close()
+                self._predictors = {}
+                self.engine.close()
 
 
 def check_precision(config: TunedConfig, spec: MoESpec) -> None:

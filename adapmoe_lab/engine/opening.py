@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from adapmoe_lab.engine.ledger import ChecksumLedger, lasting_ledger
 from adapmoe_lab.engine.memory import MemoryPlan
@@ -35,7 +35,10 @@ WORKING_COPIES = 2
 """Copies of an expert, as it is computed with, that reading and packing it takes."""
 
 BAR_DELAY_S = 1.0
-"""A progress bar appears only if there is something to wait for."""
+"""A progress bar appears only if there is something to wait for.
+
+It is text in notebooks too: there tqdm's own would leave eleven widgets behind with every model.
+"""
 
 
 def expert_formats(

@@ -46,6 +46,10 @@ class PreparedStore(ExpertStore):
         self._ledger.check(layer, expert, row)
         return row
 
+    def close(self) -> None:
+        """Let go of the mapped file."""
+        self._blob = self._blob.new_empty(0)
+
 
 def is_prepared(folder: Path) -> bool:
     """Whether a folder holds a prepared store."""
