@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.link import NO_LINK
 from adapmoe_lab.engine.loading import known_targets, link_target
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
@@ -18,7 +20,7 @@ from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity
-from adapmoe_lab.records import LatencyReport, Measurement, TunedConfig
+from adapmoe_lab.records import LatencyReport, LinkTarget, Measurement, TunedConfig
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.tuning.tune import tune
 
@@ -32,8 +34,9 @@ class BenchRow:
     """One skipped fraction on one link, against the same cache without skipping.
 
     Attributes:
-        link: the link, `emulated:<target>` on a CPU.
-        load_ratio: time to load one expert over the resident time of one layer; None if real.
+        link: the link, on a CPU `emulated:<target>` or `none`.
+        load_ratio: time to load one expert over the resident time of one layer; None if the link
+            is real or there is none.
         asked_fraction: share of expert activations that the cuts were chosen to skip.
         skipped_fraction: share that was skipped while decoding; other text, other share.
         experts_per_token: experts run per token and layer.
@@ -76,7 +79,8 @@ class BenchReport:
             "|---|---|---|---|---|---|---|---|",
         ]
         for row in self.rows:
-            ratio = "real" if row.load_ratio is None else f"{row.load_ratio:.2f}"
+            unratioed = NO_LINK if row.link == NO_LINK else "real"
+            ratio = unratioed if row.load_ratio is None else f"{row.load_ratio:.2f}"
             lines.append(
                 f"| {row.link} | {ratio} | {row.asked_fraction:.1%} | {row.skipped_fraction:.1%} | "
                 f"{row.experts_per_token:.2f} | {row.decode_speedup:.2f}x | "
@@ -106,7 +110,8 @@ def run_bench(
 
     Args:
         model: the model to run.
-        targets: link targets to emulate on a CPU; all known ones if None. A GPU has its own link.
+        targets: link targets to emulate on a CPU, `none` for no link; all known ones if None. A
+            GPU has its own link. The model's link is as before afterwards.
         skipped_fractions: shares of expert activations to skip.
         slots_per_layer: experts a layer holds; half of them if None.
         method: how cuts are chosen, see `tune`.
@@ -114,7 +119,11 @@ def run_bench(
         new_tokens: output tokens per prompt.
         rounds: turns every configuration gets.
         say: told what is being done.
+
+    Raises:
+        ValueError: a target is unknown, or named where the link is real.
     """
+    links = _links(model, targets)
     calibration = calibration_texts()
     fit, held = calibration[: len(calibration) // 2], calibration[len(calibration) // 2 :]
     texts = held if texts is None else texts
@@ -131,23 +140,21 @@ def run_bench(
     losses = [evaluate_loss(model, c, texts).increase_over(baseline) for c in configs]
     rows: list[BenchRow] = []
     samples: list[dict[str, Any]] = []
-    for name in _links(model, targets):
-        load_ratio = None
-        if name is not None:
-            target = link_target(name, model.engine.device)
-            if target is not None:
-                model.emulate_link(target)
-                load_ratio = target.load_ratio
-        say(f"Measuring decode over {model.engine.link.name}, {rounds} rounds.")
-        reports = _in_turns(model, [plain, *configs], held, new_tokens, rounds)
-        samples += [
-            {"link": model.engine.link.name, "decode_s": report.decode.samples.tolist()}
-            for report in reports
-        ]
-        for asked, report, loss in zip(skipped_fractions, reports[1:], losses, strict=True):
-            rows.append(_row(model, load_ratio, asked, reports[0], report, loss))
+    is_real = model.engine.device.type == "cuda"
+    for target in links:
+        load_ratio = target.load_ratio if target is not None else None
+        with nullcontext() if is_real else model.linked(target):
+            say(f"Measuring decode over {model.engine.link.name}, {rounds} rounds.")
+            reports = _in_turns(model, [plain, *configs], held, new_tokens, rounds)
+            samples += [
+                {"link": model.engine.link.name, "decode_s": report.decode.samples.tolist()}
+                for report in reports
+            ]
+            for asked, report, loss in zip(skipped_fractions, reports[1:], losses, strict=True):
+                rows.append(_row(model, load_ratio, asked, reports[0], report, loss))
     conditions = {
-        **measurement_conditions(model),
+        **{name: kept for name, kept in measurement_conditions(model).items() if name != "link"},
+        "links": list(dict.fromkeys(row.link for row in rows)),
         "slots_per_layer": n_slots,
         "method": method,
         "new_tokens": new_tokens,
@@ -158,10 +165,13 @@ def run_bench(
     return BenchReport(tuple(rows), conditions, tuple(samples))
 
 
-def _links(model: LabModel, targets: Sequence[str] | None) -> Sequence[str | None]:
-    if model.engine.device.type == "cuda":
-        return [None]
-    return known_targets() if targets is None else targets
+def _links(model: LabModel, names: Sequence[str] | None) -> list[LinkTarget | None]:
+    """Return the targets to emulate; None is a GPU's real link, and no link on a CPU."""
+    device = model.engine.device
+    if names is None:
+        names = known_targets() if device.type == "cpu" else []
+        return [link_target(name, device) for name in names] or [None]
+    return [link_target(name, device) for name in names]
 
 
 def _in_turns(

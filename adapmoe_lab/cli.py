@@ -262,7 +262,10 @@ def _add_bench(commands: Any) -> None:
     _add_model(bench, config=False)
     _add_texts(bench)
     bench.add_argument(
-        "--targets", nargs="+", metavar="LINK", help="links to emulate (default: all)"
+        "--targets",
+        nargs="+",
+        metavar="LINK",
+        help="links to emulate, none for no link (default: all)",
     )
     bench.add_argument("--skipped-fraction", type=float, nargs="+", default=[0.125, 0.25])
     bench.add_argument("--slots-per-layer", type=int, metavar="N", help="default: half the experts")

@@ -178,7 +178,7 @@ def main() -> int:
                 f"{memory.peak / store_bytes:.2f} of the store; decode step "
                 f"{np.median(steps) * 1e3:.2f} ms; link {run['link_bytes_per_s'] / 1e9:.1f} GB/s"
             )
-            model.engine.store.close()
+            model.close()
             del model
             if options.device != "cpu":
                 torch.cuda.empty_cache()

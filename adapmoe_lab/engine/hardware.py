@@ -11,8 +11,7 @@ import torch
 
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.engine.link import EmulatedLink
-from adapmoe_lab.engine.loading import NO_LINK
+from adapmoe_lab.engine.link import NO_LINK, EmulatedLink
 from adapmoe_lab.engine.machine_times import (
     copy_times,
     expert_times,

@@ -13,13 +13,13 @@ import torch
 from adapmoe_lab.engine.clock import StepPace, VirtualClock
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.device import device_name
-from adapmoe_lab.engine.link import EmulatedLink
+from adapmoe_lab.engine.link import NO_LINK, EmulatedLink
 from adapmoe_lab.engine.memory import MemoryPlan
 from adapmoe_lab.engine.offload import OffloadEngine
 from adapmoe_lab.engine.pace import resident_layer_s
 from adapmoe_lab.engine.prediction import Predictor, predictors_of
 from adapmoe_lab.engine.prepared import save_store
-from adapmoe_lab.models.checkpoint import Checkpoint, HFModel
+from adapmoe_lab.models.checkpoint import HFModel
 from adapmoe_lab.models.families import MoELayer
 from adapmoe_lab.models.hook import ExpertsHook
 from adapmoe_lab.models.outline import MIXED
@@ -35,6 +35,8 @@ from adapmoe_lab.records.prefetch import Moment
 class LabModel:
     """A Mixture-of-Experts model whose experts live in host memory and are served on demand.
 
+    `close` frees what it holds; so does the end of a `with` block, and the last reference to it.
+
     Attributes:
         hf: the transformers model, usable as it is; its experts run through the engine.
         tokenizer: the model's tokenizer.
@@ -46,7 +48,6 @@ class LabModel:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
         tokenizer: Any,
         spec: MoESpec,
         hook: ExpertsHook,
@@ -61,10 +62,18 @@ class LabModel:
         self.memory = memory
         self.config = TunedConfig.untuned(spec)
         self._hook = hook
-        self._checkpoint = checkpoint
         self._in_use = threading.RLock()
         self._predictors: dict[str | None, tuple[Predictor, ...]] = {}
         self._watching = ExitStack()
+        self._measured_pace: StepPace | None = None
+
+    def __enter__(self) -> Self:
+        """Use the model for a block, and close it afterwards."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the model."""
+        self.close()
 
     def __repr__(self) -> str:
         """Describe the model, where it runs, and what crosses which link."""
@@ -88,15 +97,17 @@ class LabModel:
 
         Raises:
             RecordError: the config was tuned for another model.
+            RuntimeError: the model was closed.
         """
+        self.engine.check_open()
         config.check_model(self.spec)
         check_precision(config, self.spec)
         plan = config.plan if config.plan is not None else self.memory.slots
         with self._in_use:
             predictors = ()
             if config.prefetch is not None:
-                self._expect_pace(config)
                 predictors = self.predictors(config.prefetch.fitted)
+            self.engine.pace = self._pace(config)
             self.engine.configure(
                 config.gating,
                 plan,
@@ -123,17 +134,23 @@ class LabModel:
             self._predictors = {key: found}  # of the last asked for only: they may be large
         return self._predictors[key]
 
-    def _expect_pace(self, config: TunedConfig) -> None:
-        """Tell the engine how fast this machine computes; a virtual clock is told by the user."""
+    def _pace(self, config: TunedConfig) -> StepPace:
+        """Return what steps are expected to take under a config; a virtual clock's user tells.
+
+        Without hardware in the config they are measured, once for the model.
+        """
         engine, hardware = self.engine, config.hardware
         if isinstance(engine.clock, VirtualClock):
-            return
+            return engine.pace
+        if config.prefetch is None:
+            return StepPace()
         if hardware is not None:
             is_gated = config.gating is not None
             dense_layer_s = hardware.dense_layer_s(self.spec.n_layers, is_gated)
-            engine.pace = StepPace(dense_layer_s, hardware.expert_s, load_s=hardware.load_s)
-        elif engine.pace == StepPace():
-            engine.pace = StepPace(dense_layer_s=resident_layer_s(self.hf, engine))
+            return StepPace(dense_layer_s, hardware.expert_s, load_s=hardware.load_s)
+        if self._measured_pace is None:
+            self._measured_pace = StepPace(dense_layer_s=resident_layer_s(self.hf, engine))
+        return self._measured_pace
 
     def _watch(self, table: PrefetchTable | None) -> None:
         """Tell the engine where forward passes begin and end, and what the table asks for."""
@@ -160,19 +177,55 @@ class LabModel:
             finally:
                 self.apply(previous)
 
-    def emulate_link(self, target: LinkTarget) -> None:
+    def emulate_link(self, target: LinkTarget | None) -> None:
         """Make loads on a CPU take as long, against computing here, as on the target machine.
 
-        Decode is timed with every expert at hand; loading one expert then takes the target's
-        ratio times one such layer.
+        Decode is timed with every expert at hand and nothing skipped; loading one expert then
+        takes the target's ratio times one such layer. None leaves the link out: loads take what
+        copying takes.
+
+        Raises:
+            ValueError: the link is a real one, or decoding takes no time on a virtual clock.
         """
+        link = self._emulated_link(target)
+        with self._in_use:
+            if target is None:
+                link.emulate(NO_LINK)
+                return
+            layer_s = resident_layer_s(self.hf, self.engine)
+            if not layer_s:
+                raise ValueError(
+                    f"{target.name!r} keeps a ratio to the time of a layer, and on a virtual clock "
+                    "that nothing was told a layer takes none. Set engine.pace, or load with "
+                    "link='none'."
+                )
+            load_s = layer_s * target.load_ratio
+            link.emulate(f"emulated:{target.name}", self.spec.stored_expert_bytes / load_s)
+
+    @contextmanager
+    def linked(self, target: LinkTarget | None) -> Iterator[Self]:
+        """Load over another emulated link, over none if None; over the present one afterwards.
+
+        Other threads that want to run the model wait until the block ends.
+
+        Raises:
+            ValueError: as `emulate_link`.
+        """
+        link = self._emulated_link(target)
+        with self._in_use, link.restored():
+            self.emulate_link(target)
+            yield self
+
+    def _emulated_link(self, target: LinkTarget | None) -> EmulatedLink:
+        """Return the link if it can be made another one."""
         link = self.engine.link
         if not isinstance(link, EmulatedLink):
-            raise ValueError(f"{target.name!r} cannot be emulated on a machine with a real link.")
-        with self._in_use:
-            layer_s = resident_layer_s(self.hf, self.engine)
-            link.name = f"emulated:{target.name}"
-            link.bytes_per_s = self.spec.stored_expert_bytes / (layer_s * target.load_ratio)
+            wanted = "No link" if target is None else repr(target.name)
+            raise ValueError(
+                f"{wanted} cannot be emulated on {device_name(self.engine.device)}, which loads "
+                "over a real link; load the model with device='cpu'."
+            )
+        return link
 
     def encode(self, text: str) -> torch.Tensor:
         """Return the token ids of a text, int64 [T]."""
@@ -207,6 +260,7 @@ class LabModel:
 
     def save_experts(self, folder: str | Path) -> None:
         """Write the experts as they are stored, for `load(..., store=folder)` to reopen at once."""
+        self.engine.check_open()
         save_store(self.engine.store, Path(folder).expanduser(), self.spec.fingerprint())
 
     def detach(self) -> HFModel:
@@ -215,6 +269,7 @@ class LabModel:
         Experts stored in fewer bits come back dequantised.
         """
         with self._in_use:
+            self.engine.check_open()
             self._watching.close()
             self._hook.detach()
             self.engine.release()
@@ -222,8 +277,20 @@ class LabModel:
                 weights = self.engine.store.fused(number, self.hf.dtype)
                 on_device = {name: t.to(self.engine.device) for name, t in weights.items()}
                 self._hook.give_weights(number, on_device)
-            self.engine.store.close()
+            self.engine.close()
         return self.hf
+
+    def close(self) -> None:
+        """Free the experts, their room on the device and pinned memory, and close all files.
+
+        Handle and `hf` are spent then: running either is an error. Waits for a thread that runs
+        the model. Closing twice, or after `detach`, does nothing.
+        """
+        with self._in_use:
+            if not self.engine.is_closed:
+                self._watching.close()
+                self._predictors = {}
+                self.engine.close()
 
 
 def check_precision(config: TunedConfig, spec: MoESpec) -> None:

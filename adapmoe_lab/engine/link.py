@@ -11,6 +11,9 @@ import torch
 from adapmoe_lab.engine.ahead import AheadCopy, AheadQueue
 from adapmoe_lab.engine.clock import Clock
 
+NO_LINK = "none"
+"""The name of an emulated link that holds nothing."""
+
 PACE_BYTES, PACE_COPIES = (2**18, 2**24), 4
 """What a real link's pace is measured by."""
 
@@ -84,13 +87,26 @@ class EmulatedLink:
         self, name: str, clock: Clock, bytes_per_s: float = float("inf"), latency_s: float = 0.0
     ) -> None:
         """Emulate a link of the given bandwidth and latency; infinite and zero hold nothing."""
-        self.name = name
         self.clock = clock
-        self.bytes_per_s = bytes_per_s
-        self.latency_s = latency_s
-        self._free_at = clock.now()
+        self.emulate(name, bytes_per_s, latency_s)
         self._ahead = AheadQueue()
         self._is_paced = True
+
+    def emulate(self, name: str, bytes_per_s: float = float("inf"), latency_s: float = 0.0) -> None:
+        """Be another link from now on, with nothing on its way."""
+        self.name = name
+        self.bytes_per_s = bytes_per_s
+        self.latency_s = latency_s
+        self._free_at = self.clock.now()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Be the present link again afterwards, whatever was emulated meanwhile."""
+        present = self.name, self.bytes_per_s, self.latency_s
+        try:
+            yield
+        finally:
+            self.emulate(*present)
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> float:
         """Copy now and return the moment it counts as arrived."""

@@ -13,7 +13,7 @@ from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.clock import Clock, RealClock
 from adapmoe_lab.engine.device import choose_device
 from adapmoe_lab.engine.lab_model import LabModel, check_precision
-from adapmoe_lab.engine.link import CudaLink, EmulatedLink, Link
+from adapmoe_lab.engine.link import NO_LINK, CudaLink, EmulatedLink, Link
 from adapmoe_lab.engine.memory import memory_needs, plan_memory
 from adapmoe_lab.engine.offload import OffloadEngine
 from adapmoe_lab.engine.opening import ExpertDtype, expert_formats, open_experts
@@ -27,8 +27,6 @@ from adapmoe_lab.models.families import served_layers
 from adapmoe_lab.models.hook import ExpertsHook
 from adapmoe_lab.models.outline import DTYPES, MIXED, describe
 from adapmoe_lab.records import LinkTarget, MoESpec, TunedConfig, load_targets
-
-NO_LINK = "none"
 
 
 def load(
@@ -127,7 +125,7 @@ def load(
         link = _unpaced_link(where, clock)
         engine = OffloadEngine(experts, link, clock, where, hf.dtype, routers)
         hook.attach(engine)
-        model = LabModel(checkpoint, tokenizer, spec, hook, engine, plan)
+        model = LabModel(tokenizer, spec, hook, engine, plan)
         if target is not None:
             model.emulate_link(target)
         model.apply(config if config is not None else replace(model.config, plan=plan.slots))

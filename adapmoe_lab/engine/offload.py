@@ -91,6 +91,7 @@ class OffloadEngine:
         self.compensation: Compensation | None = None
         self.observers: list[Observer] = []
         self.gradient_observers: list[GradientObserver] = []
+        self.is_closed = False
         self._n_sequences = 1
         self._routers = routers
         self._direct = StoredExperts(store, device)
@@ -112,6 +113,7 @@ class OffloadEngine:
         slots are freed before anything new is allocated; if there is no room for that, the engine
         is left without slots and under its old gating.
         """
+        self.check_open()
         self.release()
         compensation = self._on_device(surrogates)
         prefetcher = None
@@ -145,6 +147,19 @@ class OffloadEngine:
         self.link.drain()
         none = CachePlan(np.zeros(self.store.n_layers), None, None, "none")
         self._use(CachedExperts(self.store, self.link, self.device, none))
+
+    def close(self) -> None:
+        """Give up the cache, what stands in for experts, and the store: nothing runs afterwards."""
+        self.link.drain()
+        self.cached.close()
+        self.gating = self.compensation = None
+        self.is_closed = True
+        self.store.close()
+
+    def check_open(self) -> None:
+        """Raise RuntimeError if the engine was closed."""
+        if self.is_closed:
+            raise RuntimeError("This model is closed, its experts are freed; load it again.")
 
     def _on_device(self, surrogates: Surrogates | None) -> Compensation | None:
         if surrogates is None:
@@ -186,12 +201,28 @@ class OffloadEngine:
 
     @contextmanager
     def reading_store(self) -> Iterator[None]:
-        """Take experts straight from the store, leaving cache and counters as they are."""
+        """Take experts straight from the store; the cache and its counters stay as they are."""
         previous, self._source = self._source, self._direct
         try:
             yield
         finally:
             self._source = previous
+
+    @contextmanager
+    def unconfigured(self) -> Iterator[None]:
+        """Run everything straight from the store, whatever is configured, and count and show none.
+
+        What is configured and counted is as before afterwards.
+        """
+        kept = ("compensation", "observers", "gradient_observers", "_n_steps", "_kept", "_skipped")
+        before = {name: getattr(self, name) for name in kept}
+        self.compensation, self.observers, self.gradient_observers = None, [], []
+        try:
+            with self.reading_store(), self.gated_by(None):
+                yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
 
     @contextmanager
     def gated_by(self, table: GatingTable | None) -> Iterator[None]:
@@ -271,7 +302,12 @@ class OffloadEngine:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the summed outputs [T, D] of the experts each token keeps."""
+        """Return the summed outputs [T, D] of the experts each token keeps.
+
+        Raises:
+            RuntimeError: the engine was closed.
+        """
+        self.check_open()
         self.clock.spend(self.pace.dense_layer_s)
         # on a GPU this is the layer's one synchronisation
         indices, weights = on_host([top_k_index, top_k_weights.float()])

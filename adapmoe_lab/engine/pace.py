@@ -22,8 +22,8 @@ def decode_step_times(hf: nn.Module, engine: OffloadEngine, n_steps: int) -> NDA
 
 
 def resident_layer_s(hf: nn.Module, engine: OffloadEngine, n_steps: int = 24) -> float:
-    """Return the median seconds of one decode layer that finds every expert at hand."""
-    with engine.reading_store():
+    """Return the median seconds of one decode layer that finds and runs every expert it needs."""
+    with engine.unconfigured():
         decode_step_times(hf, engine, 4)
         steps = decode_step_times(hf, engine, n_steps)
     return float(np.median(steps)) / engine.store.n_layers

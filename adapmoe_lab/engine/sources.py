@@ -104,6 +104,11 @@ class CachedExperts:
         self.misses = np.zeros(store.n_layers, dtype=np.int64)
         self._bytes_demanded = 0
 
+    def close(self) -> None:
+        """Give up slots, staging rows and what fetches ahead; nothing can be asked for then."""
+        self._slots, self._views, self.prefetcher = [], [], None
+        self._staging = self._staging.new_empty(0)
+
     @property
     def plan(self) -> CachePlan:
         """How many slots there are, and who shares them."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 BAR_DELAY_S = 1.0
-"""A bar appears only if there is something to wait for."""
+"""A bar appears only if there is something to wait for.
+
+It is text in notebooks too: there tqdm's own would leave eleven widgets behind with every model.
+"""
 
 
 @contextmanager

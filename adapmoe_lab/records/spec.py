@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from adapmoe_lab.records.files import RecordError, digest
+from adapmoe_lab.records.files import RecordError, digest, fields_of
 
 
 class PartialIdentityWarning(UserWarning):
@@ -121,6 +121,12 @@ class MoESpec:
         return values
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> MoESpec:
-        """Build a spec from what `to_json` returned."""
-        return cls(**values)
+    def from_json(
+        cls, values: Mapping[str, Any], source: str = "The model's description"
+    ) -> MoESpec:
+        """Build a spec from what `to_json` returned.
+
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
+        """
+        return cls(**fields_of(cls, values, source, later=("partial_revision",)))

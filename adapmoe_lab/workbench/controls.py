@@ -11,7 +11,7 @@ import numpy as np
 
 from adapmoe_lab.records import OFF
 from adapmoe_lab.simulation.prefetch_tables import buffer_slots
-from adapmoe_lab.views.widgets import ThresholdCurve
+from adapmoe_lab.views.widgets import OwningBox, ThresholdCurve
 from adapmoe_lab.workbench.draft import Bench, Cache, Draft
 
 BY_HAND = "by hand"
@@ -23,7 +23,7 @@ RULE_NAMES = {
 }
 
 
-class Controls(ipywidgets.VBox):
+class Controls(OwningBox):
     """One budget slider, one cut per layer, one cache size, and how far ahead is fetched.
 
     Attributes:

@@ -4,6 +4,7 @@ from adapmoe_lab.views.widgets.download import DownloadButton
 from adapmoe_lab.views.widgets.job import Cancelled, Job, Progress
 from adapmoe_lab.views.widgets.latest import LatestWins
 from adapmoe_lab.views.widgets.live_figure import LiveFigure
+from adapmoe_lab.views.widgets.owning_box import OwningBox
 from adapmoe_lab.views.widgets.threshold_curve import ThresholdCurve
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Job",
     "LatestWins",
     "LiveFigure",
+    "OwningBox",
     "Progress",
     "ThresholdCurve",
 ]

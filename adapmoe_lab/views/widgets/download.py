@@ -19,7 +19,7 @@ class DownloadButton(anywidget.AnyWidget):
         disabled: whether the button is greyed out.
     """
 
-    _esm = Path(__file__).with_suffix(".js")
+    _esm = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 
     filename = traitlets.Unicode().tag(sync=True)
     content = traitlets.Bytes().tag(sync=True)

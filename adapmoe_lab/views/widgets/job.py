@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import ipywidgets
 import traitlets
 
+from adapmoe_lab.views.widgets.owning_box import OwningBox
+
 STATES = ("idle", "running", "done", "cancelled", "error")
 REFRESH_S = 0.1
 _BAR_STYLES: Mapping[str, str] = MappingProxyType(
@@ -31,8 +33,8 @@ class Progress(Protocol):
         """Show `done` of `total` and a text; raise Cancelled if the work should end."""
 
 
-class Job(ipywidgets.VBox):
-    """A panel that runs one function in a thread.
+class Job(OwningBox):
+    """A panel that runs one function in a thread; it has no thread while nothing runs.
 
     Attributes:
         state: `idle`, `running`, `done`, `cancelled` or `error`; may be observed.
@@ -60,6 +62,7 @@ class Job(ipywidgets.VBox):
         self._work = work
         self._on_done = on_done
         self._starting = threading.Lock()
+        self._is_closed = False
         self._cancel_asked = threading.Event()
         self._finished = threading.Event()
         self._finished.set()
@@ -83,9 +86,9 @@ class Job(ipywidgets.VBox):
         self.cancel_button.on_click(lambda _: self.cancel())
 
     def start(self) -> bool:
-        """Start the work unless it is running; return whether it was started."""
+        """Start the work unless it is running or closed; return whether it was started."""
         with self._starting:
-            if not self._finished.is_set():
+            if self._is_closed or not self._finished.is_set():
                 return False
             self._finished.clear()
         self._cancel_asked.clear()
@@ -101,6 +104,12 @@ class Job(ipywidgets.VBox):
         """Ask the work to stop; it does so at its next call of `progress`."""
         self._cancel_asked.set()
         self.cancel_button.disabled = True
+
+    def close(self) -> None:
+        """Cancel what runs, without waiting for it to stop, and close the panel for good."""
+        self._is_closed = True
+        self.cancel()
+        super().close()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing runs; return False if time ran out."""

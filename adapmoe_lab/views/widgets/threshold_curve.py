@@ -35,7 +35,7 @@ class ThresholdCurve(anywidget.AnyWidget):
     """
 
     _esm = "".join((_FOLDER / name).read_text(encoding="utf-8") for name in _PROGRAM)
-    _css = _FOLDER / "threshold_curve.css"
+    _css = (_FOLDER / "threshold_curve.css").read_text(encoding="utf-8")
 
     values = traitlets.List(traitlets.Float()).tag(sync=True)
     committed = traitlets.List(traitlets.Float()).tag(sync=True)
