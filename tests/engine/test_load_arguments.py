@@ -16,9 +16,9 @@ NOWHERE = "nobody/no-such-model"
 @pytest.mark.parametrize(
     ("form", "plain"),
     [
-        ({"expert_memory": np.int64(60_000)}, {"expert_memory": 60_000}),
-        ({"expert_memory": 60_000.0}, {"expert_memory": 60_000}),
-        ({"expert_memory": "60000"}, {"expert_memory": 60_000}),
+        ({"expert_memory": np.int64(200_000)}, {"expert_memory": 200_000}),
+        ({"expert_memory": 200_000.0}, {"expert_memory": 200_000}),
+        ({"expert_memory": "200000"}, {"expert_memory": 200_000}),
         ({"host_memory": np.float64(1e9)}, {"host_memory": 10**9}),
         ({"device": torch.device("cpu")}, {"device": "cpu"}),
         ({"dtype": torch.bfloat16}, {"dtype": "bfloat16"}),
