@@ -21,7 +21,7 @@ def save_fp8_deepseek(folder: Path) -> tuple[Path, Path]:
     plain = save_tiny("deepseek_v3", folder / "plain")
     packed = folder / "fp8"
     shutil.copytree(plain, packed)
-    tensors = _read(plain)
+    tensors = read_tensors(plain)
     quantised: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if FP8_WEIGHTS.search(name) is None:
@@ -31,8 +31,8 @@ def save_fp8_deepseek(folder: Path) -> tuple[Path, Path]:
         quantised[name], quantised[f"{name}_scale_inv"] = codes, scale
         spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
         tensors[name] = codes.float() * spread[: tensor.shape[0], : tensor.shape[1]]
-    _write(plain, tensors)
-    _write(packed, quantised)
+    write_tensors(plain, tensors)
+    write_tensors(packed, quantised)
     _add_to_config(
         packed,
         quant_method="fp8",
@@ -47,7 +47,7 @@ def save_mxfp4_gpt_oss(folder: Path) -> tuple[Path, Path]:
     plain = save_tiny("gpt_oss", folder / "plain")
     packed = folder / "mxfp4"
     shutil.copytree(plain, packed)
-    tensors, generator = _read(plain), torch.Generator().manual_seed(0)
+    tensors, generator = read_tensors(plain), torch.Generator().manual_seed(0)
     quantised = {}
     for name, tensor in tensors.items():
         if not name.endswith(("gate_up_proj", "down_proj")):
@@ -59,8 +59,8 @@ def save_mxfp4_gpt_oss(folder: Path) -> tuple[Path, Path]:
         scales = torch.randint(121, 126, shape, dtype=torch.uint8, generator=generator)
         quantised[f"{name}_blocks"], quantised[f"{name}_scales"] = blocks, scales
         tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
-    _write(plain, tensors)
-    _write(packed, quantised)
+    write_tensors(plain, tensors)
+    write_tensors(packed, quantised)
     _add_to_config(packed, quant_method="mxfp4", modules_to_not_convert=["self_attn", "router"])
     return packed, plain
 
@@ -77,7 +77,8 @@ def _to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale
 
 
-def _read(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint by name."""
     return {
         name: tensor
         for file in sorted(folder.glob("*.safetensors"))
@@ -85,7 +86,8 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace a checkpoint's files by a single one."""
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
         file.unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -16,7 +16,6 @@ from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.link import EmulatedLink
 from adapmoe_lab.engine.memory import MemoryPlan
 from adapmoe_lab.engine.offload import OffloadEngine
-from adapmoe_lab.engine.opening import store_identity
 from adapmoe_lab.engine.pace import resident_layer_s
 from adapmoe_lab.engine.prediction import Predictor, predictors_of
 from adapmoe_lab.engine.prepared import save_store
@@ -48,6 +47,7 @@ class LabModel:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        tokenizer: Any,
         spec: MoESpec,
         hook: ExpertsHook,
         engine: OffloadEngine,
@@ -55,7 +55,7 @@ class LabModel:
     ) -> None:
         """Take over a model whose experts the engine already serves; use `load` to make one."""
         self.hf = hook.hf
-        self.tokenizer = checkpoint.load_tokenizer()
+        self.tokenizer = tokenizer
         self.spec = spec
         self.engine = engine
         self.memory = memory
@@ -207,8 +207,7 @@ class LabModel:
 
     def save_experts(self, folder: str | Path) -> None:
         """Write the experts as they are stored, for `load(..., store=folder)` to reopen at once."""
-        identity = store_identity(self._checkpoint, self.spec)
-        save_store(self.engine.store, Path(folder).expanduser(), identity)
+        save_store(self.engine.store, Path(folder).expanduser(), self.spec.fingerprint())
 
     def detach(self) -> HFModel:
         """Give the experts back and return the plain transformers model; the handle is spent.

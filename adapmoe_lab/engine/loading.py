@@ -29,10 +29,10 @@ from adapmoe_lab.engine.opening import ExpertDtype, expert_formats, open_experts
 from adapmoe_lab.models.checkpoint import (
     Checkpoint,
     open_checkpoint,
+    partial_identity,
     routed_weights,
-    weights_digest,
 )
-from adapmoe_lab.models.families import find_moe_layers
+from adapmoe_lab.models.families import served_layers
 from adapmoe_lab.models.hook import ExpertsHook
 from adapmoe_lab.models.outline import DTYPES, MIXED, describe
 from adapmoe_lab.policies.allocation import check_size
@@ -110,6 +110,7 @@ def load(
         expert_dtype = config.precision
         dtype = config.precision if dtype == "auto" and config.precision in DTYPES else dtype
     checkpoint = open_checkpoint(name, dtype, revision)
+    tokenizer = checkpoint.load_tokenizer()
     formats = expert_formats(checkpoint.model, expert_dtype, folder)
     spec = describe(checkpoint.model, formats)
     if config is not None:
@@ -129,9 +130,11 @@ def load(
     )
     announce(f"{spec.model_id} {plan}")
 
+    identity = checkpoint.identity()
     hf = checkpoint.load_skeleton()
-    layers = find_moe_layers(hf)
-    spec = describe(checkpoint.model, formats, routed_weights(hf, layers), weights_digest(hf))
+    layers = served_layers(hf, checkpoint.model.layers)
+    routed = routed_weights(hf, layers)
+    spec = describe(checkpoint.model, formats, routed, identity, partial_identity(hf))
     if config is not None:
         config.check_model(spec)
     hf.to(where)  # pyright: ignore[reportArgumentType]
@@ -143,7 +146,7 @@ def load(
         crossed = _unpaced_link(where, clock)
         engine = OffloadEngine(experts, crossed, clock, where, hf.dtype, routers)
         hook.attach(engine)
-        model = LabModel(checkpoint, spec, hook, engine, plan)
+        model = LabModel(checkpoint, tokenizer, spec, hook, engine, plan)
         if target is not None:
             model.emulate_link(target)
         model.apply(config if config is not None else replace(model.config, plan=plan.slots))

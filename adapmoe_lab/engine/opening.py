@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from adapmoe_lab.engine.ledger import ChecksumLedger, lasting_ledger
 from adapmoe_lab.engine.memory import MemoryPlan
@@ -17,14 +17,16 @@ from adapmoe_lab.engine.prepared import (
     STORE_VERSION,
     is_prepared,
     open_store,
+    prepared_identity,
     prepared_precisions,
     save_store,
 )
 from adapmoe_lab.engine.rows import plain_views, write_expert
 from adapmoe_lab.engine.store import DiskStore, ExpertStore, Formats, HostStore
+from adapmoe_lab.models.byte_progress import byte_progress
 from adapmoe_lab.models.checkpoint import Checkpoint
 from adapmoe_lab.models.outline import DTYPES, ModelOutline
-from adapmoe_lab.records import MoESpec, precision_named
+from adapmoe_lab.records import MoESpec, PartialIdentityWarning, precision_named
 from adapmoe_lab.records.files import digest
 
 ExpertDtype = str | Sequence[Sequence[str]]
@@ -33,9 +35,6 @@ ExpertDtype = str | Sequence[Sequence[str]]
 MOST_THREADS = 4
 WORKING_COPIES = 2
 """Copies of an expert, as it is computed with, that reading and packing it takes."""
-
-BAR_DELAY_S = 1.0
-"""A progress bar appears only if there is something to wait for."""
 
 
 def expert_formats(
@@ -73,10 +72,26 @@ def expert_formats(
     return [[known[layer, name] for name in in_layer] for layer, in_layer in enumerate(names)]
 
 
-def store_identity(checkpoint: Checkpoint, spec: MoESpec) -> str:
-    """Return what a prepared store is checked against: the model and the experts it holds."""
+def store_identity(checkpoint: Checkpoint, spec: MoESpec, store: Path) -> str:
+    """Return what a prepared store must be of: the model's weights.
+
+    Stores of versions up to 0.1 know a part of the weights only; such a store is taken with a
+    warning where that part is the same.
+    """
+    if not is_prepared(store) or prepared_identity(store) == spec.fingerprint():
+        return spec.fingerprint()
     with closing(checkpoint.reader()) as reader:
-        return digest(spec.fingerprint(), reader.sample_digest())
+        partial = digest(spec.partial_fingerprint() or "", reader.sample_digest())
+    if prepared_identity(store) != partial:
+        return spec.fingerprint()
+    warnings.warn(
+        f"{store} was prepared by a version that told models apart by a part of their weights. "
+        f"That part is the same in {spec.model_id!r}; whether the rest is is not known. Prepare "
+        "the store again to be sure.",
+        PartialIdentityWarning,
+        stacklevel=2,
+    )
+    return partial
 
 
 def open_experts(
@@ -135,12 +150,12 @@ def _open_prepared(
     checkpoint: Checkpoint, formats: Formats, spec: MoESpec, plan: MemoryPlan, store: Path
 ) -> ExpertStore:
     """Open a prepared store, written first if it is not there; pin it if a GPU is to read it."""
-    identity = store_identity(checkpoint, spec)
+    identity = store_identity(checkpoint, spec, store)
     if not is_prepared(store):
         rows = CheckpointRows(checkpoint, formats, plan.device)
         unseen = ChecksumLedger(np.full(_shape(formats), -1), str(checkpoint.folder))
         streamed = DiskStore(formats, rows, unseen, cache_bytes=0, on_close=rows.close)
-        with closing(streamed), _progress("Preparing experts", plan.store_bytes) as advance:
+        with closing(streamed), byte_progress("Preparing experts", plan.store_bytes) as advance:
             try:
                 save_store(streamed, store, identity, advance)
             except FileExistsError:
@@ -182,26 +197,12 @@ def _in_memory(
     affordable = experts.n_bytes // 10 // working_bytes
     n_threads = max(1, min(MOST_THREADS, os.cpu_count() or 1, affordable))
     try:
-        with _progress("Loading experts", plan.store_bytes) as advance:
+        with byte_progress("Loading experts", plan.store_bytes) as advance:
             experts.fill(write, advance, n_threads)
     except BaseException:
         experts.close()
         raise
     return experts
-
-
-@contextmanager
-def _progress(label: str, n_bytes: int) -> Iterator[Callable[[int], object]]:
-    bar = tqdm(
-        desc=label,
-        total=n_bytes,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        delay=BAR_DELAY_S,
-    )
-    with bar:
-        yield bar.update
 
 
 def _shape(formats: Formats) -> tuple[int, int]:

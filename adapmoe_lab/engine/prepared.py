@@ -144,6 +144,11 @@ def prepared_precisions(folder: Path) -> list[list[str]]:
     return [[entry["precision"] for entry in layer] for layer in _read_index(folder)["experts"]]
 
 
+def prepared_identity(folder: Path) -> str:
+    """Return what a prepared store says it is of."""
+    return _read_index(folder)["identity"]
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     if not is_prepared(folder):
         raise FileNotFoundError(f"{folder} holds no prepared store ({INDEX} is missing).")

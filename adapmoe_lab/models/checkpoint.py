@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from adapmoe_lab.models.configuration import (
+    check_against_files,
+    quantisation_found,
+    read_config,
+)
 from adapmoe_lab.models.expert_reader import ExpertReader
 from adapmoe_lab.models.families import MoELayer
 from adapmoe_lab.models.hub import config_folder, local_folder
+from adapmoe_lab.models.identity import weights_identity
 from adapmoe_lab.models.number_formats import TORCH_DTYPES
 from adapmoe_lab.models.outline import DTYPES, ModelOutline, outline_of
 from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.models.shards import ShardIndex, read_index
-from adapmoe_lab.models.skeleton import load_skeleton, read_config
+from adapmoe_lab.models.skeleton import load_skeleton
 from adapmoe_lab.models.support import check_family
+from adapmoe_lab.models.tokenizer import read_tokenizer
 from adapmoe_lab.records.precision import SHORT_NAMES
 
 HFModel = PreTrainedModel
@@ -37,27 +44,35 @@ class Checkpoint:
         folder: where it lies.
         index: where every tensor lies in its files.
         model: the outline of the model it makes.
+        fp8_blocks: rows and columns that share a scale in float8, if the configuration says so.
     """
 
     folder: Path
     index: ShardIndex
     model: ModelOutline
+    fp8_blocks: tuple[int, int] | None = None
 
     def reader(self) -> ExpertReader:
         """Return what reads experts out of the files."""
-        return ExpertReader(self.index, self.model.hf, self.model.layers)
+        return ExpertReader(self.index, self.model.hf, self.model.layers, self.fp8_blocks)
 
     def load_skeleton(self) -> PreTrainedModel:
-        """Load everything but the experts, on the CPU."""
-        weights = None
-        if self.model.quantisation == "fp8":
-            with closing(self.reader()) as reader:
-                weights = reader.other_tensors(DTYPES[self.model.dtype])
+        """Load everything but the experts, on the CPU, out of the files that experts come from."""
+        with closing(self.reader()) as reader:
+            weights = reader.other_tensors(DTYPES[self.model.dtype])
         return load_skeleton(self.folder, self.model, weights)
 
     def load_tokenizer(self) -> Any:
-        """Load the tokenizer that lies beside the weights."""
-        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        """Load the tokenizer that lies beside the weights; no code that comes with it is run.
+
+        Raises:
+            CheckpointError: there is none, or none that works.
+        """
+        return read_tokenizer(self.folder)
+
+    def identity(self) -> str:
+        """Return what tells the weights from all others; the first time all files are read."""
+        return weights_identity(self.index)
 
 
 def open_checkpoint(
@@ -76,13 +91,16 @@ def open_checkpoint(
         UnsupportedModelError: the model has no experts that can be served.
     """
     dtype = _known_dtype(dtype)
-    config, quantisation = read_config(config_folder(name, revision))
+    config, claim = read_config(config_folder(name, revision))
     check_family(config.model_type)
     folder = local_folder(name, revision)
     index = read_index(folder)
-    if dtype == "auto":
+    is_own, found = dtype == "auto", quantisation_found(index)
+    check_against_files(claim, _named_dtype(config) if is_own else None, index)
+    if is_own:
         dtype = _own_dtype(config, index)
-    return Checkpoint(folder, index, outline_of(str(name), config, dtype, quantisation))
+    blocks = claim.fp8_blocks if claim is not None else None
+    return Checkpoint(folder, index, outline_of(str(name), config, dtype, found), blocks)
 
 
 def look_at_model(
@@ -93,19 +111,18 @@ def look_at_model(
     Raises: as `open_checkpoint`.
     """
     dtype = _known_dtype(dtype)
-    config, quantisation = read_config(config_folder(name, revision))
+    config, claim = read_config(config_folder(name, revision))
     check_family(config.model_type)
     if dtype == "auto":
         dtype = _named_dtype(config) or "bfloat16"
-    return outline_of(str(name), config, dtype, quantisation)
+    return outline_of(str(name), config, dtype, claim.method if claim is not None else None)
 
 
-def weights_digest(hf: PreTrainedModel) -> str:
-    """Identify weights by all their vectors and router-sized matrices, alike in any precision.
+def partial_identity(hf: PreTrainedModel) -> str:
+    """Return what versions up to 0.1 told weights apart by, to recognise what they saved.
 
-    Norms and routers change with any training and are small, so large checkpoints stay quick to
-    identify. Values are rounded to bfloat16, so that the same checkpoint loaded in another
-    precision is recognised. The experts themselves are left out: they are not in place yet.
+    All vectors and router-sized matrices, rounded to bfloat16: another model that shares them, such
+    as one whose experts were edited, has the same.
     """
     sha = hashlib.sha256()
     for name, parameter in sorted(hf.named_parameters()):

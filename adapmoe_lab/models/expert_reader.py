@@ -25,7 +25,9 @@ from transformers.core_model_loading import (
 )
 
 from adapmoe_lab.models.families import MoELayer
+from adapmoe_lab.models.mapped_files import MappedFiles
 from adapmoe_lab.models.number_formats import (
+    FP8,
     FP8_SCALE,
     MXFP4_PARTS,
     TORCH_DTYPES,
@@ -73,8 +75,20 @@ class ExpertReader:
     as they are needed, and closed by `close` or with the reader. Safe to use from several threads.
     """
 
-    def __init__(self, index: ShardIndex, outline: PreTrainedModel, layers: list[MoELayer]) -> None:
-        """Plan the reads; `outline` is the model on the meta device, `layers` its MoE layers.
+    def __init__(
+        self,
+        index: ShardIndex,
+        outline: PreTrainedModel,
+        layers: list[MoELayer],
+        fp8_blocks: tuple[int, int] | None = None,
+    ) -> None:
+        """Plan the reads.
+
+        Args:
+            index: where the tensors lie.
+            outline: the model on the meta device.
+            layers: its MoE layers.
+            fp8_blocks: rows and columns that share a scale in float8, where that is known.
 
         Raises:
             CheckpointError: experts are missing, or stored in a way that cannot be cut apart.
@@ -82,6 +96,7 @@ class ExpertReader:
         self.index = index
         self._outline = outline
         self._layers = layers
+        self._fp8_blocks = fp8_blocks
         self._files: dict[str, BinaryIO] = {}
         self._lock = threading.Lock()
         self.close = weakref.finalize(self, _close_all, self._files)
@@ -115,7 +130,7 @@ class ExpertReader:
             elif sources[0].pattern is not None:
                 read[target] = self._converted(layer, expert, target, sources, dtype)
             elif target.endswith(MXFP4_PARTS):
-                packed[target] = self._read(sources[0], expert, torch.uint8)
+                packed[target] = self._raw(sources[0], expert).view(torch.uint8)
             else:
                 read[target] = self._read(sources[0], expert, dtype)
         for target in self._layers[layer].parameter_names:
@@ -154,7 +169,10 @@ class ExpertReader:
         return sha.hexdigest()
 
     def other_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return every tensor of the checkpoint that is no part of an expert, dequantised."""
+        """Return every tensor of the checkpoint that is no part of an expert.
+
+        float8 ones are dequantised to `dtype`; the others are mapped from their files as they are.
+        """
         of_experts = {
             source.entry.name
             for layer in self._sources
@@ -163,15 +181,16 @@ class ExpertReader:
             for source in sources
         }
         others = {
-            name: _Source(self.index.entry(name), None, is_fused=False)
+            name: self.index.entry(name)
             for name in self.index.names
             if name not in of_experts and not name.endswith(FP8_SCALE)
         }
+        mapped = MappedFiles(self.index.folder)
         return {
-            name: self._read(source, 0, dtype)
-            if TORCH_DTYPES.get(source.entry.dtype) == torch.float8_e4m3fn
-            else self._raw(source, 0)
-            for name, source in others.items()
+            name: self._read(_Source(entry, None, is_fused=False), 0, dtype)
+            if entry.dtype == FP8 and name + FP8_SCALE in self.index
+            else mapped.tensor(entry)
+            for name, entry in others.items()
         }
 
     def _plan(self) -> list[list[dict[str, list[_Source]]]]:
@@ -195,6 +214,7 @@ class ExpertReader:
                 continue
             number, target = wanted[new]
             entry = self.index.entry(key)
+            self._check_readable(entry)
             match = EXPERT_NUMBER.search(key)
             if match is not None:
                 if int(match[1]) >= self._layers[number].n_experts:
@@ -278,20 +298,39 @@ class ExpertReader:
 
     def _read(self, source: _Source, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor, or one expert's part of a fused one, in the precision asked for."""
-        tensor = self._raw(source, expert)
-        if tensor.dtype == torch.float8_e4m3fn:
-            scales = replace(source, entry=self.index.entry(source.entry.name + FP8_SCALE))
-            return dequantise_fp8(tensor, self._raw(scales, expert)).to(dtype)
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        name, tensor = source.entry.name, self._raw(source, expert)
+        if source.entry.dtype != FP8:
+            return tensor.to(dtype)
+        scales = replace(source, entry=self.index.entry(name + FP8_SCALE))
+        try:
+            scaled = dequantise_fp8(tensor, self._raw(scales, expert), self._fp8_blocks)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{name} in {self.index.folder} cannot be dequantised: {error}."
+            ) from error
+        return scaled.to(dtype)
+
+    def _check_readable(self, entry: TensorEntry) -> None:
+        """Refuse a tensor of an expert whose values cannot be told from what its header says."""
+        dtype = TORCH_DTYPES.get(entry.dtype)
+        if dtype is not None and entry.name.endswith(MXFP4_PARTS) and dtype.itemsize == 1:
+            return
+        if dtype is None or not dtype.is_floating_point:
+            raise CheckpointError(
+                f"{entry.name} in {self.index.folder} is stored as {entry.dtype}, and the weights "
+                "of experts are read from plain, float8 and mxfp4 numbers: it is quantised in "
+                "another way. Give the original checkpoint and quantise it while loading with "
+                "expert_dtype='int8'."
+            )
+        if entry.dtype == FP8 and entry.name + FP8_SCALE not in self.index:
+            raise CheckpointError(
+                f"{entry.name} in {self.index.folder} is stored as float8, and there is no "
+                f"{entry.name + FP8_SCALE} to scale it by; give the checkpoint in another format."
+            )
 
     def _raw(self, source: _Source, expert: int) -> torch.Tensor:
         """Return what an expert takes of a tensor, as the file has it."""
         entry = source.entry
-        if entry.dtype not in TORCH_DTYPES:
-            raise CheckpointError(
-                f"{entry.name} is stored as {entry.dtype}; weights can be read from "
-                f"{', '.join(TORCH_DTYPES)}."
-            )
         buffer = torch.empty(source.n_bytes, dtype=torch.uint8)
         self._read_bytes(entry, source.offset(expert), buffer)
         return buffer.view(TORCH_DTYPES[entry.dtype]).view(source.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -68,6 +68,14 @@ class MoELayer:
         return int(self.experts.num_experts)  # pyright: ignore[reportArgumentType]
 
     @property
+    def input_size(self) -> int:
+        """D, the width of what an expert is given: of the hidden states, or narrower.
+
+        Known where the experts hold their parameters.
+        """
+        return _input_size(self.experts)
+
+    @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the parameters that hold one entry per expert."""
         return tuple(name for name, _ in self.experts.named_parameters(recurse=False))
@@ -92,6 +100,20 @@ def find_moe_layers(hf: PreTrainedModel) -> list[MoELayer]:
     return sorted(layers, key=lambda layer: _layer_number(layer.path))
 
 
+def served_layers(hf: PreTrainedModel, known: list[MoELayer]) -> list[MoELayer]:
+    """Return the layers of a model loaded without its experts.
+
+    `known` are those of its outline, whose parameters tell what the routers read.
+    """
+    return [
+        replace(
+            layer,
+            router=replace(layer.router, reads_experts_input=seen.router.reads_experts_input),
+        )
+        for layer, seen in zip(find_moe_layers(hf), known, strict=True)
+    ]
+
+
 def router_scores(router: Router, hidden: torch.Tensor) -> torch.Tensor:
     """Return a router's scores [T, E] of hidden states [T, D], float32, without calling it.
 
@@ -113,6 +135,16 @@ def router_logits(router: Router, hidden: torch.Tensor) -> torch.Tensor:
     return _all_logits(router, hidden)[:, : router.n_experts]
 
 
+def check_scores_known(router: Router) -> None:
+    """Raise UnsupportedModelError where a router's scores do not follow from the experts' input."""
+    if not router.reads_experts_input:
+        raise UnsupportedModelError(
+            f"This model's {type(router.module).__name__} does not score what the experts are "
+            "given, so its scores cannot be recorded or predicted. The model can be served, but "
+            "not profiled."
+        )
+
+
 def scores_of_logits(router: Router, logits: torch.Tensor) -> torch.Tensor:
     """Return the scores [T, n] that a router would make of logits [T, n]."""
     return SCORES[router.scoring](logits)
@@ -124,13 +156,8 @@ def _all_logits(router: Router, hidden: torch.Tensor) -> torch.Tensor:
     Raises:
         UnsupportedModelError: the router reads something else than the experts' input.
     """
+    check_scores_known(router)
     weight: torch.Tensor = router.module.weight  # pyright: ignore[reportAssignmentType]
-    if not router.reads_experts_input or weight.shape[1] != hidden.shape[-1]:
-        raise UnsupportedModelError(
-            f"This model's {type(router.module).__name__} does not score what the experts are "
-            f"given ({hidden.shape[-1]} values a token), so its scores cannot be recorded or "
-            "predicted. The model can be served, but not profiled."
-        )
     bias = getattr(router.module, "bias", None)
     logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
     if router.softcap > 0:
@@ -165,8 +192,20 @@ def _find_router(block: nn.Module, experts: nn.Module, family: Family) -> Router
         n_experts=n_experts,
         scoring=scoring,
         softcap=float(getattr(module, "router_logit_softcapping", 0.0)),
-        reads_experts_input=Trait.OWN_INPUT not in family.traits,
+        reads_experts_input=Trait.OWN_INPUT not in family.traits
+        and _has_same_input(module, experts),
     )
+
+
+def _input_size(experts: nn.Module) -> int:
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    return getattr(experts, first).shape[-2 if experts.is_transposed else -1]
+
+
+def _has_same_input(router: nn.Module, experts: nn.Module) -> bool:
+    """Whether a router reads as many values as the experts, as far as their parameters tell."""
+    is_known = any(parameter.dim() > 1 for parameter in experts.parameters(recurse=False))
+    return not is_known or router.weight.shape[1] == _input_size(experts)  # pyright: ignore
 
 
 def _n_rows(module: nn.Module) -> int:

@@ -171,7 +171,7 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
         raise CheckpointError(no_safetensors(f"The hub model {repo!r}", names))
     bar = None if progress else _NoBar
     folder = _download_small_files(repo, revision, bar)
-    weights = list(weight_files(folder))
+    weights = list(weight_files(folder, names))
     absent = sorted(set(weights) - names)
     if absent:
         raise CheckpointError(

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from adapmoe_lab.models.configuration import one_line
 from adapmoe_lab.models.families import MoELayer, find_moe_layers
+from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.models.support import Trait, UnsupportedModelError, find_family
 from adapmoe_lab.records import PRECISIONS, ExpertFormat, MoESpec
 
@@ -76,10 +79,18 @@ def outline_of(
     """Return the outline of a model with the given configuration.
 
     Raises:
+        CheckpointError: transformers cannot build the model.
         UnsupportedModelError: the model has no experts that can be served.
     """
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
+    try:
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
+    except Exception as error:  # whatever a field that fits no model raises, by its class
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot build the {config.model_type} model "
+            f"that the config.json of {name} describes: {one_line(error)} Correct config.json, or "
+            "download the model again."
+        ) from error
     return ModelOutline(name, hf, find_moe_layers(hf), dtype, quantisation)
 
 
@@ -88,6 +99,7 @@ def describe(
     formats: Sequence[Sequence[ExpertFormat]],
     routed: torch.Tensor | None = None,
     revision: str = "",
+    partial_revision: str = "",
 ) -> MoESpec:
     """Return the spec of a model whose experts are stored in the given formats [L][E].
 
@@ -100,6 +112,7 @@ def describe(
             whether the router normalises, whatever the family calls them; None to go by the
             configuration.
         revision: identity of the weights, where they were read.
+        partial_revision: the identity that versions up to 0.1 gave them.
     """
     layers = model.layers
     stored = {layout.precision for layer in formats for layout in layer}
@@ -119,11 +132,12 @@ def describe(
     return MoESpec(
         model_id=model.name,
         revision=revision,
+        partial_revision=partial_revision,
         family=model.config.model_type,
         n_layers=len(layers),
         n_experts=layers[0].n_experts,
         top_k=top_k,
-        hidden_size=model.config.get_text_config().hidden_size,
+        hidden_size=layers[0].input_size,
         expert_bytes=expert_bytes,
         dtype=precision,
         layer_paths=tuple(layer.path for layer in layers),
@@ -134,13 +148,23 @@ def describe(
 def configured_top_k(config: PreTrainedConfig) -> int:
     """Return how many experts a token gets, by the names that families give it.
 
+    Where a family gives the number layer by layer, it must be the same in all of them.
+
     Raises:
-        UnsupportedModelError: the configuration has none of the names.
+        UnsupportedModelError: the configuration has none of the names, or layers differ.
     """
     text = config.get_text_config()
     for name in TOP_K_NAMES:
-        if isinstance(getattr(text, name, None), int):
-            return int(getattr(text, name))
+        value = getattr(text, name, None)
+        in_layers = set(value) if isinstance(value, list | tuple) else {value}
+        if len(in_layers) > 1:
+            raise UnsupportedModelError(
+                f"The configuration of this {config.model_type} model gives a token different "
+                f"numbers of experts by layer ({name}={list(value)}); only models with the same "
+                "number in every layer can be served."
+            )
+        if in_layers and type(next(iter(in_layers))) is int:
+            return next(iter(in_layers))
     raise UnsupportedModelError(
         f"The configuration of this {config.model_type} model does not say how many experts a "
         f"token gets; expected one of {', '.join(TOP_K_NAMES)}. Please report this family."

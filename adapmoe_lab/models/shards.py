@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -13,6 +13,11 @@ from adapmoe_lab.records.files import digest
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+CONFIG_NAME = "config.json"
+ADAPTER_NAME = "adapter_config.json"
+NAMED_FILE = "transformers_weights"
+"""Where a configuration may name the file of its weights."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 """Files of these names may run any code when they are opened."""
@@ -85,39 +90,58 @@ class ShardIndex:
                 )
 
 
-def weight_files(folder: Path) -> tuple[str, ...]:
+def weight_files(folder: Path, names: Collection[str] = ()) -> tuple[str, ...]:
     """Return the names of the files a checkpoint's weights should be in, whether there or not.
+
+    Args:
+        folder: where its configuration and index lie.
+        names: files that the checkpoint has beside those in the folder.
 
     Raises:
         CheckpointError: the folder's index cannot be understood.
     """
-    return _files_of(_weight_map(folder))
+    main = _main_file(folder, names)
+    return tuple(sorted(set(_weight_map(folder / main).values()))) if _is_index(main) else (main,)
 
 
 def read_index(folder: Path) -> ShardIndex:
     """Read where the tensors of a checkpoint lie; costs one short read per file.
 
-    Where there is an index, the checkpoint's tensors are those it names.
+    The one place that decides which file a tensor comes from, as transformers decides it: a file
+    that the configuration names, else a single file, else an index and all that the files it
+    names hold. Files beside these are ignored.
 
     Raises:
-        CheckpointError: there are no safetensors files, one is missing, cut short or damaged, or
-            the index disagrees with them. The text says which and what to do.
+        CheckpointError: there are no safetensors files, one is missing, cut short or damaged, the
+            index disagrees with them, or two of them hold the same tensor. The text says which
+            and what to do.
     """
-    weight_map = _weight_map(folder)
-    if weight_map is None and not (folder / SINGLE_NAME).is_file():
+    if (folder / ADAPTER_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER_NAME}), which would change the weights beside "
+            "it; merge it into the model with peft's merge_and_unload and save that, or move "
+            f"{ADAPTER_NAME} elsewhere to load the model without it."
+        )
+    main = _main_file(folder)
+    if not (folder / main).is_file():
         raise CheckpointError(no_safetensors(str(folder), (path.name for path in folder.iterdir())))
-    shards = tuple(read_shard(folder, name) for name in _files_of(weight_map))
-    by_file = {shard.name: {entry.name: entry for entry in shard.entries} for shard in shards}
-    if weight_map is None:
-        return ShardIndex(folder, shards, MappingProxyType(by_file[SINGLE_NAME]))
-    for name, file in weight_map.items():
-        if name not in by_file[file]:
+    shards = tuple(read_shard(folder, name) for name in weight_files(folder))
+    entries: dict[str, TensorEntry] = {}
+    for entry in (entry for shard in shards for entry in shard.entries):
+        if entry.name in entries:
             raise CheckpointError(
-                f"{folder / INDEX_NAME} places the tensor {name!r} in {file}, which does not hold "
+                f"{folder} holds the tensor {entry.name!r} twice, in {entries[entry.name].file} "
+                f"and in {entry.file}, so that it is not known which is meant. Remove one of them "
+                "(save the shard again without it), or download the checkpoint again."
+            )
+        entries[entry.name] = entry
+    for name, file in (_weight_map(folder / main) if _is_index(main) else {}).items():
+        if name not in entries or entries[name].file != file:
+            raise CheckpointError(
+                f"{folder / main} places the tensor {name!r} in {file}, which does not hold "
                 "it; the index and the shards are of different checkpoints. Download or save the "
                 "checkpoint again."
             )
-    entries = {name: by_file[file][name] for name, file in weight_map.items()}
     return ShardIndex(folder, shards, MappingProxyType(entries))
 
 
@@ -148,11 +172,31 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} (one of {len(names)} such files)"
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Return which file the index places each tensor in; None where there is no index."""
-    path = folder / INDEX_NAME
-    if not path.is_file():
+def _main_file(folder: Path, names: Collection[str] = ()) -> str:
+    """Return the name of the file that weights are read from or that says where they are."""
+    named = _named_by_config(folder)
+    if named is not None:
+        _check_inside(folder / CONFIG_NAME, named, (".safetensors", ".safetensors.index.json"))
+        return named
+    has_single = SINGLE_NAME in names or (folder / SINGLE_NAME).is_file()
+    return SINGLE_NAME if has_single or not (folder / INDEX_NAME).is_file() else INDEX_NAME
+
+
+def _named_by_config(folder: Path) -> str | None:
+    try:
+        settings = json.loads((folder / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError):  # reading the configuration says what is wrong with it
         return None
+    named = settings.get(NAMED_FILE) if isinstance(settings, dict) else None
+    return None if named is None else str(named)
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith(".json")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return which file an index places each tensor in."""
     try:
         index = json.loads(path.read_bytes())
     except ValueError as error:
@@ -171,15 +215,16 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             '"metadata": {} to it, or save the checkpoint again.'
         )
     for file in {str(file) for file in weight_map.values()}:
-        parts = PurePosixPath(file).parts
-        is_elsewhere = parts[0] == "/" or ".." in parts or "\\" in file or ":" in file
-        if not file.endswith(".safetensors") or is_elsewhere:
-            raise CheckpointError(
-                f"{path} places tensors in {file!r}; expected .safetensors files inside the "
-                "checkpoint's folder. Do not use this checkpoint."
-            )
+        _check_inside(path, file, (".safetensors",))
     return weight_map
 
 
-def _files_of(weight_map: Mapping[str, str] | None) -> tuple[str, ...]:
-    return (SINGLE_NAME,) if weight_map is None else tuple(sorted(set(weight_map.values())))
+def _check_inside(path: Path, file: str, suffixes: tuple[str, ...]) -> None:
+    """Refuse the name of a file of weights that leads out of the checkpoint's folder."""
+    parts = PurePosixPath(file).parts
+    is_elsewhere = not parts or parts[0] == "/" or ".." in parts or "\\" in file or ":" in file
+    if not file.endswith(suffixes) or is_elsewhere:
+        raise CheckpointError(
+            f"{path} places tensors in {file!r}; expected .safetensors files inside the "
+            "checkpoint's folder. Do not use this checkpoint."
+        )

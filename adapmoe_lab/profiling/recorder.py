@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.offload import LayerPass
 from adapmoe_lab.engine.prediction import Predictor, likeliest
-from adapmoe_lab.models.families import router_scores
+from adapmoe_lab.models.families import check_scores_known, router_scores
 from adapmoe_lab.models.residual_stream import last_hidden_observed_by, layer_outputs_observed_by
 from adapmoe_lab.records import Prediction, RoutingTrace
 from adapmoe_lab.records.prefetch import Moment
@@ -59,9 +59,14 @@ class RoutingRecorder:
             model: the model that will run.
             predictors: whose predictions are recorded; all that need no fitting if None.
             n_candidates: C, the experts recorded of each prediction; the router's K if None.
+
+        Raises:
+            UnsupportedModelError: the routers read something else than the experts.
         """
         self._model = model
         self._routers = [layer.router for layer in model.layers]
+        for router in self._routers:
+            check_scores_known(router)
         self._predictors = model.predictors() if predictors is None else predictors
         self._n_candidates = n_candidates or model.spec.top_k
         self._last_hidden: torch.Tensor | None = None

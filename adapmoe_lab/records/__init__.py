@@ -15,7 +15,7 @@ from adapmoe_lab.records.prefetch import PrefetchSource, PrefetchTable
 from adapmoe_lab.records.published import PublishedAdapMoE, PublishedRun
 from adapmoe_lab.records.routing import Prediction, RoutingTrace
 from adapmoe_lab.records.sensitivity import SensitivityProfile
-from adapmoe_lab.records.spec import MoESpec
+from adapmoe_lab.records.spec import MoESpec, PartialIdentityWarning
 from adapmoe_lab.records.surrogates import Surrogates
 from adapmoe_lab.records.targets import LinkTarget, load_targets
 from adapmoe_lab.records.traffic import Traffic
@@ -33,6 +33,7 @@ __all__ = [
     "LossReport",
     "Measurement",
     "MoESpec",
+    "PartialIdentityWarning",
     "Precision",
     "Prediction",
     "Predictors",

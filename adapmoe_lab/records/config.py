@@ -169,14 +169,11 @@ class TunedConfig:
 
     def check_model(self, spec: MoESpec) -> None:
         """Raise RecordError unless the config was tuned for this model's weights."""
-        if self.model["fingerprint"] == spec.fingerprint():
-            return
-        raise RecordError(
+        spec.check_made_for(
+            self.model["fingerprint"],
             f"This config was tuned for {self.model['id']!r} ({self.model['family']}, "
-            f"{self.model['n_layers']} layers x {self.model['n_experts']} experts, fingerprint "
-            f"{self.model['fingerprint']}); the loaded model is {spec.model_id!r} "
-            f"({spec.family}, {spec.n_layers} layers x {spec.n_experts} experts, fingerprint "
-            f"{spec.fingerprint()}). Load the model it was tuned for, or tune this one."
+            f"{self.model['n_layers']} layers x {self.model['n_experts']} experts)",
+            "Load the model it was tuned for, or tune this one.",
         )
 
     def with_evidence(self, **entries: Any) -> TunedConfig:

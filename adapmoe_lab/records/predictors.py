@@ -79,11 +79,9 @@ class Predictors(TensorRecord):
 
     def check_model(self, spec: MoESpec) -> None:
         """Raise RecordError unless they were fitted to this model's weights."""
-        if self.model_fingerprint != spec.fingerprint():
-            raise RecordError(
-                f"The predictors were fitted to a model of fingerprint {self.model_fingerprint}; "
-                f"{spec.model_id!r} has fingerprint {spec.fingerprint()}. Fit predictors to it."
-            )
+        spec.check_made_for(
+            self.model_fingerprint, "The predictors were fitted to a model", "Fit predictors to it."
+        )
 
     def to_bytes(self) -> bytes:
         """Return them as the content of a safetensors file."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from adapmoe_lab.records.files import RecordError, digest
+
+
+class PartialIdentityWarning(UserWarning):
+    """A saved file knows only a part of the weights it was made for."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class MoESpec:
         dtype: the precision the experts are stored in.
         layer_paths: module path of each layer's experts, in layer order.
         normalises_router: whether the router's K weights sum to one.
+        partial_revision: identity by a part of the weights, as versions up to 0.1 took it; empty
+            where it is not known.
     """
 
     model_id: str
@@ -40,6 +47,7 @@ class MoESpec:
     dtype: str
     layer_paths: tuple[str, ...] = field(default=())
     normalises_router: bool = True
+    partial_revision: str = ""
 
     def __post_init__(self) -> None:
         """Check that the counts make sense together."""
@@ -65,8 +73,45 @@ class MoESpec:
 
     def fingerprint(self) -> str:
         """Identify the weights and their shape, wherever they lie and in whatever precision."""
+        return self._identified_by(self.revision)
+
+    def partial_fingerprint(self) -> str | None:
+        """Identify the model as versions up to 0.1 did, by a part of its weights."""
+        return self._identified_by(self.partial_revision) if self.partial_revision else None
+
+    def check_made_for(self, fingerprint: str, made: str, remedy: str) -> None:
+        """Refuse what was made for other weights than this model's.
+
+        What versions up to 0.1 made knows a part of the weights only; it is taken with a warning
+        where that part is the same.
+
+        Args:
+            fingerprint: of the model that it was made for.
+            made: what it is and for which model, as the beginning of a sentence.
+            remedy: what to do if it is another model, as a sentence.
+
+        Raises:
+            RecordError: it was made for other weights.
+        """
+        if fingerprint == self.fingerprint():
+            return
+        if fingerprint != self.partial_fingerprint():
+            raise RecordError(
+                f"{made}, fingerprint {fingerprint}; {self.model_id!r} ({self.family}, "
+                f"{self.n_layers} layers x {self.n_experts} experts) has fingerprint "
+                f"{self.fingerprint()}. {remedy}"
+            )
+        warnings.warn(
+            f"{made} by a version that told models apart by a part of their weights. That part is "
+            f"the same in {self.model_id!r}; whether its experts are is not known. Make it anew to "
+            "be sure.",
+            PartialIdentityWarning,
+            stacklevel=4,
+        )
+
+    def _identified_by(self, revision: str) -> str:
         shape = (self.family, self.n_layers, self.n_experts, self.top_k, self.hidden_size)
-        return digest(json.dumps(shape), self.revision)
+        return digest(json.dumps(shape), revision)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values that `from_json` reads back."""

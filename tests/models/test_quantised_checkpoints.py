@@ -5,9 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from quantised_checkpoints import save_fp8_deepseek, save_mxfp4_gpt_oss
+from quantised_checkpoints import (
+    read_tensors,
+    save_fp8_deepseek,
+    save_mxfp4_gpt_oss,
+    write_tensors,
+)
 from tiny_models import VOCABULARY_SIZE, save_tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.models.number_formats import dequantise_fp8
@@ -32,6 +37,54 @@ def test_fp8_blocks_are_read_as_a_plain_loop_reads_them(shape, block):
         at = np.s_[row * block : (row + 1) * block, column * block : (column + 1) * block]
         expected[at] *= scales[row, column]
     assert torch.equal(dequantise_fp8(weight, scales), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_fp8_scale_counts_for_the_whole_matrix(shape):
+    weight = torch.tensor([[1.0, -2.0], [0.5, 448.0]]).to(torch.float8_e4m3fn)
+    found = dequantise_fp8(weight, torch.full(shape, 0.25))
+    assert torch.equal(found, weight.float() * 0.25)
+
+
+def test_fp8_scales_may_be_of_rows_and_of_blocks_that_are_no_power_of_two():
+    weight = torch.ones(6, 192).to(torch.float8_e4m3fn)
+    rows = torch.arange(1.0, 7)[:, None]
+    assert torch.equal(dequantise_fp8(weight, rows), rows.expand(6, 192))
+    blocks = torch.tensor([[1.0, 2.0]])
+    found = dequantise_fp8(weight, blocks, blocks=(6, 96))
+    assert torch.equal(found[0], torch.tensor([1.0] * 96 + [2.0] * 96))
+
+
+def test_fp8_scales_that_fit_no_blocks_are_refused():
+    weight = torch.ones(4, 8).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="7 scales do not divide 8 channels"):
+        dequantise_fp8(weight, torch.ones(4, 7))
+    with pytest.raises(ValueError, match=r"scales \[4\] do not fit a matrix \[4, 8\]"):
+        dequantise_fp8(weight, torch.ones(4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_fp8_with_one_scale_per_matrix_is_read_as_transformers_reads_it(tmp_path, shape):
+    folder = save_tiny("qwen3_moe", tmp_path)
+    tensors = read_tensors(folder)
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        scale = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.reshape(shape)
+    write_tensors(folder, tensors)
+    path = folder / "config.json"
+    settings = {
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "weight_block_size": None,
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
+    plain = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    model = load(folder, dtype="float32", device="cpu", link="none")
+    torch.testing.assert_close(model.hf(IDS).logits, plain(IDS).logits, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()

@@ -192,6 +192,28 @@ def test_an_index_of_another_checkpoint_is_refused(sharded):
         read_index(sharded)
 
 
+def test_a_tensor_in_two_shards_is_refused_with_both(sharded):
+    stray = {"router": torch.zeros(3, 4), "expert": torch.zeros(2, 5)}
+    save_file(stray, sharded / SECOND)
+    index = json.loads((sharded / INDEX).read_text())
+    del index["weight_map"]["eighths"]
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"'router' twice, in {FIRST} and in {SECOND}"):
+        read_index(sharded)
+
+
+def test_a_tensor_that_the_index_leaves_out_is_there_as_it_is_for_transformers(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    del index["weight_map"]["eighths"]
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert read_index(sharded).entry("eighths").file == SECOND
+
+
+def test_shards_beside_the_index_are_ignored(sharded):
+    save_file({"router": torch.zeros(3, 4)}, sharded / "model-00003-of-00003.safetensors")
+    assert read_index(sharded).entry("router").file == FIRST
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

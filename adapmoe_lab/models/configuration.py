@@ -1,0 +1,173 @@
+"""A model's configuration: read without running its code, and held against what its files say."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from adapmoe_lab.models.number_formats import FP8, MXFP4_PARTS, TORCH_DTYPES
+from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.models.shards import CONFIG_NAME, ShardIndex
+from adapmoe_lab.models.support import UnsupportedModelError, supported
+
+DEQUANTISED = ("mxfp4", "fp8")
+"""Quantised checkpoints that can be read here."""
+
+
+class ConfigDisagreementWarning(UserWarning):
+    """A configuration says of the weights what their files do not hold."""
+
+
+@dataclass(frozen=True)
+class QuantisationClaim:
+    """What a configuration says of how its weights are quantised.
+
+    Attributes:
+        method: transformers' name of the method, such as `fp8`.
+        fp8_blocks: rows and columns that share a scale in float8, if it says so.
+    """
+
+    method: str
+    fp8_blocks: tuple[int, int] | None = None
+
+
+def read_config(folder: Path) -> tuple[PreTrainedConfig, QuantisationClaim | None]:
+    """Read a model's configuration, and what it says of quantised weights.
+
+    Quantised weights are dequantised here as they are read, so the configuration returned no
+    longer asks transformers to do so.
+
+    Raises:
+        CheckpointError: transformers cannot make a configuration of the file.
+        UnsupportedModelError: transformers does not know the architecture.
+        ValueError: the checkpoint is quantised in a way that cannot be read here.
+    """
+    config = _configuration(folder)
+    claim = None
+    for part in (config.get_text_config(), config):
+        quantisation = getattr(part, "quantization_config", None)
+        if quantisation is not None:
+            claim = _claim(folder, quantisation)
+            del part.quantization_config
+    return config, claim
+
+
+def quantisation_found(index: ShardIndex) -> str | None:
+    """Return how weights are quantised by the headers of their files; None if they are plain."""
+    blocks, scales = MXFP4_PARTS
+    for name in index.names:
+        if name.endswith(blocks) and name.removesuffix(blocks) + scales in index:
+            return "mxfp4"
+    return "fp8" if any(index.entry(name).dtype == FP8 for name in index.names) else None
+
+
+def check_against_files(
+    claim: QuantisationClaim | None, dtype: str | None, index: ShardIndex
+) -> None:
+    """Warn of what a configuration says otherwise than the headers of the files, which hold.
+
+    Args:
+        claim: what it says of quantised weights.
+        dtype: the precision it names, None if that does not matter.
+        index: the files.
+    """
+    found, claimed = quantisation_found(index), claim.method if claim is not None else None
+    path, kinds = index.folder / CONFIG_NAME, _kinds(index)
+    if claimed != found:
+        warnings.warn(
+            f"{path} says that the weights are {_in_words(claimed)}, their files that they are "
+            f"{_in_words(found)} ({', '.join(kinds)}); they are read as the files have them. "
+            "Correct its quantization_config.",
+            ConfigDisagreementWarning,
+            stacklevel=4,
+        )
+    stored = TORCH_DTYPES.get(kinds[0]) if kinds else None
+    if found is None and dtype is not None and stored is not None and stored.is_floating_point:
+        stored_as = str(stored).removeprefix("torch.")
+        if stored_as != dtype:
+            warnings.warn(
+                f"{path} says dtype {dtype!r}, most weights are stored as {stored_as}; they are "
+                f"computed with in {dtype}, as transformers does. Give dtype={stored_as!r} to "
+                "compute in what is stored.",
+                ConfigDisagreementWarning,
+                stacklevel=4,
+            )
+
+
+def _configuration(folder: Path) -> PreTrainedConfig:
+    path = folder / CONFIG_NAME
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+        if not isinstance(settings, dict):
+            raise TypeError(f"it holds a JSON {type(settings).__name__}, not an object")
+        _check_architecture(folder, settings)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a field of the wrong form raises, by its class
+        raise CheckpointError(
+            f"{path} cannot be understood by transformers {transformers.__version__}: "
+            f"{one_line(error)} Correct it, or download the model again."
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """Return another library's error as one sentence."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {text}."
+
+
+def _check_architecture(folder: Path, settings: dict[str, Any]) -> None:
+    model_type = settings.get("model_type")
+    if model_type in CONFIG_MAPPING:
+        return
+    if "auto_map" in settings:
+        raise UnsupportedModelError(
+            f"{folder} is a {model_type} model that comes with code of its own, which is never "
+            f"run here. Give a model that transformers itself knows. {supported()}"
+        )
+    raise UnsupportedModelError(
+        f"{folder} is a {model_type} model, which transformers {transformers.__version__} does "
+        f"not know; a newer one may. {supported()}"
+    )
+
+
+def _claim(folder: Path, quantisation: Any) -> QuantisationClaim:
+    settings = (
+        quantisation if isinstance(quantisation, dict) else getattr(quantisation, "__dict__", {})
+    )
+    method = settings.get("quant_method")
+    if method is None:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} has the quantization_config {quantisation!r}; expected an "
+            "object that names its quant_method. Correct it, or take it out if the weights are "
+            "plain."
+        )
+    method = str(getattr(method, "value", method))
+    if method not in DEQUANTISED:
+        raise ValueError(
+            f"{folder} is quantised with {method}, which cannot be served expert by expert; give "
+            "the original checkpoint and quantise it while loading with expert_dtype='int4'. "
+            f"Quantised checkpoints that load as they are: {', '.join(DEQUANTISED)}."
+        )
+    blocks = settings.get("weight_block_size")
+    return QuantisationClaim(method, tuple(map(int, blocks)) if blocks else None)  # pyright: ignore[reportArgumentType]
+
+
+def _kinds(index: ShardIndex) -> list[str]:
+    """Return the element types of a checkpoint, the one with most bytes first."""
+    n_bytes: Counter[str] = Counter()
+    for name in index.names:
+        n_bytes[index.entry(name).dtype] += index.entry(name).n_bytes
+    return [kind for kind, _ in n_bytes.most_common()]
+
+
+def _in_words(method: str | None) -> str:
+    return "plain" if method is None else f"quantised with {method}"
