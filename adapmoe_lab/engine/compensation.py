@@ -62,8 +62,9 @@ class Compensation:
         down, up, offset = (
             _rows(maps[layer], needed) for maps in (self._down, self._up, self._offset)
         )
-        of_dropped = on_device[:, :-1].to(hidden.dtype)  # [T, n]
-        inner = (hidden @ down.T).unflatten(1, (len(needed), -1)) * of_dropped[:, :, None]
+        of_dropped = on_device[:, :-1].to(down.dtype)  # [T, n]
+        inner = (hidden.to(down.dtype) @ down.T).unflatten(1, (len(needed), -1))
+        inner = inner * of_dropped[:, :, None]  # [T, n, R]
         stand_ins = torch.addmm(of_dropped @ offset, inner.flatten(1), up)
         return kept_output * on_device[:, -1:] + stand_ins
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
+SEVERAL = ("auto", "balanced", "balanced_low_0", "sequential")
+"""What transformers calls ways to spread a model over devices."""
 
-def choose_device(name: str | None) -> torch.device:
+
+def choose_device(name: str | torch.device | None) -> torch.device:
     """Return the device that a name asks for: CUDA where there is one, if None.
 
     Raises:
@@ -19,18 +22,25 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(name, str) or name == "auto" or "," in name:
+    asks_for_several = isinstance(name, Sequence | Mapping) and not isinstance(name, str)
+    if asks_for_several or name in SEVERAL or (isinstance(name, str) and "," in name):
         raise ValueError(
             f"device={name!r} asks for several devices; one model runs on one, so name it: "
             "'cpu', 'cuda' or 'cuda:1'."
         )
-    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+    text = str(name) if isinstance(name, str | torch.device) else ""
+    if re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
         raise ValueError(f"device={name!r} is not supported; expected 'cpu', 'cuda' or 'cuda:N'.")
-    device = torch.device(name)
+    device = torch.device(text)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device={name!r} was asked for, but torch {torch.__version__} sees no CUDA device; "
+            f"device={text!r} was asked for, but torch {torch.__version__} sees no CUDA device; "
             "use device='cpu', or install a CUDA build of torch."
+        )
+    if device.type == "cuda" and (device.index or 0) >= (n_devices := torch.cuda.device_count()):
+        raise ValueError(
+            f"device={text!r} was asked for, but torch sees {n_devices} CUDA devices, "
+            f"'cuda:0' to 'cuda:{n_devices - 1}'."
         )
     return device
 

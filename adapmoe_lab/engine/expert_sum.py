@@ -133,6 +133,11 @@ class StreamedExpertSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         """Return the gradients of hidden states and weights; show the layer to the observers."""
+        with torch.autocast(gradient.device.type, enabled=False):  # as it is in `forward`
+            return StreamedExpertSum._backward(ctx, gradient)
+
+    @staticmethod
+    def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         hidden, weights = ctx.saved_tensors
         run: LayerRun = ctx.run
         leaf = hidden.detach().requires_grad_()

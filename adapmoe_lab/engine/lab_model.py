@@ -275,7 +275,7 @@ class LabModel:
             self.engine.release()
             for number in range(self.spec.n_layers):
                 weights = self.engine.store.fused(number, self.hf.dtype)
-                on_device = {name: t.to(self.engine.device) for name, t in weights.items()}
+                on_device = {name: t.to(self.hf.device) for name, t in weights.items()}
                 self._hook.give_weights(number, on_device)
             self.engine.close()
         return self.hf

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import zlib
+from pathlib import Path
+from secrets import token_hex
 
 import numpy as np
 import torch
@@ -68,7 +71,42 @@ def lasting_ledger(identity: str, shape: tuple[int, int], source: str) -> Checks
     """
     path = cache_folder() / "checksums" / f"{identity}.npy"
     if not path.exists():
-        with written_atomically(path) as file:
-            np.save(file, np.full(shape, -1, dtype=np.int64))
+        _begin(path, shape)
     remedy = f"Restore the file; if it was changed on purpose, delete {path}."
-    return ChecksumLedger(np.load(path, mmap_mode="r+"), source, remedy)
+    return ChecksumLedger(_mapped(path, shape), source, remedy)
+
+
+def _begin(path: Path, shape: tuple[int, int]) -> None:
+    """Write a ledger that knows nothing, unless another process has just begun it.
+
+    One that is already in use must not be replaced: what is then recorded in it would be lost.
+    """
+    fresh = path.with_name(f"{path.stem}.{os.getpid()}-{token_hex(4)}.new")
+    try:
+        with written_atomically(fresh) as file:
+            np.save(file, np.full(shape, -1, dtype=np.int64))
+        try:
+            os.link(fresh, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _mapped(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
+    try:
+        known = np.load(path, mmap_mode="r+")
+    except (ValueError, EOFError) as error:
+        raise CheckpointError(_damaged(path, str(error))) from error
+    if known.shape != shape or known.dtype != np.int64:
+        raise CheckpointError(_damaged(path, f"{known.dtype} {list(known.shape)}"))
+    return known
+
+
+def _damaged(path: Path, found: str) -> str:
+    return (
+        f"{path}, which keeps the checksums of experts read before, is damaged ({found}); delete "
+        "it, and they are recorded anew."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from os import PathLike
 
 import numpy as np
 import torch
@@ -14,6 +14,15 @@ from adapmoe_lab.engine.clock import Clock, RealClock
 from adapmoe_lab.engine.device import choose_device
 from adapmoe_lab.engine.lab_model import LabModel, check_precision
 from adapmoe_lab.engine.link import NO_LINK, CudaLink, EmulatedLink, Link
+from adapmoe_lab.engine.load_arguments import (
+    check_function,
+    dtype_name,
+    expert_dtypes,
+    model_name,
+    optional_text,
+    store_folder,
+    tuned_config,
+)
 from adapmoe_lab.engine.memory import memory_needs, plan_memory
 from adapmoe_lab.engine.offload import OffloadEngine
 from adapmoe_lab.engine.opening import ExpertDtype, expert_formats, open_experts
@@ -26,19 +35,21 @@ from adapmoe_lab.models.checkpoint import (
 from adapmoe_lab.models.families import served_layers
 from adapmoe_lab.models.hook import ExpertsHook
 from adapmoe_lab.models.outline import DTYPES, MIXED, describe
+from adapmoe_lab.policies.allocation import check_size
 from adapmoe_lab.records import LinkTarget, MoESpec, TunedConfig, load_targets
+from adapmoe_lab.records.arguments import whole_number
 
 
 def load(
-    name: str | Path,
+    name: str | PathLike[str],
     *,
-    config: TunedConfig | str | Path | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    expert_dtype: ExpertDtype = "auto",
-    expert_memory: str | int | None = None,
-    host_memory: str | int | None = None,
-    store: str | Path | None = None,
+    config: TunedConfig | str | PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    expert_dtype: ExpertDtype | torch.dtype = "auto",
+    expert_memory: str | float | None = None,
+    host_memory: str | float | None = None,
+    store: str | PathLike[str] | None = None,
     revision: str | None = None,
     max_context_tokens: int | None = None,
     batch_size: int = 1,
@@ -55,7 +66,8 @@ def load(
         name: `"demo"`, a folder that `save_pretrained` wrote, or a hub id.
         config: a tuned config, or the file of one, to run under.
         device: where to compute; CUDA where there is one, else the CPU.
-        dtype: precision to compute in: `"auto"`, `"bfloat16"`, `"float16"` or `"float32"`.
+        dtype: precision to compute in: `"auto"`, `"bfloat16"`, `"float16"` or `"float32"`, or
+            torch's dtypes of these names; so in `expert_dtype`.
         expert_dtype: precision to store and move experts in: `"auto"` as they come, `"bfloat16"`,
             `"int8"`, `"int4"`, `"int3"`, `"int2"`, or one name per expert, [L][E].
         expert_memory: room for experts on the device, with staging and surrogates: bytes,
@@ -78,9 +90,16 @@ def load(
         MemoryError: it does not fit; the text says what does.
         ValueError: an argument is out of range; the text says what was expected.
     """
-    if isinstance(config, str | Path):
-        config = TunedConfig.load(config)
-    store = Path(store).expanduser() if store is not None else None
+    name, config, folder = model_name(name), tuned_config(config), store_folder(store)
+    dtype, expert_dtype = dtype_name("dtype", dtype), expert_dtypes(expert_dtype)
+    link, revision = optional_text("link", link), optional_text("revision", revision)
+    if max_context_tokens is not None:
+        max_context_tokens = whole_number("max_context_tokens", max_context_tokens, at_least=1)
+    batch_size = whole_number("batch_size", batch_size, at_least=1)
+    for argument, size in (("expert_memory", expert_memory), ("host_memory", host_memory)):
+        if size is not None:
+            check_size(argument, size)
+    check_function("announce", announce)
     if config is not None and expert_memory is not None:
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
     where = choose_device(device)
@@ -90,7 +109,7 @@ def load(
         dtype = config.precision if dtype == "auto" and config.precision in DTYPES else dtype
     checkpoint = open_checkpoint(name, dtype, revision)
     tokenizer = checkpoint.load_tokenizer()
-    formats = expert_formats(checkpoint.model, expert_dtype, store)
+    formats = expert_formats(checkpoint.model, expert_dtype, folder)
     spec = describe(checkpoint.model, formats)
     if config is not None:
         if config.plan is not None and len(config.plan.slots) != spec.n_layers:
@@ -117,13 +136,13 @@ def load(
     if config is not None:
         config.check_model(spec)
     hf.to(where)  # pyright: ignore[reportArgumentType]
-    experts = open_experts(checkpoint, formats, spec, plan, store)
+    experts = open_experts(checkpoint, formats, spec, plan, folder)
     clock = clock if clock is not None else RealClock()
     try:
         hook = ExpertsHook(hf, layers)
         routers = [layer.router for layer in layers]
-        link = _unpaced_link(where, clock)
-        engine = OffloadEngine(experts, link, clock, where, hf.dtype, routers)
+        crossed = _unpaced_link(where, clock)
+        engine = OffloadEngine(experts, crossed, clock, where, hf.dtype, routers)
         hook.attach(engine)
         model = LabModel(tokenizer, spec, hook, engine, plan)
         if target is not None:

@@ -19,6 +19,7 @@ from adapmoe_lab.models.footprint import (
 from adapmoe_lab.models.outline import DTYPES, ModelOutline
 from adapmoe_lab.policies.allocation import N_STAGING, budget_bytes, uniform_plan
 from adapmoe_lab.records import CachePlan, MoESpec
+from adapmoe_lab.records.arguments import whole_number
 
 HEADROOM = 0.9
 """Share of free memory that is planned with; the rest is for fragmentation and other programs."""
@@ -109,11 +110,10 @@ def memory_needs(
     batch_size: int = 1,
 ) -> MemoryNeeds:
     """Return what a model takes beside its experts."""
-    if batch_size < 1 or (context_tokens is not None and context_tokens < 1):
-        raise ValueError(
-            f"max_context_tokens={context_tokens} and batch_size={batch_size} must be at least 1."
-        )
-    tokens = context_tokens or default_context_tokens(model.config)
+    batch_size = whole_number("batch_size", batch_size, at_least=1)
+    if context_tokens is None:
+        context_tokens = default_context_tokens(model.config)
+    tokens = whole_number("max_context_tokens", context_tokens, at_least=1)
     item_bytes = DTYPES[model.dtype].itemsize
     work = work_bytes(model.config, tokens, batch_size, top_k, item_bytes)
     is_eager = model.config._attn_implementation == "eager"

@@ -304,10 +304,29 @@ class OffloadEngine:
     ) -> torch.Tensor:
         """Return the summed outputs [T, D] of the experts each token keeps.
 
+        Under autocast, which transformers' own grouped experts leave out of account, they too are
+        computed in the precision of the module's weights.
+
         Raises:
             RuntimeError: the engine was closed.
         """
         self.check_open()
+        device_type = hidden.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return self._run_layer(layer, experts, hidden, top_k_index, top_k_weights)
+        in_precision = hidden.to(next(experts.parameters()).dtype)
+        with torch.autocast(device_type, enabled=False):
+            output = self._run_layer(layer, experts, in_precision, top_k_index, top_k_weights)
+        return output.to(hidden.dtype)
+
+    def _run_layer(
+        self,
+        layer: int,
+        experts: nn.Module,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
         self.clock.spend(self.pace.dense_layer_s)
         # on a GPU this is the layer's one synchronisation
         indices, weights = on_host([top_k_index, top_k_weights.float()])

@@ -156,7 +156,11 @@ def _open_prepared(
         unseen = ChecksumLedger(np.full(_shape(formats), -1), str(checkpoint.folder))
         streamed = DiskStore(formats, rows, unseen, cache_bytes=0, on_close=rows.close)
         with closing(streamed), byte_progress("Preparing experts", plan.store_bytes) as advance:
-            save_store(streamed, store, identity, advance)
+            try:
+                save_store(streamed, store, identity, advance)
+            except FileExistsError:
+                if not is_prepared(store):  # else another process prepared it meanwhile
+                    raise
     prepared = open_store(store, identity, formats)
     if plan.device.type == "cuda" and plan.fits_host:
         widest = int(prepared.expert_bytes.max())

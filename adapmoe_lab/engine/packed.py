@@ -16,6 +16,9 @@ from adapmoe_lab.records.precision import ALIGNMENT, Part, Precision
 KERNEL_TOKENS = 8
 """Up to so many tokens a kernel multiplies packed codes; beyond, unpacking once costs less."""
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What a kernel multiplies packed codes by."""
+
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
@@ -87,7 +90,8 @@ class PackedMatrix:
                 f"got {list(x.shape)}."
             )
         is_traced = torch.is_grad_enabled() and x.requires_grad  # the kernel has no gradient
-        if _has_kernels(self.data.device) and not is_traced and 0 < x.shape[0] <= KERNEL_TOKENS:
+        suits_kernel = x.dtype in KERNEL_DTYPES and 0 < x.shape[0] <= KERNEL_TOKENS
+        if suits_kernel and not is_traced and _has_kernels(self.data.device):
             from adapmoe_lab.engine import packed_kernels
 
             return packed_kernels.packed_matmul(self, x)

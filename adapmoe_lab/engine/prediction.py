@@ -229,4 +229,4 @@ def _on_device_of(router: Router, array: torch.Tensor) -> torch.Tensor:
 
 def _affine(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Apply a map [D+1, n], its last row the constant, to x [T, D]."""
-    return torch.addmm(weights[-1], x.float(), weights[:-1])
+    return torch.addmm(weights[-1], x.float(), weights[:-1]).float()  # autocast may round it

@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -71,12 +72,10 @@ def save_store(
         after_expert: is told the bytes of each expert written.
 
     Raises:
-        FileExistsError: there is something at `folder`.
+        FileExistsError: there is something at `folder`, before or after the experts are written.
     """
     if folder.exists():
-        raise FileExistsError(
-            f"{folder} exists; a prepared store is never overwritten, name another."
-        )
+        raise FileExistsError(_in_the_way(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     needed, free = _blob_bytes(store), shutil.disk_usage(folder.parent).free
     if needed > free:
@@ -85,7 +84,7 @@ def save_store(
             "free; name a folder on a larger disk."
         )
     _remove_leftovers(folder)
-    partial = folder.parent / _partial_name(folder, os.getpid())
+    partial = folder.parent / f"{_partial_name(folder)}{os.getpid()}-{token_hex(4)}"
     partial.mkdir()
     try:
         experts = _write_blob(store, partial / BLOB, after_expert)
@@ -97,7 +96,7 @@ def save_store(
         }
         with written_atomically(partial / INDEX) as file:
             file.write(json.dumps(index).encode())
-        partial.rename(folder)
+        _rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -210,11 +209,25 @@ def _write_blob(
     return experts
 
 
+def _rename(partial: Path, folder: Path) -> None:
+    """Let a folder that is whole appear, unless another save of the same was done before."""
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        if folder.exists():
+            raise FileExistsError(_in_the_way(folder)) from error
+        raise
+
+
+def _in_the_way(folder: Path) -> str:
+    return f"{folder} exists; a prepared store is never overwritten, name another."
+
+
 def _remove_leftovers(folder: Path) -> None:
     """Remove what saves of the same store that were killed on this machine left behind."""
-    start = _partial_name(folder, "")
+    start = _partial_name(folder)
     for partial in folder.parent.iterdir():
-        process = partial.name.removeprefix(start)
+        process = partial.name.removeprefix(start).partition("-")[0]
         if (
             partial.name.startswith(start)
             and process.isdigit()
@@ -223,8 +236,9 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _partial_name(folder: Path, process: int | str) -> str:
-    return f".{folder.name}.partial-{platform.node()}-{process}"
+def _partial_name(folder: Path) -> str:
+    """Return how the names begin of what is being written for a folder; a process follows."""
+    return f".{folder.name}.partial-{platform.node()}-"
 
 
 def _blob_bytes(store: ExpertStore) -> int:

@@ -91,7 +91,8 @@ class ExpertStore(ABC):
             plain_tensors(self.row(layer, expert), layout, dtype)
             for expert, layout in enumerate(self.formats[layer])
         ]
-        return {name: torch.stack([expert[name] for expert in experts]) for name in experts[0]}
+        with torch.autocast("cpu", enabled=False):  # which refuses to stack float16
+            return {name: torch.stack([expert[name] for expert in experts]) for name in experts[0]}
 
 
 class HostStore(ExpertStore):

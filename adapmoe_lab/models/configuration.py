@@ -46,10 +46,12 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, QuantisationClaim | Non
 
     Raises:
         CheckpointError: transformers cannot make a configuration of the file.
-        UnsupportedModelError: transformers does not know the architecture.
+        UnsupportedModelError: transformers does not know the architecture, or the configuration
+            names code to fetch.
         ValueError: the checkpoint is quantised in a way that cannot be read here.
     """
     config = _configuration(folder)
+    _refuse_hub_code(folder, config)
     claim = None
     for part in (config.get_text_config(), config):
         quantisation = getattr(part, "quantization_config", None)
@@ -116,6 +118,23 @@ def _configuration(folder: Path) -> PreTrainedConfig:
             f"{path} cannot be understood by transformers {transformers.__version__}: "
             f"{one_line(error)} Correct it, or download the model again."
         ) from error
+
+
+def _refuse_hub_code(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse a configuration that names attention code on the hub, which transformers would run.
+
+    Such a name has a slash, as repositories have; those of transformers' own code have none.
+    """
+    asked = config._attn_implementation
+    if isinstance(asked, str) and "/" in asked:
+        raise UnsupportedModelError(
+            f"{folder / CONFIG_NAME} names code of the hub to compute attention with ({asked}), "
+            "which is never run here. Take attn_implementation out of it."
+        )
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            _refuse_hub_code(folder, part)
 
 
 def one_line(error: Exception) -> str:

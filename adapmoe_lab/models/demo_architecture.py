@@ -150,8 +150,9 @@ def load_checkpoint(
     folder: Path | str, *, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto"
 ) -> tuple[DemoModel, PreTrainedTokenizerBase]:
     """Load a checkpoint with plain transformers, as any user would, in eval mode."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    safely = {"trust_remote_code": False, "use_safetensors": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safely)
     return model.to(device).eval(), tokenizer
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -62,11 +62,59 @@ def served_by(layers: Sequence[MoELayer], executor: ExpertsExecutor) -> Iterator
             setattr(layer.experts, BINDING, binding)
 
 
+class _Guard:
+    """Refuses, from within a model's hooks, what a model without its experts cannot do.
+
+    That is to give its state dict, and so to be saved or uploaded; to run on another device than
+    its experts; and to be copied or pickled, since whoever does that comes upon this object.
+    """
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        """Guard a model that is where its experts are served."""
+        self._model_type = hf.config.model_type  # not the model, which would then hold itself
+        self._device = hf.device
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        self.refuse()
+
+    def refuse(self, *_: Any) -> NoReturn:
+        """Say why the model cannot be had as a whole, and how it can."""
+        raise RuntimeError(
+            f"The experts of this {self._model_type} model are served from outside: it holds none "
+            "of their weights, and cannot be saved, copied or pickled as a whole. Call "
+            "model.detach() first, which returns the plain transformers model with all its "
+            "weights; those outside the experts are in named_parameters() as it is."
+        )
+
+    def check_device(self, hf: PreTrainedModel, *_: Any) -> None:
+        """Refuse to run where the experts are not."""
+        if hf.device != self._device:
+            raise RuntimeError(
+                f"The model was moved to {hf.device}, its experts are served on {self._device}. "
+                f"Move it back, load it with device='{hf.device}', or call model.detach() first, "
+                "which returns the plain transformers model."
+            )
+
+
+@contextmanager
+def _guarded(hf: PreTrainedModel, layers: Sequence[MoELayer]) -> Iterator[None]:
+    """Let a model refuse what it cannot do without its experts."""
+    guard = _Guard(hf)
+    with ExitStack() as hooks:
+        hooks.callback(hf.register_forward_pre_hook(guard.check_device).remove)
+        for layer in layers:
+            handle = layer.experts.register_state_dict_pre_hook(guard.refuse)
+            hooks.callback(handle.remove)
+        yield
+
+
 class ExpertsHook:
     """Routes a model's experts calls to an executor, and back.
 
     The experts modules of a model loaded without its experts keep no weights of their own;
-    `give_weights` puts some in. Nothing else of the model is touched.
+    `give_weights` puts some in. Nothing else of the model is touched. While it is attached, what
+    would take the model for a whole one is refused, see `_Guard`.
     """
 
     def __init__(self, hf: PreTrainedModel, layers: list[MoELayer]) -> None:
@@ -74,6 +122,7 @@ class ExpertsHook:
         self.hf = hf
         self.layers = layers
         self._previous: str | None = None
+        self._guarding = ExitStack()
         self.is_attached = False
 
     def attach(self, executor: ExpertsExecutor) -> None:
@@ -83,6 +132,7 @@ class ExpertsHook:
             UnsupportedModelError: the model did not accept the setting for all its layers.
         """
         self._previous = self.hf.config._experts_implementation
+        self._guarding.enter_context(_guarded(self.hf, self.layers))
         for number, layer in enumerate(self.layers):
             setattr(layer.experts, BINDING, (executor, number))
         self.hf.set_experts_implementation(IMPLEMENTATION)
@@ -102,6 +152,7 @@ class ExpertsHook:
         """Restore the experts function the model had before."""
         if not self.is_attached:
             return
+        self._guarding.close()
         self.hf.set_experts_implementation(self._previous or "eager")
         for layer in self.layers:
             delattr(layer.experts, BINDING)

@@ -84,7 +84,9 @@ def outline_of(
     """
     try:
         with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
+            hf = AutoModelForCausalLM.from_config(
+                config, dtype=DTYPES[dtype], trust_remote_code=False
+            ).eval()
     except Exception as error:  # whatever a field that fits no model raises, by its class
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot build the {config.model_type} model "

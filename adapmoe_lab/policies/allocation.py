@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
+from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,22 +34,40 @@ def budget_bytes(
         argument: what an error calls the budget.
 
     Raises:
-        ValueError: the text is not a size.
+        ValueError: it is not a size, or less than a byte.
     """
     if expert_memory is None:
         return spec.all_experts_bytes
-    if isinstance(expert_memory, int | float):
-        return int(expert_memory)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[KMG]?i?B)\s*", expert_memory)
-    if match is None or match[2] not in {"%", *UNITS}:
-        raise ValueError(
-            f"{argument}={expert_memory!r} is not a size: give bytes, or text such as "
-            "'8GiB', '300MB' or '40%'."
-        )
-    number, unit = float(match[1]), match[2]
+    number, unit = check_size(argument, expert_memory)
     if unit == "%":
         return int(number / 100 * spec.all_experts_bytes)
     return int(number * UNITS[unit])
+
+
+def check_size(argument: str, size: Any) -> tuple[float, str]:
+    """Return the number and the unit of a size, `"%"` or one of `UNITS`; bytes are whole numbers.
+
+    Raises:
+        ValueError: it is not a size, or less than a byte.
+    """
+    number, unit = None, "B"
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[KMG]?i?B)?\s*", size)
+        if match is not None and (match[2] or "B") in {"%", *UNITS}:
+            number, unit = float(match[1]), match[2] or "B"
+    elif isinstance(size, Real) and not isinstance(size, bool) and math.isfinite(size):
+        number = float(size)
+    if number is None or number < 0:
+        raise ValueError(
+            f"{argument}={size!r} is not a size: give bytes, or text such as '8GiB', '300MB' or "
+            "'40%'."
+        )
+    if unit == "B" and 0 < number < 1:
+        raise ValueError(
+            f"{argument}={size!r} is less than a byte; a share of all experts' bytes is text, "
+            f"such as '{100 * number:g}%'."
+        )
+    return number, unit
 
 
 def uniform_plan(
@@ -86,7 +107,7 @@ def uniform_plan(
         raise ValueError(
             f"{n_slots} slots cannot give {n_layers} layers {min_slots} each; raise the "
             f"budget by {short} experts ({short * widest / 2**20:.1f} MiB, staging of "
-            f"{N_STAGING}{beside} included) or pass min_slots=0."
+            f"{N_STAGING}{beside} included)."
         )
     else:
         each, left = divmod(max(0, room), all_layers)

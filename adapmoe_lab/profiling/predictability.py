@@ -59,7 +59,7 @@ def fit_predictors(
     with (
         torch.no_grad(),
         model.running(TunedConfig.untuned(model.spec)),
-        last_hidden_observed_by(model.hf, lambda state: states.append(state.cpu())),
+        last_hidden_observed_by(model.hf, lambda state: states.append(state.float().cpu())),
         recorded_activations(model, sequences, progress=progress) as activations,
     ):
         tokens = _Tokens(sequences, model.engine.device)

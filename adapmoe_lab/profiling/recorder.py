@@ -169,7 +169,7 @@ class RoutingRecorder:
 
     def _end_step(self, last_hidden: torch.Tensor) -> None:
         """Ask what the state of the token before tells, as is known when it has been run."""
-        step = self._steps[-1]
+        step, last_hidden = self._steps[-1], last_hidden.float()
         before = [] if step.starts_sequence or self._last_hidden is None else [self._last_hidden]
         self._ask(Moment.LAST_HIDDEN, 0, torch.cat([*before, last_hidden[:-1]]))
         self._last_hidden = last_hidden[-1:]

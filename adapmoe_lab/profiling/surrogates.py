@@ -162,11 +162,12 @@ class _Samples:
         chosen = self.indices[self.indices < self.n_experts].unique().tolist()
         for expert, weights in self._source.arrivals(self._layer, chosen, self.hidden):
             tokens, columns = torch.nonzero(self.indices == expert, as_tuple=True)
-            parts = [
-                run_expert(self._module, weights, self.hidden[part])
-                for part in tokens.split(TOKENS_AT_ONCE)
-            ]
-            yield expert, tokens, columns, torch.cat(parts).double()
+            with torch.autocast(self.hidden.device.type, enabled=False):  # as the engine runs them
+                parts = [
+                    run_expert(self._module, weights, self.hidden[part]).double()
+                    for part in tokens.split(TOKENS_AT_ONCE)
+                ]
+            yield expert, tokens, columns, torch.cat(parts)
 
 
 def _fit_layers(

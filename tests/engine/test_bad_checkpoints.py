@@ -111,7 +111,7 @@ def test_a_dense_model(tmp_path):
         ({"expert_dtype": "fp7"}, "'fp7' is not a precision"),
         ({"expert_memory": "1KiB"}, "slots cannot give 3 layers|slots cannot give 2 layers"),
         ({"expert_memory": "lots"}, "'lots' is not a size"),
-        ({"max_context_tokens": 0}, "must be at least 1"),
+        ({"max_context_tokens": 0}, "must be a whole number of at least 1, got 0"),
         ({"revision": "main"}, "revision='main' chooses a version of a hub model"),
     ],
 )

@@ -14,8 +14,9 @@ import torch
 from checkpoints import save_tiny_mixtral
 from safetensors.torch import load_file, save_file
 
+from adapmoe_lab.engine import opening
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.prepared import BLOB, INDEX, PreparedStore
+from adapmoe_lab.engine.prepared import BLOB, INDEX, PreparedStore, save_store
 from adapmoe_lab.models.shard_file import CheckpointError
 
 IDS = torch.arange(1, 60)[None]
@@ -132,6 +133,74 @@ def test_an_interrupt_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         model.save_experts(tmp_path / "experts")
     assert list(tmp_path.iterdir()) == []
+
+
+def meanwhile(monkeypatch, other_load):
+    """Let another load write the store after this one has found none and before it writes."""
+    save = opening.save_store
+
+    def late(*arguments):
+        monkeypatch.setattr(opening, "save_store", save)
+        other_load()
+        save(*arguments)
+
+    monkeypatch.setattr(opening, "save_store", late)
+
+
+@torch.no_grad()
+def test_what_another_load_prepared_meanwhile_is_opened(tiny_checkpoint, tmp_path, monkeypatch):
+    def load_it():
+        return load_with(tiny_checkpoint, tmp_path / "experts", expert_dtype="int4")
+
+    meanwhile(monkeypatch, load_it)
+    assert torch.equal(load_it().hf(IDS).logits, load_it().hf(IDS).logits)
+    assert [path.name for path in tmp_path.iterdir()] == ["experts"]
+
+
+def test_what_another_model_prepared_meanwhile_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
+    other = save_tiny_mixtral(tmp_path / "other", seed=1)
+    meanwhile(monkeypatch, lambda: load_with(other, tmp_path / "experts"))
+    with pytest.raises(CheckpointError, match="was prepared from other weights"):
+        load_with(tiny_checkpoint, tmp_path / "experts")
+
+
+def test_of_two_saves_at_once_the_first_to_end_stays(tiny_checkpoint, tmp_path):
+    store, folder = load_with(tiny_checkpoint, None).engine.store, tmp_path / "experts"
+
+    def save_another(_):
+        if not folder.exists():
+            save_store(store, folder, "first")
+
+    with pytest.raises(FileExistsError, match="never overwritten, name another"):
+        save_store(store, folder, "second", save_another)
+    assert json.loads((folder / INDEX).read_text())["identity"] == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["experts"]
+
+
+AT_ONCE = """
+import sys, torch
+from adapmoe_lab.engine.loading import load
+print("ready", flush=True)
+sys.stdin.readline()
+model = load(sys.argv[1], dtype="float32", expert_dtype="int4", device="cpu", link="none",
+             store=sys.argv[2], announce=lambda _: None)
+print(model.hf(torch.arange(1, 60)[None]).logits.sum().item())
+"""
+
+
+def test_two_processes_prepare_one_store_at_once(tmp_path):
+    checkpoint = save_tiny_mixtral(tmp_path / "model", n_layers=6, n_experts=16)
+    command = [sys.executable, "-c", AT_ONCE, checkpoint, tmp_path / "stores" / "experts"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    sums = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert sums[0] == sums[1]
+    assert [path.name for path in (tmp_path / "stores").iterdir()] == ["experts"]
 
 
 SERVER = """

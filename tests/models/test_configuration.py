@@ -199,3 +199,30 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"holds an adapter.* merge it into the model"):
         load(folder)
+
+
+@pytest.mark.parametrize("name", ["someone/attention", "kernels-community/flash-attn2", "a/b@c:d"])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("look", [load, look_at_model])
+def test_attention_code_that_a_config_names_is_never_fetched(tmp_path, look, key, name):
+    folder = save_tiny("qwen3_moe", tmp_path)
+    change(folder, **{key: name})
+    with pytest.raises(
+        UnsupportedModelError, match=rf"code of the hub .*\({name}\), which is never"
+    ):
+        look(folder)
+
+
+def test_attention_code_that_a_part_of_a_config_names_is_never_fetched(tmp_path):
+    folder = save_tiny("qwen3_5_moe", tmp_path)
+    change(folder, attn_implementation={"text_config": "a/b"})
+    with pytest.raises(
+        UnsupportedModelError, match=r"code of the hub .*\(a/b\), which is never run"
+    ):
+        load(folder)
+
+
+def test_a_config_may_name_attention_of_transformers_itself(tmp_path):
+    folder = save_tiny("qwen3_moe", tmp_path)
+    change(folder, attn_implementation="eager")
+    assert load(folder, device="cpu", link="none").hf.config._attn_implementation == "eager"

@@ -1,5 +1,6 @@
 import itertools
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -27,8 +28,24 @@ def test_budget_text_is_read():
     assert budget_bytes("2KiB", spec) == 2048
     assert budget_bytes(5000, spec) == 5000
     assert budget_bytes(None, spec) == 24_000
-    with pytest.raises(ValueError, match="expert_memory='lots' is not a size: give bytes, or"):
-        budget_bytes("lots", spec)
+    for plain in (5000.0, np.int64(5000), np.float32(5000), "5000", " 5000 B ", Fraction(5000)):
+        assert budget_bytes(plain, spec) == 5000
+    assert budget_bytes(0, spec) == budget_bytes("0%", spec) == 0
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["lots", "", "8 gib", "-1GiB", "nan", -1, -0.5, float("inf"), float("nan"), True, b"5000", [5]],
+)
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(ValueError, match="is not a size: give bytes, or text such as '8GiB'"):
+        budget_bytes(size, make_spec())
+
+
+@pytest.mark.parametrize("share", [0.5, "0.5", np.float32(0.5)])
+def test_a_share_is_not_taken_for_bytes(share):
+    with pytest.raises(ValueError, match=r"0\.5.* is less than a byte; .* such as '50%'"):
+        budget_bytes(share, make_spec(), "host_memory")
 
 
 def test_uniform_plan_counts_staging():
@@ -38,9 +55,10 @@ def test_uniform_plan_counts_staging():
 
 
 def test_a_budget_too_small_says_what_is_missing():
-    with pytest.raises(
-        ValueError, match=r"2 slots cannot give 3 layers 1 each; raise the budget by 1 experts"
-    ):
+    expected = (
+        r"2 slots cannot give 3 layers 1 each; raise the budget by 1 experts .* included\)\.$"
+    )
+    with pytest.raises(ValueError, match=expected):
         uniform_plan(make_spec(), 4000)
     assert uniform_plan(make_spec(), 4000, min_slots=0).n_slots == 2
 

@@ -1,0 +1,60 @@
+"""Checksum ledgers: what one process records, every other one knows."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+
+from adapmoe_lab.engine.ledger import checksum, lasting_ledger
+from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.records.files import CACHE_VARIABLE
+
+N_AT_ONCE = 8
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    return tmp_path / "checksums"
+
+
+def test_what_many_record_at_once_is_all_kept(cache):
+    """Each opens the ledger at the same moment, when there is none yet."""
+    rows = [torch.full((16,), number, dtype=torch.uint8) for number in range(N_AT_ONCE)]
+    together = Barrier(N_AT_ONCE)
+
+    def record(name, expert):
+        together.wait()
+        lasting_ledger(name, (1, N_AT_ONCE), "a model").check(0, expert, rows[expert])
+
+    with ThreadPoolExecutor(N_AT_ONCE) as pool:
+        for attempt in range(20):
+            list(pool.map(record, [f"{attempt}"] * N_AT_ONCE, range(N_AT_ONCE)))
+    kept = [np.load(path) for path in cache.iterdir()]
+    assert len(kept) == 20
+    assert all(known.tolist() == [[checksum(row) for row in rows]] for known in kept)
+
+
+def test_another_process_knows_what_was_recorded(cache):
+    lasting_ledger("one", (1, 1), "a model").check(0, 0, torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(CheckpointError, match="in a model has the checksum"):
+        lasting_ledger("one", (1, 1), "a model").check(0, 0, torch.ones(4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array at all"])
+def test_a_damaged_ledger_says_what_to_delete(cache, content):
+    lasting_ledger("one", (1, 1), "a model")
+    (cache / "one.npy").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"one\.npy, which keeps .* is damaged .*; delete it"):
+        lasting_ledger("one", (1, 1), "a model")
+
+
+def test_a_file_system_without_hard_links_has_ledgers_too(cache, monkeypatch):
+    def unsupported(*_):
+        raise PermissionError
+
+    monkeypatch.setattr("os.link", unsupported)
+    lasting_ledger("one", (1, 1), "a model").check(0, 0, torch.zeros(4, dtype=torch.uint8))
+    assert [path.name for path in cache.iterdir()] == ["one.npy"]
