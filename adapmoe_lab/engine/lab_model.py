@@ -133,7 +133,11 @@ class LabModel:
             dense_layer_s = hardware.dense_layer_s(self.spec.n_layers, is_gated)
             engine.pace = StepPace(dense_layer_s, hardware.expert_s, load_s=hardware.load_s)
         elif engine.pace == StepPace():
-            engine.pace = StepPace(dense_layer_s=resident_layer_s(self.hf, engine))
+            engine.pace = StepPace(dense_layer_s=self._resident_layer_s())
+
+    def _resident_layer_s(self) -> float:
+        n_runs = sum(layer.n_runs for layer in self.layers)
+        return resident_layer_s(self.hf, self.engine, n_runs)
 
     def _watch(self, table: PrefetchTable | None) -> None:
         """Tell the engine where forward passes begin and end, and what the table asks for."""
@@ -170,7 +174,7 @@ class LabModel:
         if not isinstance(link, EmulatedLink):
             raise ValueError(f"{target.name!r} cannot be emulated on a machine with a real link.")
         with self._in_use:
-            layer_s = resident_layer_s(self.hf, self.engine)
+            layer_s = self._resident_layer_s()
             link.name = f"emulated:{target.name}"
             link.bytes_per_s = self.spec.stored_expert_bytes / (layer_s * target.load_ratio)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.offload import LayerPass
 from adapmoe_lab.engine.prediction import Predictor, likeliest
-from adapmoe_lab.models.families import router_scores
+from adapmoe_lab.models.families import check_each_runs_once, router_scores
 from adapmoe_lab.models.key_value_cache import cache_given
 from adapmoe_lab.models.residual_stream import last_hidden_observed_by, layer_outputs_observed_by
 from adapmoe_lab.records import Prediction, RoutingTrace
@@ -60,7 +60,11 @@ class RoutingRecorder:
             model: the model that will run.
             predictors: whose predictions are recorded; all that need no fitting if None.
             n_candidates: C, the experts recorded of each prediction; the router's K if None.
+
+        Raises:
+            UnsupportedModelError: some layers run several times for each token.
         """
+        check_each_runs_once(model.layers)
         self._model = model
         self._routers = [layer.router for layer in model.layers]
         self._predictors = model.predictors() if predictors is None else predictors
