@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 PIP_ALONE := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP := $(PIP_ALONE) -c constraints.txt
 OLDEST := $(VENV)/oldest-transformers
+NEWEST_PYTHON ?= python3.13
+PLAIN := $(VENV)/plain-install
 
-.PHONY: lab test test-slow test-oldest test-gpu lint chromium clean
+.PHONY: lab test test-slow test-oldest test-install test-gpu lint chromium clean
 
 lab: $(VENV)/.installed
 	$(BIN)/adapmoe-lab lab notebooks
@@ -22,6 +24,11 @@ test-slow: $(VENV)/.installed-tests chromium
 test-oldest: $(VENV)/.installed-tests
 	test -d $(OLDEST) || $(PIP_ALONE) --no-deps --target $(OLDEST) transformers==5.17.0 "huggingface-hub<2"
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m "not slow and not gpu" tests/models tests/engine
+
+# The wheel as anybody installs it on the newest Python: all that it brings is the newest, but torch,
+# whose tested release may be at hand.
+test-install: $(VENV)/.installed-tests $(PLAIN)/.installed
+	$(BIN)/python -m pytest tests/test_wheel.py -k newest_python
 
 test-gpu: $(VENV)/.installed-tests
 	$(BIN)/python -m pytest -m gpu
@@ -47,6 +54,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-tests: $(VENV)/.installed
 	$(PIP) -e ".[test]"
+	touch $@
+
+$(PLAIN)/.installed: pyproject.toml constraints.txt
+	$(NEWEST_PYTHON) -m venv --clear $(PLAIN)
+	$(PLAIN)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)" .
 	touch $@
 
 clean:

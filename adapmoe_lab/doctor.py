@@ -155,6 +155,7 @@ def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = Non
     """Return what a model's experts take in every precision, from its configuration alone."""
     n_layers, n_experts = len(model.layers), model.layers[0].n_experts
     top_k = configured_top_k(model.config)
+    n_chosen = top_k * sum(layer.n_runs for layer in model.layers)  # by each token
     cpu = machine.device_free_bytes is None
     device = torch.device("cpu" if cpu else "cuda")
     needs = memory_needs(model, top_k, device, context_tokens).total
@@ -175,7 +176,7 @@ def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = Non
                 all_experts_bytes=every,
                 device_share=slots / (n_layers * n_experts) if slots >= n_layers else None,
                 fits_host=every <= host - (max(0, slots) * one if cpu else 0),
-                most_s_per_token=n_layers * top_k * one / machine.copy_bytes_per_s,
+                most_s_per_token=n_chosen * one / machine.copy_bytes_per_s,
             )
         )
     return found

@@ -66,6 +66,9 @@ RELATIVE = {
 }
 """Attention with learned relative positions, its sliding layers sized apart."""
 
+INKLING2 = {**RELATIVE, "unpadded_vocab_size": VOCABULARY_SIZE - 7}
+"""The vocabulary is padded to a round size; the last rows stand for no token."""
+
 VISION = {
     "hidden_size": 32, "depth": 1, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
     "num_position_embeddings": 16, "patch_size": 4,
@@ -144,7 +147,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"moe_topk": 2},
     "hy_v3": {},
     "hy_v4": {**INDEXED, "hc_mult": 2},
-    "inkling2_text": RELATIVE,
+    "inkling2_loop_text": {
+        **INKLING2, "num_hidden_layers": 4, "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 3,
+        "loop_gate_rank": 8,
+    },
+    "inkling2_text": INKLING2,
     "inkling_text": {
         **RELATIVE, "logits_mup_width_multiplier": 1.0, "mlp_layer_types": DENSE_FIRST,
     },
@@ -157,6 +165,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "kolibri1": {},
     "laguna": {},
+    "lara_mini": {**DELTA, "sliding_window": 32},
     "lfm2_moe": {
         "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"],
     },

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adapmoe_lab.models.key_value_cache import forward_cached
+
 StepCallback = Callable[[int], None]
 
 STEADY_ATTENTION = [
@@ -48,14 +50,11 @@ def decode(
     """
     produced: list[int] = []
     step_input: torch.Tensor = prompt[None].to(hf.device)  # pyright: ignore  [1, T]
-    past: Any = None
+    cache: Any = None
     for step in range(max_new_tokens):
         with sdpa_kernel(STEADY_ATTENTION):
-            result = hf(
-                input_ids=step_input, past_key_values=past, use_cache=True, logits_to_keep=1
-            )
-        past = result.past_key_values
-        token = _choose(result.logits[0, -1], temperature, generator)
+            logits, cache = forward_cached(hf, step_input, cache, logits_to_keep=1)
+        token = _choose(logits[0, -1], temperature, generator)
         if after_step is not None:
             after_step(step)
         if token in stop_ids:

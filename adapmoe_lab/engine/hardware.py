@@ -22,6 +22,7 @@ from adapmoe_lab.engine.machine_times import (
 )
 from adapmoe_lab.engine.timed_steps import TimedStep, free_steps, held_steps, solved_costs
 from adapmoe_lab.models.experts import run_expert
+from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.records import HardwareProfile, TunedConfig
 from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timeline
 
@@ -45,7 +46,11 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         model: the model to run; its configuration is restored afterwards.
         n_steps: decode steps timed per round.
         rounds: rounds of decoding, fewer on a machine that is slow at them.
+
+    Raises:
+        UnsupportedModelError: some layers run several times for each token.
     """
+    check_each_runs_once(model.layers)
     spec, engine = model.spec, model.engine
     hidden = torch.ones(1, spec.hidden_size, dtype=model.hf.dtype, device=engine.device)
     hidden = hidden / spec.hidden_size

@@ -149,8 +149,12 @@ class LabModel:
             dense_layer_s = hardware.dense_layer_s(self.spec.n_layers, is_gated)
             return StepPace(dense_layer_s, hardware.expert_s, load_s=hardware.load_s)
         if self._measured_pace is None:
-            self._measured_pace = StepPace(dense_layer_s=resident_layer_s(self.hf, engine))
+            self._measured_pace = StepPace(dense_layer_s=self._resident_layer_s())
         return self._measured_pace
+
+    def _resident_layer_s(self) -> float:
+        n_runs = sum(layer.n_runs for layer in self.layers)
+        return resident_layer_s(self.hf, self.engine, n_runs)
 
     def _watch(self, table: PrefetchTable | None) -> None:
         """Tell the engine where forward passes begin and end, and what the table asks for."""
@@ -192,7 +196,7 @@ class LabModel:
             if target is None:
                 link.emulate(NO_LINK)
                 return
-            layer_s = resident_layer_s(self.hf, self.engine)
+            layer_s = self._resident_layer_s()
             if not layer_s:
                 raise ValueError(
                     f"{target.name!r} keeps a ratio to the time of a layer, and on a virtual clock "

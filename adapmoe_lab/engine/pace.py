@@ -21,9 +21,12 @@ def decode_step_times(hf: nn.Module, engine: OffloadEngine, n_steps: int) -> NDA
     return np.diff(stamps)
 
 
-def resident_layer_s(hf: nn.Module, engine: OffloadEngine, n_steps: int = 24) -> float:
-    """Return the median seconds of one decode layer that finds and runs every expert it needs."""
+def resident_layer_s(hf: nn.Module, engine: OffloadEngine, n_runs: int, n_steps: int = 24) -> float:
+    """Return the median seconds of one decode layer that finds and runs every expert it needs.
+
+    `n_runs` is how many layers with experts a forward pass runs, one run again counted again.
+    """
     with engine.unconfigured():
         decode_step_times(hf, engine, 4)
         steps = decode_step_times(hf, engine, n_steps)
-    return float(np.median(steps)) / engine.store.n_layers
+    return float(np.median(steps)) / n_runs

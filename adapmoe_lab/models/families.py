@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapmoe_lab.models.support import (
     Family,
@@ -56,11 +57,13 @@ class MoELayer:
         path: module path of the experts.
         experts: the transformers experts module, weights fused over experts.
         router: what scores the experts.
+        n_runs: how often a forward pass runs the layer.
     """
 
     path: str
     experts: nn.Module
     router: Router
+    n_runs: int = 1
 
     @property
     def n_experts(self) -> int:
@@ -93,7 +96,8 @@ def find_moe_layers(hf: PreTrainedModel) -> list[MoELayer]:
     for path, module in hf.named_modules():
         if all(hasattr(module, name) for name in INTERFACE_ATTRIBUTES):
             block = hf.get_submodule(path.rpartition(".")[0])
-            layers.append(MoELayer(path, module, _find_router(block, module, family)))
+            router = _find_router(block, module, family)
+            layers.append(MoELayer(path, module, router, _n_runs(hf.config, path)))
     if not layers:
         raise UnsupportedModelError(refusal(hf.config.model_type))
     _check_alike(layers, hf.config.model_type)
@@ -112,6 +116,22 @@ def served_layers(hf: PreTrainedModel, known: list[MoELayer]) -> list[MoELayer]:
         )
         for layer, seen in zip(find_moe_layers(hf), known, strict=True)
     ]
+
+
+def check_each_runs_once(layers: Sequence[MoELayer]) -> None:
+    """Refuse what takes a forward pass to run every layer once, in order.
+
+    Raises:
+        UnsupportedModelError: some layers run several times.
+    """
+    looped = [number for number, layer in enumerate(layers) if layer.n_runs > 1]
+    if looped:
+        raise UnsupportedModelError(
+            f"This model runs {len(looped)} of its {len(layers)} layers with experts (from layer "
+            f"{looped[0]} to {looped[-1]}) {layers[looped[0]].n_runs} times for each token, which "
+            "recordings, estimates and predictions do not follow. The model can be served, but "
+            "not profiled."
+        )
 
 
 def router_scores(router: Router, hidden: torch.Tensor) -> torch.Tensor:
@@ -212,6 +232,14 @@ def _n_rows(module: nn.Module) -> int:
     """Return how many rows a module's weight matrix has, 0 where it has none."""
     weight = getattr(module, "weight", None)
     return len(weight) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else 0
+
+
+def _n_runs(config: PreTrainedConfig, path: str) -> int:
+    """Return how often a forward pass runs the decoder layer that a module lies in."""
+    text = config.get_text_config()
+    first = getattr(text, "loop_layer_index_start", 0)
+    end = getattr(text, "loop_layer_index_end", 0)
+    return text.loop_num_passes if first <= _layer_number(path) < end else 1
 
 
 def _check_alike(layers: list[MoELayer], model_type: str) -> None:

@@ -22,7 +22,8 @@ def default_context_tokens(config: PreTrainedConfig) -> int:
 def kv_cache_bytes(config: PreTrainedConfig, n_tokens: int, item_bytes: int) -> int:
     """Return the bytes of a key-value cache of `n_tokens`, counting every layer as full attention.
 
-    Layers with a window or a recurrent state take less, so this is an upper bound.
+    A layer that is run several times for each token has a cache of every run. Layers with a window
+    or a recurrent state take less, so this is an upper bound.
     """
     text = config.get_text_config()
     n_heads = _most(text, "num_attention_heads")
@@ -32,7 +33,8 @@ def kv_cache_bytes(config: PreTrainedConfig, n_tokens: int, item_bytes: int) -> 
         n_kv_heads = _most(text, "num_key_value_heads") or n_heads
         head_dim = _most(text, "head_dim") or text.hidden_size // n_heads
         per_layer = 2 * n_kv_heads * head_dim
-    return text.num_hidden_layers * per_layer * n_tokens * item_bytes
+    n_layers = getattr(text, "total_num_hidden_layers", text.num_hidden_layers)
+    return n_layers * per_layer * n_tokens * item_bytes
 
 
 def work_bytes(

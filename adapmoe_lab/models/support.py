@@ -51,6 +51,7 @@ class Trait(StrEnum):
     OWN_GATE = "gate and up projections are joined in the family's own way"
     SHARED = "shared experts run for every token, and stay on the device"
     DENSE_LAYERS = "some layers have no routed experts"
+    LOOPED = "some layers are run several times for each token; served, but not profiled"
 
 
 class Scoring(StrEnum):
@@ -96,6 +97,7 @@ T = Trait
 _DEEPSEEK = (T.GROUPED, T.SELECTION_BIAS, T.UNSORTED)
 """Selection as DeepSeek-V3 introduced it (arXiv 2412.19437, section 2.1.2)."""
 _SHARED_DEEPSEEK = (*_DEEPSEEK, T.SHARED, T.DENSE_LAYERS)
+_INKLING2 = (T.SELECTION_BIAS, T.UNSORTED, T.UNNORMALISED, T.OWN_GATE)
 
 VERIFIED: Mapping[str, Family] = MappingProxyType(
     {
@@ -138,9 +140,8 @@ VERIFIED: Mapping[str, Family] = MappingProxyType(
             T.SELECTION_BIAS, T.UNSORTED, T.SHARED, T.DENSE_LAYERS, T.UNNORMALISED
         ),
         "hy_v4": _sigmoid(*_SHARED_DEEPSEEK, T.UNNORMALISED, T.OWN_GATE),
-        "inkling2_text": _sigmoid(
-            T.SELECTION_BIAS, T.UNSORTED, T.UNNORMALISED, T.OWN_GATE, field="scoring_func"
-        ),
+        "inkling2_loop_text": _sigmoid(*_INKLING2, T.LOOPED, field="scoring_func"),
+        "inkling2_text": _sigmoid(*_INKLING2, field="scoring_func"),
         "inkling_text": _sigmoid(
             T.SELECTION_BIAS, T.UNSORTED, T.SHARED, T.UNNORMALISED, T.DENSE_LAYERS,
             note="the router scores the shared experts too, in its last rows",
@@ -149,6 +150,7 @@ VERIFIED: Mapping[str, Family] = MappingProxyType(
         "kimi_linear": _sigmoid(*_SHARED_DEEPSEEK, T.UNNORMALISED),
         "kolibri1": _sigmoid(T.SELECTION_BIAS, T.SHARED, T.UNNORMALISED),
         "laguna": _sigmoid(T.SELECTION_BIAS, T.SHARED, T.DENSE_LAYERS),
+        "lara_mini": _softmax(T.SHARED),
         "lfm2_moe": _sigmoid(T.SELECTION_BIAS, T.DENSE_LAYERS),
         "mellum": _softmax(),
         "mimo_v2_flash": _sigmoid(*_DEEPSEEK, T.DENSE_LAYERS),

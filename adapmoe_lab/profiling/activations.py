@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from adapmoe_lab.engine.expert_sum import LayerGradient
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.offload import LayerPass
+from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.profiling.backward import backpropagate
 
 Progress = Callable[[int, int, str], None]
@@ -98,7 +99,11 @@ def recorded_activations(
         sequences: token ids int64 [T] of each.
         gradients: whether to record the gradient of each sequence's summed next-token loss too.
         progress: called with (done, total, text); what it raises stops the run.
+
+    Raises:
+        UnsupportedModelError: some layers run several times for each token.
     """
+    check_each_runs_once(model.layers)
     with tempfile.TemporaryDirectory(prefix="adapmoe-lab-") as folder:
         activations = Activations(Path(folder), model.spec.n_layers)
         with model.engine.reading_store():

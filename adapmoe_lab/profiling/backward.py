@@ -6,6 +6,7 @@ import torch
 
 from adapmoe_lab.engine.expert_sum import GradientObserver
 from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.models.recomputing import recomputing_layers
 
 
@@ -15,7 +16,11 @@ def backpropagate(model: LabModel, ids: torch.Tensor, observer: GradientObserver
     The observer is shown the layers from the last to the first. They are recomputed on the way back
     and experts read from the store again, so that the device holds the activations of one layer and
     a single expert at a time.
+
+    Raises:
+        UnsupportedModelError: some layers run several times for each token.
     """
+    check_each_runs_once(model.layers)
     embedded = model.hf.get_input_embeddings()(ids[None].to(model.engine.device)).detach()
     observed = model.engine.gradients_observed_by(observer)
     with torch.enable_grad(), recomputing_layers(model.hf), observed:

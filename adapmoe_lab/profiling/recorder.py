@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.offload import LayerPass
 from adapmoe_lab.engine.prediction import Predictor, likeliest
-from adapmoe_lab.models.families import check_scores_known, router_scores
+from adapmoe_lab.models.families import (
+    check_each_runs_once,
+    check_scores_known,
+    router_scores,
+)
+from adapmoe_lab.models.key_value_cache import cache_given
 from adapmoe_lab.models.residual_stream import last_hidden_observed_by, layer_outputs_observed_by
 from adapmoe_lab.records import Prediction, RoutingTrace
 from adapmoe_lab.records.prefetch import Moment
@@ -61,8 +66,10 @@ class RoutingRecorder:
             n_candidates: C, the experts recorded of each prediction; the router's K if None.
 
         Raises:
-            UnsupportedModelError: the routers read something else than the experts.
+            UnsupportedModelError: the routers read something else than the experts, or some layers
+                run several times for each token.
         """
+        check_each_runs_once(model.layers)
         self._model = model
         self._routers = [layer.router for layer in model.layers]
         for router in self._routers:
@@ -154,7 +161,7 @@ class RoutingRecorder:
                 f"Routing is recorded one sequence at a time, got a batch of {ids.shape[0]}: "
                 "padding is routed too and would be recorded as if it were text."
             )
-        past = kwargs.get("past_key_values")
+        past = cache_given(kwargs)
         is_first = past is None or past.get_seq_length() == 0
         self._steps.append(_Step(ids[0].cpu().numpy(), is_first))
         self._ask(Moment.TOKEN, 0, ids[0])

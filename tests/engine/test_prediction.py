@@ -20,6 +20,7 @@ from adapmoe_lab.engine.prediction import (
 )
 from adapmoe_lab.models.families import UnsupportedModelError
 from adapmoe_lab.models.hook import served_by
+from adapmoe_lab.models.key_value_cache import forward_cached
 from adapmoe_lab.models.residual_stream import find_input_norms
 from adapmoe_lab.profiling.recorder import RoutingRecorder
 from adapmoe_lab.records import Predictors
@@ -185,9 +186,9 @@ def test_step_by_step_every_predictor_says_what_it_says_of_the_whole_text(checkp
     with whole.recording():
         model.hf(IDS[None])
     with stepwise.recording():
-        past = model.hf(IDS[None, :50], use_cache=True).past_key_values
+        _, past = forward_cached(model.hf, IDS[None, :50])
         for token in range(50, len(IDS)):
-            past = model.hf(IDS[None, token : token + 1], past_key_values=past).past_key_values
+            _, past = forward_cached(model.hf, IDS[None, token : token + 1], past)
     expected, found = whole.trace().predictions, stepwise.trace().predictions
     assert found.keys() == expected.keys() == {p.name for p in asked}
     for name, by_distance in expected.items():

@@ -16,6 +16,7 @@ from adapmoe_lab.engine.prefetching import Prefetcher
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.models.families import router_scores
+from adapmoe_lab.models.key_value_cache import forward_cached
 from adapmoe_lab.policies.allocation import shared, slots_plan, with_pins
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.profiling.recorder import RoutingRecorder
@@ -130,8 +131,8 @@ def decode_batch(model, prompts, n_steps):
     ids, cache = torch.stack(prompts), None
     with torch.no_grad(), model.engine.observed_by(passes.append):
         for _ in range(n_steps):
-            output = model.hf(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            logits, cache = forward_cached(model.hf, ids, cache)
+            ids = logits[:, -1:].argmax(-1)
     n_layers = model.spec.n_layers
     steps = [passes[first : first + n_layers] for first in range(0, len(passes), n_layers)]
     rows = [len(step[0].indices) for step in steps]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def assert_traits_tell_the_truth(model_type: str, model: LabModel) -> None:
         Trait.UNGATED: not experts.has_gate,
         Trait.OWN_GATE: type(experts)._apply_gate is not moe._default_apply_gate,
         Trait.SHARED: any(re.search(r"\.shared_(expert|mlp)", name) for name in names),
+        Trait.LOOPED: max(runs_of_layers(model)) > 1,
         Trait.DENSE_LAYERS: model.spec.n_layers
         < model.hf.config.get_text_config().num_hidden_layers,
     }
@@ -128,12 +130,23 @@ def assert_traits_tell_the_truth(model_type: str, model: LabModel) -> None:
     assert not wrong, f"declared otherwise than the model is: {wrong}"
 
 
+def runs_of_layers(model: LabModel) -> list[int]:
+    """Return how often each layer's experts are called in a forward pass."""
+    passes = []
+    with model.engine.observed_by(passes.append):
+        model.hf(token_ids(1, 3))
+    called = Counter(seen.layer for seen in passes)
+    assert called == {number: layer.n_runs for number, layer in enumerate(model.layers)}
+    return list(called.values())
+
+
 def assert_scores_equal_the_routers(model_type: str, model: LabModel, ids: torch.Tensor) -> None:
     """A token's chosen experts must have scores in the proportion of the router's weights."""
     passes = []
     with model.engine.observed_by(passes.append):
         model.hf(ids)
-    for layer, seen in zip(model.layers, passes, strict=True):
+    for seen in passes:
+        layer = model.layers[seen.layer]
         if Trait.OWN_INPUT in find_family(model_type).traits:
             with pytest.raises(UnsupportedModelError, match="can be served, but not profiled"):
                 router_scores(layer.router, seen.hidden)
