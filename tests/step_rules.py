@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-SCORE_FORGETTING, USE_FORGETTING = 0.02, 0.05
+SCORE_FORGETTING, USE_FORGETTING = 1311 / 2**16, 3277 / 2**16  # 0.02 and 0.05
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Done:
         return sorted([*self.hits, *self.placed, *self.streamed])
 
 
-def written_out(sets, slots, eviction, *, is_global=False, pinned=(), scores=None):
+def written_out(sets, slots, eviction, *, is_global=False, pinned=(), scores=None, n_before=0):
     """Return what every step of every layer does, as `Done` in order.
 
     Args:
@@ -38,6 +38,7 @@ def written_out(sets, slots, eviction, *, is_global=False, pinned=(), scores=Non
         is_global: whether the layers share the slots.
         pinned: (layer, expert) that never leave.
         scores: float [step, layer, expert], the mean router scores.
+        n_before: forward passes before the first, which left nothing behind.
     """
     n_layers = len(slots)
     flat = [
@@ -46,13 +47,13 @@ def written_out(sets, slots, eviction, *, is_global=False, pinned=(), scores=Non
         for layer, members in enumerate(layers)
     ]
     if is_global:
-        return _pool(flat, sum(slots), eviction, set(pinned), n_layers)
+        return _pool(flat, sum(slots), eviction, set(pinned), n_layers, n_before)
     done = {}
     for own in range(n_layers):
         mine = [step for step in flat if step[0] == own]
         kept = {expert for layer, expert in pinned if layer == own}
         alone = [(0, members, score) for _, members, score in mine]
-        pool = _pool(alone, slots[own], eviction, {(0, expert) for expert in kept}, 1)
+        pool = _pool(alone, slots[own], eviction, {(0, expert) for expert in kept}, 1, n_before)
         for number, step in enumerate(pool):
             step.layer = own
             step.evicted = [(own, expert) for _, expert in step.evicted]
@@ -60,7 +61,7 @@ def written_out(sets, slots, eviction, *, is_global=False, pinned=(), scores=Non
     return [done[key] for key in sorted(done)]
 
 
-def _pool(flat, n_slots, eviction, pinned, n_layers):
+def _pool(flat, n_slots, eviction, pinned, n_layers, n_before):
     resident, done = set(), []
     for now, (layer, members, scores) in enumerate(flat):
         step = Done(layer, scores=scores)
@@ -73,7 +74,10 @@ def _pool(flat, n_slots, eviction, pinned, n_layers):
                 step.streamed = [e for e in misses if e not in step.placed]
                 victim = min(
                     leaving,
-                    key=lambda who: (_worth(eviction, who, history, flat, now, n_layers), who),
+                    key=lambda who: (
+                        _worth(eviction, who, history, flat, now, n_layers, n_before),
+                        who,
+                    ),
                 )
                 resident.remove(victim)
                 step.evicted.append(victim)
@@ -85,7 +89,7 @@ def _pool(flat, n_slots, eviction, pinned, n_layers):
     return done
 
 
-def _worth(eviction, who, history, flat, now, n_layers):
+def _worth(eviction, who, history, flat, now, n_layers, n_before):
     """Return what the smallest of leaves first."""
     layer, expert = who
     past = history[:-1]
@@ -110,18 +114,18 @@ def _worth(eviction, who, history, flat, now, n_layers):
         return uses[-1] // n_layers == now // n_layers, loaded, expert
     if eviction == "hobbit":
         high = sum(_is_high(past[t], expert) for t in uses)
-        terms = uses[-1] // n_layers + len(uses) + high
+        terms = n_before + uses[-1] // n_layers + len(uses) + high
         away = (layer - history[-1].layer) % n_layers
-        return terms * n_layers - away * (now // n_layers)
+        return terms * n_layers - away * (n_before + now // n_layers)
     assert eviction == "belady"
     later = [t for t in range(now + 1, len(flat)) if flat[t][0] == layer and expert in flat[t][1]]
     return -min(later, default=len(flat))
 
 
 def _is_high(step, expert):
-    scores = {e: float(step.scores[e]) for e in step.members}
+    scores = {e: int(2**24 * float(np.float16(step.scores[e]))) for e in step.members}
     above = sum(score for score in scores.values() if score > scores[expert])
-    return above <= 0.6 * sum(scores.values())
+    return 5 * above <= 3 * sum(scores.values())
 
 
 def run_cache(cache, sets, scores=None):

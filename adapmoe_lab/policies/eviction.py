@@ -3,8 +3,11 @@
 Every policy keeps one value per expert. Of those that may leave, the one with the smallest value
 goes first, ties to the lowest layer and id. How values change is three functions of one expert,
 plain arithmetic that takes numbers as well as arrays: what runs a model calls them as they stand,
-simulation compiles them, so that both decide alike. Values are float64, since the stamps and
-counts of a long run take more digits than float32 has.
+simulation compiles them, so that both decide alike.
+
+Values are int64, from 0 to below `NEVER_LEAVES`, for as many as 2^58 steps. Stamps and counts are
+whole numbers, averages are in fixed point and forget by integer division: nothing depends on the
+order of sums, on the machine or on how long it has run.
 """
 
 from __future__ import annotations
@@ -14,23 +17,58 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 LRU, LFU, LFU_AGED, ROUTER_AVERAGE, LEAST_STALE, HOBBIT, BELADY = range(7)
 
-SCORE_FORGETTING = 0.02
-"""Share of an average of router scores that each step of the layer replaces."""
+NEVER_LEAVES = 2**62
+"""Stands for the value of what may not leave; above any value, and any value less its malus."""
 
-USE_FORGETTING = 0.05
-"""Share of a count of uses that each step of the layer takes off; chosen on the shipped calibration
-texts, whose subject changes with every text."""
+FORGETTING_BITS = 16
+"""Bits after the point of the two shares below."""
 
-FRESH = 2.0**50
+SCORE_FORGETTING = round(0.02 * 2**FORGETTING_BITS)
+"""Share of an average of router scores that each step of the layer replaces, 0.02."""
+
+USE_FORGETTING = round(0.05 * 2**FORGETTING_BITS)
+"""Share of a count of uses that each step of the layer takes off, 0.05; chosen on the shipped
+calibration texts, whose subject changes with every text."""
+
+AGED_USE = 2**46
+"""Worth of one use in a count that ages, which never exceeds 20 uses. What is left of a count after
+some 700 steps without a use is the same for all."""
+
+FRESH = 2**60
 """Added to the value of an expert used in the present forward pass; above any count of steps."""
 
-USE = 2.0**32
-"""Worth of one use in LFU; the steps since, which break ties, stay below it."""
+USE = 2**32
+"""Worth of one use in LFU. The time of the last use, twice the clock, breaks ties: it does so for
+experts last used within 2^31 steps of each other, whatever the clock; per 2^31 steps that another
+was used later, an expert loses one use."""
 
-HIGH_PRECISION_SHARE = 0.6
-"""HOBBIT loads an expert in high precision while those ranked above it hold at most this share."""
+MOST_USES = 2**29
+"""As many uses LFU counts; those of more, without leaving meanwhile, are ordered by the last."""
+
+LAST_TIME = 2**31
+"""Belady's values count back from here; after any time of a trace."""
+
+HIGH_PRECISION_SHARE = (3, 5)
+"""HOBBIT loads an expert in high precision while those ranked above it hold at most this share,
+three fifths."""
+
+SCORE_BITS = 24
+"""Bits after the point of router scores: every float16 from 0 to 1 is a multiple of 2^-24."""
+
+MEAN_BITS = 18
+"""Further bits after the point of a mean of scores."""
+
+_SCORES = np.nan_to_num(np.arange(2**16, dtype=np.uint16).view(np.float16), nan=0).clip(0, 1)
+FIXED_SCORES = np.ldexp(_SCORES.astype(np.float64), SCORE_BITS).astype(np.int32)
+FIXED_SCORES.flags.writeable = False
+"""The router score of every bit pattern of a float16 in units of 2^-24, int32 [65536].
+
+Exact from 0 to 1; what lies outside counts as the nearer of them, what is no number as 0.
+"""
 
 
 @dataclass(frozen=True)
@@ -99,13 +137,28 @@ def value_in_new_step(rule: int, value: Any, score: Any) -> Any:
     Args:
         rule: whose rule.
         value: the value so far.
-        score: the router's score of the expert, mean over the step's tokens.
+        score: the router's score of the expert, as `mean_score` gives it.
     """
     if rule == LFU_AGED:
-        return value * (1 - USE_FORGETTING)
-    if rule == ROUTER_AVERAGE:
-        return value + SCORE_FORGETTING * (score - value)
+        return value - (value * USE_FORGETTING >> FORGETTING_BITS)
+    if rule == ROUTER_AVERAGE:  # the average over the share that is replaced
+        return value - (value * SCORE_FORGETTING >> FORGETTING_BITS) + score
     return value
+
+
+def token_weight(n_tokens: Any) -> Any:
+    """Return what one of so many tokens counts in a mean of their scores, in units of 2^-36."""
+    return 2 ** (2 * MEAN_BITS) // n_tokens
+
+
+def mean_score(total: Any, weight: Any) -> Any:
+    """Return the mean of a step's router scores in units of 2^-42.
+
+    Args:
+        total: sum of the tokens' scores in units of 2^-24.
+        weight: `token_weight` of the step; multiplying takes far less than dividing.
+    """
+    return total * weight >> MEAN_BITS
 
 
 def after_use(
@@ -133,30 +186,32 @@ def after_use(
             every use takes long.
     """
     if rule == LRU:
-        return 2.0 * clock + 1 - was_resident, memory
+        return 2 * clock + 1 - was_resident, memory
     if rule == LFU:
-        memory = memory * was_resident + 1
-        return USE * memory + 2.0 * clock + 1 - was_resident, memory
+        before = memory * was_resident
+        memory = before + (before < MOST_USES)
+        return USE * memory + 2 * clock + 1 - was_resident, memory
     if rule == LFU_AGED:
-        return value + 1, memory
+        return value + AGED_USE, memory
     if rule == LEAST_STALE:
         return FRESH + clock + was_resident * (value - clock), memory
     if rule == HOBBIT:
         now = n_passes + 0 * memory
         return value + n_layers * (now - memory + 1 + hint), now
     if rule == BELADY:
-        return -1 * hint, memory
+        return LAST_TIME - hint, memory
     return value, memory
 
 
-def asks_high_precision(above: Any, total: float) -> Any:
+def asks_high_precision(above: Any, total: Any) -> Any:
     """Return whether HOBBIT would load an expert in high precision.
 
     Args:
         above: sum of the scores of those experts of the step's set that rank above it.
         total: sum of the scores of the whole set.
     """
-    return above <= HIGH_PRECISION_SHARE * total
+    part, whole = HIGH_PRECISION_SHARE
+    return whole * above <= part * total
 
 
 def distance_malus(rule: int, layers_ahead: Any, n_passes: int) -> Any:

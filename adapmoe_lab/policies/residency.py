@@ -13,11 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.policies.eviction import (
+    FIXED_SCORES,
     HOBBIT,
+    NEVER_LEAVES,
     EvictionPolicy,
     after_use,
     asks_high_precision,
     distance_malus,
+    mean_score,
+    token_weight,
     value_in_new_pass,
     value_in_new_step,
 )
@@ -81,7 +85,7 @@ class ExpertCache:
         self._policy = policy
         shape = (len(plan.slots), n_experts)
         self.slot_of = np.full(shape, -1)
-        self._values, self._memory = np.zeros((2, *shape))
+        self._values, self._memory = np.zeros((2, *shape), dtype=np.int64)
         self._may_leave = ~plan.pinned_mask(n_experts) if policy.pins else np.ones(shape, bool)
         self._clocks = [0] * plan.n_pools
 
@@ -152,11 +156,12 @@ class ExpertCache:
             in_pool[:] = value_in_new_pass(rule, in_pool)
         values, memory, hint = self._values[layer], self._memory[layer], 0
         if scores is not None:
-            mean = mean_scores(scores)
+            total = score_sums(scores)
+            mean = mean_score(total, token_weight(len(scores)))
             values[:] = value_in_new_step(rule, values, mean)
-            hint = high_precision_uses(mean[members]) if rule == HOBBIT else 0
+            hint = high_precision_uses(total[members]) if rule == HOBBIT else 0
         else:
-            values[:] = value_in_new_step(rule, values, 0.0)
+            values[:] = value_in_new_step(rule, values, 0)
         values[members], memory[members] = after_use(
             rule,
             values[members],
@@ -189,35 +194,29 @@ class ExpertCache:
         rule, n_layers = self._policy.rule, end - first
         candidates = (self.slot_of[first:end] >= 0) & self._may_leave[first:end]
         candidates[layer - first, members] = False
-        keys = np.where(candidates, self._values[first:end], np.inf)
+        keys = self._values[first:end]
         if n_layers > 1:
             layers_ahead = (np.arange(first, end) - layer) % n_layers
             n_passes = (self._clocks[pool] - 1) // n_layers
-            keys -= distance_malus(rule, layers_ahead, n_passes)[:, None]
-        leaving, flat = [], keys.ravel()
+            keys = keys - distance_malus(rule, layers_ahead, n_passes)[:, None]
+        leaving, flat = [], np.where(candidates, keys, NEVER_LEAVES).ravel()
         for _ in range(n_needed):
             lowest = int(flat.argmin())
-            if flat[lowest] == np.inf:
+            if flat[lowest] == NEVER_LEAVES:
                 break
-            flat[lowest] = np.inf
+            flat[lowest] = NEVER_LEAVES
             victim = first + lowest // keys.shape[1], lowest % keys.shape[1]
             leaving.append((int(self.slot_of[victim]), victim))
         return leaving
 
 
-def mean_scores(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the mean [E] of router scores [T, E], taken in the precision a trace keeps them in."""
-    kept = scores.astype(np.float16).astype(np.float64)
-    return kept.sum(axis=0) / len(kept)
+def score_sums(scores: NDArray[np.floating]) -> NDArray[np.int64]:
+    """Return the sums [E] of router scores [T, E] in fixed point, of what a trace keeps of them."""
+    bits = scores.astype(np.float16).view(np.uint16)
+    return FIXED_SCORES[bits].sum(axis=0, dtype=np.int64)
 
 
-def high_precision_uses(scores: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which members of a set HOBBIT would load in high precision, by their scores [n].
-
-    Sums go from the first member to the last, so that compiled code gets the same to the last bit.
-    """
-    total, above = 0.0, np.zeros(len(scores))
-    for score in scores:
-        total += score
-        above += np.where(scores < score, score, 0.0)
-    return asks_high_precision(above, total)
+def high_precision_uses(scores: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which members of a set HOBBIT would load in high precision, by their scores [n]."""
+    ranks_above = scores[None] > scores[:, None]
+    return asks_high_precision((ranks_above * scores).sum(axis=1), scores.sum())

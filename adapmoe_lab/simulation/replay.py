@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.eviction import BELADY, HOBBIT, POLICIES
+from adapmoe_lab.policies.eviction import BELADY, FIXED_SCORES, HOBBIT, POLICIES
 from adapmoe_lab.records import CachePlan, RoutingTrace
 from adapmoe_lab.simulation.guesses import NO_GUESSES, Guesses, step_bounds
 
@@ -81,7 +81,7 @@ def replay(
         raise ValueError(
             f"eviction={eviction!r} is unknown; expected one of {', '.join(POLICIES)}."
         )
-    from adapmoe_lab.simulation.replay_loops import HALF, empty_pool, replay_pool
+    from adapmoe_lab.simulation.replay_loops import empty_pool, replay_pool
 
     policy, spec = POLICIES[eviction], trace.spec
     plan = plan if plan is not None else slots_plan(spec, spec.n_experts)
@@ -106,7 +106,7 @@ def replay(
             starts[own],
             hints[own],
             bits,
-            HALF,
+            FIXED_SCORES,
             bounds,
             pinned[own],
             empty_pool(n_shared, spec.n_experts),
@@ -165,7 +165,7 @@ def _use_hints(
 
     `n_shared` layers share slots; the times of Belady's next uses count their steps.
     """
-    from adapmoe_lab.simulation.replay_loops import HALF, high_precision_uses, next_uses
+    from adapmoe_lab.simulation.replay_loops import high_precision_uses, next_uses
 
     if rule not in (BELADY, HOBBIT):
         return np.empty((len(members), 0), dtype=np.int32)
@@ -178,8 +178,8 @@ def _use_hints(
             never = np.full(n_experts, n_shared * len(bounds))
             next_uses(*own, layer % n_shared, n_shared, never, hints[layer])
         else:
-            scores = np.empty(n_experts)
-            high_precision_uses(*own, layer, bits, HALF, bounds, scores, hints[layer])
+            scores = np.empty(n_experts, dtype=np.int64)
+            high_precision_uses(*own, layer, bits, FIXED_SCORES, bounds, scores, hints[layer])
 
     in_threads(fill, len(members))
     return hints

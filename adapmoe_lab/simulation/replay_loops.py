@@ -13,6 +13,7 @@ from adapmoe_lab.policies.eviction import (
     HOBBIT,
     LEAST_STALE,
     LFU_AGED,
+    NEVER_LEAVES,
     ROUTER_AVERAGE,
 )
 from adapmoe_lab.simulation.compiled import compiled, inlined
@@ -23,9 +24,8 @@ value_in_new_step = inlined(eviction.value_in_new_step)
 after_use = inlined(eviction.after_use)
 asks_high_precision = inlined(eviction.asks_high_precision)
 distance_malus = inlined(eviction.distance_malus)
-
-HALF = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64)
-"""The number of every bit pattern of a float16, which numba does not know."""
+token_weight = inlined(eviction.token_weight)
+mean_score = inlined(eviction.mean_score)
 
 
 @compiled
@@ -73,19 +73,19 @@ def next_uses(members, starts, layer, n_layers, upcoming, hints):
 
 
 @compiled
-def high_precision_uses(members, starts, layer, bits, half, bounds, scores, hints):
+def high_precision_uses(members, starts, layer, bits, fixed, bounds, scores, hints):
     """Fill `hints` [T K] with 1 for every use that HOBBIT would load in high precision, else 0.
 
-    `layer` is the number among the model's; `scores` [E] is working space, and `bits`, `half` and
+    `layer` is the number among the model's; `scores` [E] is working space, and `bits`, `fixed` and
     `bounds` are as `replay_pool` takes them.
     """
     for step in range(len(bounds) - 1):
-        _mean_scores(bits, half, bounds[step], bounds[step + 1], layer, scores)
-        total = 0.0
+        _sum_scores(bits, fixed, bounds[step], bounds[step + 1], layer, scores)
+        total = 0
         for i in range(starts[step], starts[step + 1]):
             total += scores[members[i]]
         for own in range(starts[step], starts[step + 1]):
-            above = 0.0
+            above = 0
             for i in range(starts[step], starts[step + 1]):
                 if scores[members[i]] > scores[members[own]]:
                     above += scores[members[i]]
@@ -93,27 +93,51 @@ def high_precision_uses(members, starts, layer, bits, half, bounds, scores, hint
 
 
 @inlined
-def _mean_scores(bits, half, first, end, layer, scores):
-    """Fill `scores` [E] with the mean router scores of tokens first..end-1."""
+def _sum_scores(bits, fixed, first, end, layer, scores):
+    """Fill `scores` [E] with the sums of the router scores of tokens first..end-1."""
     for expert in range(len(scores)):
-        scores[expert] = half[bits[first, layer, expert]]
+        scores[expert] = fixed[bits[first, layer, expert]]
     for token in range(first + 1, end):
         for expert in range(len(scores)):
-            scores[expert] += half[bits[token, layer, expert]]
-    if end > first + 1:
-        for expert in range(len(scores)):
-            scores[expert] /= end - first
+            scores[expert] += fixed[bits[token, layer, expert]]
+
+
+@inlined
+def _mean_scores(bits, fixed, first, end, layer, scores):
+    """Fill `scores` [E] with the mean router scores of tokens first..end-1."""
+    _sum_scores(bits, fixed, first, end, layer, scores)
+    weight = token_weight(end - first)
+    for expert in range(len(scores)):
+        scores[expert] = mean_score(scores[expert], weight)
 
 
 @inlined
 def _find_lowest(values, barred, malus, lowest, lowest_value, layer):
-    """Find the expert of a layer that would leave first, ties to the lowest id."""
-    at, least = -1, np.inf
-    for expert in range(values.shape[1]):
-        value = values[layer, expert] + barred[layer, expert]
-        if value < least:
-            at, least = expert, value
+    """Find the expert of a layer that would leave first, ties to the lowest id.
+
+    Two halves, which share the middle of an odd number, are looked through side by side, since a
+    comparison waits for the one before.
+    """
+    n_half = (values.shape[1] + 1) // 2
+    second_half = values.shape[1] - n_half
+    a = b = (0, NEVER_LEAVES)
+    for i in range(n_half):
+        j = second_half + i
+        a = _lower_unforeseen(a, i, values[layer, i] + barred[layer, i])
+        b = _lower_unforeseen(b, j, values[layer, j] + barred[layer, j])
+    at, least = _lower(a, b[0], b[1])
     lowest[layer], lowest_value[layer] = at, least - malus[layer]
+
+
+@inlined
+def _lower_unforeseen(best, at, value):
+    """Return the lower of two pairs of a place and its value, ties to the first, by no branch.
+
+    Which one is lower among few experts is chance: a processor that foresees it is mostly wrong.
+    """
+    below = value - best[1]
+    is_below = below >> 63  # every bit set, or none
+    return best[0] + ((at - best[0]) & is_below), best[1] + (below & is_below)
 
 
 @inlined
@@ -148,7 +172,7 @@ def _layer_to_leave(lowest_value):
     Four runs of layers are compared side by side, since a comparison waits for the one before.
     """
     run = len(lowest_value) // 4
-    a = b = c = d = (0, np.inf)
+    a = b = c = d = (0, NEVER_LEAVES)
     for i in range(run):
         a = _lower(a, i, lowest_value[i])
         b = _lower(b, i + run, lowest_value[i + run])
@@ -181,7 +205,7 @@ def _note_absent(guessed, absent, resident):
 
 @compiled
 def replay_pool(
-    rule, n_slots, first_layer, members, starts, hints, bits, half, bounds, pinned, state, out,
+    rule, n_slots, first_layer, members, starts, hints, bits, fixed, bounds, pinned, state, out,
     fates, distances, guessed, absent,
 ):  # fmt: skip
     """Replay every step of the layers that share a pool of slots.
@@ -197,7 +221,7 @@ def replay_pool(
         hints: int32 [L, T K], what `after_use` is told of each use, for rules that need it.
         bits: uint16 [T, L of the model, E], the router's scores as the bits of float16, read by
             the rule that averages them.
-        half: `HALF`.
+        fixed: `FIXED_SCORES`.
         bounds: int64 [N+1], first token of every step, and T.
         pinned: bool [L, E], experts that never leave.
         state: what `empty_pool` returns.
@@ -218,7 +242,7 @@ def replay_pool(
             first, end = starts[layer, step], starts[layer, step + 1]
             if rule == ROUTER_AVERAGE:
                 _mean_scores(
-                    bits, half, bounds[step], bounds[step + 1], first_layer + layer, scores
+                    bits, fixed, bounds[step], bounds[step + 1], first_layer + layer, scores
                 )
             if layer == 0 and rule in (LEAST_STALE, HOBBIT):
                 _begin_pass(rule, step, values, barred, malus, lowest, lowest_value)
@@ -233,7 +257,7 @@ def replay_pool(
             for i in range(first, end):
                 expert = members[layer, i]
                 if barred[layer, expert] == 0:
-                    barred[layer, expert] = np.inf
+                    barred[layer, expert] = NEVER_LEAVES
                     n_barred += 1
                     is_lowest_known &= expert != lowest[layer]
                 was_resident, hint = int(resident[layer, expert]), 0
@@ -255,7 +279,7 @@ def replay_pool(
                 else:
                     at = _layer_to_leave(lowest_value)
                     resident[at, lowest[at]] = False
-                    barred[at, lowest[at]] = np.inf
+                    barred[at, lowest[at]] = NEVER_LEAVES
                     _find_lowest(values, barred, malus, lowest, lowest_value, at)
                     n_may_leave -= 1
                 expert = members[layer, missing[number]]
@@ -283,21 +307,21 @@ def empty_pool(n_layers: int, n_experts: int) -> tuple[np.ndarray, ...]:
     """Return what a pool keeps of its layers' experts, with no expert resident.
 
     In order: values [L, E] by which experts leave; memory [L, E] that some rules keep; whether an
-    expert is resident [L, E]; 0 for one that may leave and infinity for one that may not [L, E];
-    what a layer's values lose until its next step, counted from the pass's beginning, since what
-    all lose does not matter [L]; each layer's expert that would leave first [L], and its value,
-    with infinity up to a multiple of four; room for the missing experts and for the scores of one
-    step.
+    expert is resident [L, E]; 0 for one that may leave and `NEVER_LEAVES` for one that may not
+    [L, E]; what a layer's values lose until its next step, counted from the pass's beginning, since
+    what all lose does not matter [L]; each layer's expert that would leave first [L], and its
+    value, with `NEVER_LEAVES` up to a multiple of four; room for the missing experts and for the
+    scores of one step.
     """
     shape, n_padded = (n_layers, n_experts), n_layers + -n_layers % 4
     return (
-        np.zeros(shape),
-        np.zeros(shape),
+        np.zeros(shape, dtype=np.int64),
+        np.zeros(shape, dtype=np.int64),
         np.zeros(shape, dtype=np.bool_),
-        np.full(shape, np.inf),
-        np.zeros(n_layers),
+        np.full(shape, NEVER_LEAVES),
+        np.zeros(n_layers, dtype=np.int64),
         np.full(n_layers, -1),
-        np.full(n_padded, np.inf),
+        np.full(n_padded, NEVER_LEAVES),
         np.zeros(n_experts + 1, dtype=np.int64),
-        np.zeros(n_experts),
+        np.zeros(n_experts, dtype=np.int64),
     )

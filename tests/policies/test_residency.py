@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_rules import run_cache, written_out
 
@@ -53,6 +53,27 @@ def test_equals_the_rules_written_out(eviction, is_global, case):
             wanted.streamed,
         )
         assert done.evicted == wanted.evicted
+
+
+@pytest.mark.parametrize("n_before", [2**24, 2**31, 2**40, 2**56])
+@pytest.mark.parametrize("is_global", [False, True])
+@pytest.mark.parametrize("eviction", RUNNABLE)
+@settings(max_examples=25)
+@given(case=routed_steps())
+def test_equals_the_rules_written_out_however_long_it_has_run(eviction, is_global, n_before, case):
+    sets, slots, scores, pins = case
+    policy = POLICIES[eviction]
+    pins = pins if policy.pins else [()] * len(slots)
+    cache = ExpertCache(plan_of(slots, is_global, pins), N_EXPERTS, policy)
+    n_shared = len(slots) if is_global else 1
+    cache._clocks = [n_before * n_shared for _ in cache._clocks]
+    expected = written_out(
+        sets, slots, eviction, is_global=is_global, scores=scores, n_before=n_before,
+        pinned=[(layer, expert) for layer, experts in enumerate(pins) for expert in experts],
+    )  # fmt: skip
+    assert [step.evicted for step in run_cache(cache, sets, scores)] == [
+        step.evicted for step in expected
+    ]
 
 
 @pytest.mark.parametrize("is_global", [False, True])
