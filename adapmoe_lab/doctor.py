@@ -149,8 +149,8 @@ def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = Non
     )
     found = []
     for precision in PRECISIONS:
-        one = max(model.expert_format(layer, precision).n_bytes for layer in range(n_layers))
-        every = one * n_layers * n_experts
+        sizes = [model.expert_format(layer, precision).n_bytes for layer in range(n_layers)]
+        one, every = max(sizes), n_experts * sum(sizes)
         left = room - (every if cpu and 2 * every <= host else 0)  # the store lies there too
         slots = min(n_layers * n_experts, left // one - N_STAGING if left < every else left // one)
         found.append(
@@ -160,7 +160,7 @@ def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = Non
                 all_experts_bytes=every,
                 device_share=slots / (n_layers * n_experts) if slots >= n_layers else None,
                 fits_host=every <= host - (max(0, slots) * one if cpu else 0),
-                most_s_per_token=n_layers * top_k * one / machine.copy_bytes_per_s,
+                most_s_per_token=top_k * sum(sizes) / machine.copy_bytes_per_s,
             )
         )
     return found

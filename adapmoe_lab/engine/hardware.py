@@ -120,7 +120,7 @@ def _n_held(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
 def _wait_s(steps: list[TimedStep], hardware: HardwareProfile, model: LabModel) -> float:
     """Return what a layer that waited took beyond what the cost model says; the median of steps."""
     counts = [np.stack([getattr(step, name) for step in steps]) for name in ("hits", "misses")]
-    costs = StepCosts.on(hardware, model.engine.store.expert_bytes)
+    costs = StepCosts.on(hardware, model.spec.precision)
     timeline = run_timeline(counted_replay(*counts), costs)
     n_waits = (timeline.stall_s > 0).sum(axis=1)
     rest = np.array([step.seconds for step in steps]) - timeline.step_s

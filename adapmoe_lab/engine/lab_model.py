@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,13 +24,18 @@ from adapmoe_lab.engine.prepared import save_store
 from adapmoe_lab.models.checkpoint import Checkpoint, HFModel
 from adapmoe_lab.models.families import MoELayer
 from adapmoe_lab.models.hook import ExpertsHook
-from adapmoe_lab.models.outline import MIXED
 from adapmoe_lab.models.residual_stream import (
     last_hidden_observed_by,
     layer_outputs_observed_by,
     token_ids_observed_by,
 )
-from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, PrefetchTable, TunedConfig
+from adapmoe_lab.records import (
+    LinkTarget,
+    MoESpec,
+    Predictors,
+    PrefetchTable,
+    TunedConfig,
+)
 from adapmoe_lab.records.prefetch import Moment
 
 
@@ -86,11 +92,22 @@ class LabModel:
     def apply(self, config: TunedConfig) -> None:
         """Run under another configuration from now on, starting with empty caches.
 
+        A config of version 0.1 that does not say how experts of several precisions were laid out
+        runs on those that are loaded, with a warning.
+
         Raises:
             RecordError: the config was tuned for another model.
+            ValueError: it was tuned for experts stored otherwise.
         """
         config.check_model(self.spec)
         check_precision(config, self.spec)
+        if config.precision is not None and config.precision.names is None:
+            warnings.warn(
+                f"The config was saved for experts in {config.precision}; it runs on those that "
+                f"are loaded, {self.spec.precision}, which may lie otherwise. Tune this model and "
+                "save the config again to have that checked.",
+                stacklevel=2,
+            )
         plan = config.plan if config.plan is not None else self.memory.slots
         with self._in_use:
             predictors = ()
@@ -163,8 +180,8 @@ class LabModel:
     def emulate_link(self, target: LinkTarget) -> None:
         """Make loads on a CPU take as long, against computing here, as on the target machine.
 
-        Decode is timed with every expert at hand; loading one expert then takes the target's
-        ratio times one such layer.
+        Decode is timed with every expert at hand; loading one expert, of the mean size where they
+        differ, then takes the target's ratio times one such layer.
         """
         link = self.engine.link
         if not isinstance(link, EmulatedLink):
@@ -172,7 +189,7 @@ class LabModel:
         with self._in_use:
             layer_s = resident_layer_s(self.hf, self.engine)
             link.name = f"emulated:{target.name}"
-            link.bytes_per_s = self.spec.stored_expert_bytes / (layer_s * target.load_ratio)
+            link.bytes_per_s = self.spec.mean_expert_bytes / (layer_s * target.load_ratio)
 
     def encode(self, text: str) -> torch.Tensor:
         """Return the token ids of a text, int64 [T]."""
@@ -228,15 +245,27 @@ class LabModel:
 
 
 def check_precision(config: TunedConfig, spec: MoESpec) -> None:
-    """Refuse a config that was tuned for experts stored otherwise."""
-    if config.precision in (None, spec.dtype):
+    """Refuse a config that was tuned for experts stored otherwise.
+
+    One of version 0.1 that only says that they were mixed passes wherever they are.
+
+    Raises:
+        ValueError: an expert is stored in another precision than the config says.
+    """
+    wanted, stored = config.precision, spec.precision
+    if wanted is None:
         return
-    wanted = (
-        "with one precision per expert, or from the prepared store it was tuned with"
-        if config.precision == MIXED
-        else f"with expert_dtype={config.precision!r}"
-    )
-    raise ValueError(
-        f"The config stores experts as {config.precision}, the model is loaded as {spec.dtype}; "
-        f"load it {wanted}."
-    )
+    if wanted.names is None:
+        if stored.is_uniform:
+            raise ValueError(
+                f"The config stores experts as {wanted}, the model is loaded as {stored}. Load it "
+                "with one precision per expert, or from the prepared store it was tuned with."
+            )
+    elif wanted.names != stored.names:
+        n_experts, n_unlike = spec.n_layers * spec.n_experts, wanted.n_unlike(stored)
+        expert_dtype = repr(wanted.name) if wanted.is_uniform else "config.precision.names"
+        raise ValueError(
+            f"The config stores experts as {wanted}, the model is loaded as {stored}: "
+            f"{n_unlike} of {n_experts} experts differ. Load it with expert_dtype={expert_dtype}, "
+            "or tune it as it is."
+        )

@@ -15,6 +15,7 @@ from adapmoe_lab.records.cache_plan import CachePlan
 from adapmoe_lab.records.files import RecordError, check_version, json_bytes, save_json
 from adapmoe_lab.records.gating_table import GatingTable
 from adapmoe_lab.records.hardware import HardwareProfile
+from adapmoe_lab.records.precision_plan import PrecisionPlan
 from adapmoe_lab.records.predictors import Predictors
 from adapmoe_lab.records.prefetch import PrefetchTable
 from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
@@ -58,7 +59,7 @@ class TunedConfig:
         plan: slots per layer, or None for those the model was loaded with.
         eviction: name of the eviction policy.
         prefetch: what is fetched ahead, or None for nothing.
-        precision: precision of the stored experts, or None for the one they were saved in.
+        precision: how every expert is stored, or None for as it was saved.
         hardware: the machine the numbers were predicted for.
         evidence: what was predicted and measured, with the conditions.
     """
@@ -69,7 +70,7 @@ class TunedConfig:
     plan: CachePlan | None = None
     eviction: str = "lru"
     prefetch: PrefetchTable | None = None
-    precision: str | None = None
+    precision: PrecisionPlan | None = None
     hardware: HardwareProfile | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,6 +91,12 @@ class TunedConfig:
         if self.plan and len(self.plan.slots) != n_layers:
             raise RecordError(
                 f"The cache plan has {len(self.plan.slots)} layers; the model has {n_layers}."
+            )
+        shape = self.precision.shape if self.precision is not None else None
+        if shape is not None and shape != (n_layers, self.model["n_experts"]):
+            raise RecordError(
+                f"The precision plan is for {shape[0]} layers of {shape[1]} experts; the model has "
+                f"{n_layers} layers of {self.model['n_experts']}."
             )
         if self.eviction not in EVICTION_POLICIES:
             known = ", ".join(EVICTION_POLICIES)
@@ -197,7 +204,7 @@ class TunedConfig:
             "plan": self.plan.to_json() if self.plan else None,
             "eviction": {"policy": self.eviction},
             "prefetch": _followed(self.prefetch, name) if self.prefetch else None,
-            "precision": {"experts": self.precision} if self.precision else None,
+            "precision": self.precision.to_json() if self.precision else None,
             "hardware": self.hardware.to_json() if self.hardware else None,
             "evidence": dict(self.evidence) or None,
         }
@@ -266,14 +273,16 @@ class TunedConfig:
         try:
             gating, plan, hardware = (document[name] for name in ("gating", "plan", "hardware"))
             compensation, prefetch = document["compensation"], document["prefetch"]
+            model, precision = document["model"], document["precision"]
+            shape = model["n_layers"], model["n_experts"]
             return cls(
-                model=document["model"],
+                model=model,
                 gating=GatingTable.from_json(gating) if gating else None,
                 compensation=_read_compensation(compensation, path) if compensation else None,
                 plan=CachePlan.from_json(plan) if plan else None,
                 prefetch=_read_prefetch(prefetch, path) if prefetch else None,
                 eviction=(document["eviction"] or {"policy": "lru"})["policy"],
-                precision=(document["precision"] or {}).get("experts"),
+                precision=PrecisionPlan.from_json(precision, *shape) if precision else None,
                 hardware=HardwareProfile.from_json(hardware) if hardware else None,
                 evidence=document["evidence"] or {},
             )

@@ -169,9 +169,12 @@ class HardwareProfile:
         return float(np.interp(n_bytes, self.copy_bytes, self.copy_s))
 
     def load_ratio(self, spec: MoESpec) -> float:
-        """Time to load one of a model's experts over that of a layer with every expert there."""
+        """Time to load one of a model's experts over that of a layer with every expert there.
+
+        Where experts differ in precision, an expert of their mean size.
+        """
         layer_s = self.dense_step_s / spec.n_layers + spec.top_k * self.expert_s
-        return self.load_s(spec.stored_expert_bytes) / layer_s
+        return self.load_s(spec.mean_expert_bytes) / layer_s
 
     def at_load_ratio(self, spec: MoESpec, ratio: float) -> HardwareProfile:
         """Return the profile with a real link of such a speed that `load_ratio` is `ratio`.

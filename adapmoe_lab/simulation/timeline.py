@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.policies.prefetch import N_PIECES, piece_bounds
-from adapmoe_lab.records import HardwareProfile
+from adapmoe_lab.records import HardwareProfile, PrecisionPlan
 from adapmoe_lab.records.prefetch import Moment
 from adapmoe_lab.simulation.guesses import NO_GUESSES, Guesses
 from adapmoe_lab.simulation.replay import LOAD, Replay, in_threads
@@ -96,9 +96,18 @@ class StepCosts:
 
     @classmethod
     def on(
-        cls, hardware: HardwareProfile, expert_bytes: NDArray[np.int64], is_gated: bool = False
+        cls, hardware: HardwareProfile, precision: PrecisionPlan, is_gated: bool = False
     ) -> StepCosts:
-        """Return the costs that were measured on a machine; what was not is taken as nothing."""
+        """Return the costs that were measured on a machine; what was not is taken as nothing.
+
+        Args:
+            hardware: what was measured.
+            precision: how the experts are stored, with their bytes.
+            is_gated: whether experts may be skipped.
+        """
+        expert_bytes = precision.expert_bytes
+        if expert_bytes is None:
+            raise ValueError(f"Costs need the bytes of every expert; {precision} comes without.")
         gated_guess_s = hardware.gated_guess_s if is_gated else None
         costs = cls.of(
             expert_bytes,

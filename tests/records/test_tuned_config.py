@@ -30,7 +30,7 @@ def config():
         model=TunedConfig.model_identity(spec),
         gating=GatingTable.per_layer([0.7, OFF, 0.9], top_k=2),
         plan=slots_plan(spec, 4),
-        precision="bfloat16",
+        precision=spec.precision,
         hardware=HardwareProfile("cpu", "emulated:x", [1000], [0.01], 0.001, 0.0001),
         evidence={"predicted": {"ms_per_token": 3.0}},
     )
