@@ -8,6 +8,7 @@ import platform
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -20,6 +21,7 @@ from adapmoe_lab.models.outline import ModelOutline, configured_top_k
 from adapmoe_lab.models.support import family_class, find_family
 from adapmoe_lab.policies.allocation import N_STAGING
 from adapmoe_lab.records import PRECISIONS
+from adapmoe_lab.records.files import fields_of, known_values
 
 PACKAGES = ("adapmoe-lab", "torch", "transformers", "jupyterlab", "ipywidgets", "plotly", "lm-eval")
 BFLOAT16_BYTES = 2
@@ -78,8 +80,21 @@ def examine() -> Machine:
 
 def known_models() -> list[KnownModel]:
     """Return the published models that fit is judged for."""
-    text = (data_folder() / "known_models.json").read_text(encoding="utf-8")
-    return [KnownModel(**model) for model in json.loads(text)["models"]]
+    return read_known_models(data_folder() / "known_models.json")
+
+
+def read_known_models(path: Path) -> list[KnownModel]:
+    """Return the models of a file.
+
+    Raises:
+        RecordError: a value is unknown or missing; the text names it.
+    """
+    document = json.loads(path.read_text(encoding="utf-8"))
+    models = known_values(document, str(path), ("about", "models"))["models"]
+    return [
+        KnownModel(**fields_of(KnownModel, model, f"{path}, model {number},"))
+        for number, model in enumerate(models, start=1)
+    ]
 
 
 def report(machine: Machine) -> str:

@@ -18,12 +18,14 @@ from adapmoe_lab.engine.ledger import ChecksumLedger, checksum
 from adapmoe_lab.engine.store import ExpertStore, Formats, row_stride
 from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.records import PrecisionPlan
-from adapmoe_lab.records.files import written_atomically
+from adapmoe_lab.records.files import RecordError, known_values, written_atomically
 
 STORE_VERSION = 2
 """Of the index, and of how experts lie in their bytes."""
 
 BLOB, INDEX = "experts.bin", "experts.json"
+IN_INDEX = ("offset", "bytes", "precision", "crc32")
+"""What the index says of each expert."""
 
 
 class PreparedStore(ExpertStore):
@@ -174,6 +176,18 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{folder} has schema version {version}, this adapmoe-lab reads {STORE_VERSION}; "
             "prepare the store again."
         )
+    return _checked_index(index, folder / INDEX)
+
+
+def _checked_index(index: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return an index after checking that it says all it must of every expert, and no more."""
+    try:
+        known_values(index, str(path), ("schema_version", "identity", "blob_bytes", "experts"))
+        for layer, experts in enumerate(index["experts"]):
+            for expert, entry in enumerate(experts):
+                known_values(entry, f"{path}, expert {expert} of layer {layer},", IN_INDEX)
+    except (RecordError, TypeError) as error:
+        raise CheckpointError(f"{error} Prepare the store again.") from error
     return index
 
 

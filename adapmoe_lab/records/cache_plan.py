@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import RecordError, frozen_array
+from adapmoe_lab.records.files import RecordError, fields_of, frozen_array
+
+LATER = ("is_global", "pinned")
+"""What plans had not before slots could be shared and experts pinned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +113,10 @@ class CachePlan:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> CachePlan:
-        """Build a plan from what `to_json` returned; files from before global pools lack them."""
-        return cls(**values)
+    def from_json(cls, values: Mapping[str, Any], source: str = "The cache plan") -> CachePlan:
+        """Build a plan from what `to_json` returned.
+
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
+        """
+        return cls(**fields_of(cls, values, source, LATER))

@@ -7,20 +7,33 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from adapmoe_lab.records.cache_plan import CachePlan
-from adapmoe_lab.records.files import RecordError, check_version, json_bytes, save_json
+from adapmoe_lab.records.config_tensors import (
+    file_of,
+    prefetch_section,
+    read_prefetch,
+    read_surrogates,
+    surrogates_section,
+)
+from adapmoe_lab.records.files import (
+    IDENTIFYING,
+    RecordError,
+    check_version,
+    json_bytes,
+    known_values,
+    save_json,
+)
 from adapmoe_lab.records.gating_table import GatingTable
 from adapmoe_lab.records.hardware import HardwareProfile
 from adapmoe_lab.records.precision_plan import PrecisionPlan
-from adapmoe_lab.records.predictors import Predictors
 from adapmoe_lab.records.prefetch import PrefetchTable
 from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
 from adapmoe_lab.records.spec import MoESpec
-from adapmoe_lab.records.surrogates import KIND as SURROGATES
 from adapmoe_lab.records.surrogates import Surrogates
 from adapmoe_lab.records.tensors import TensorRecord
 
@@ -36,6 +49,7 @@ SECTIONS = (
     "hardware",
     "evidence",
 )
+MODEL = ("id", "fingerprint", "family", "n_layers", "n_experts", "top_k")
 EVICTION_POLICIES = (
     "lru",
     "lfu",
@@ -200,10 +214,12 @@ class TunedConfig:
             "schema_version": SCHEMA_VERSION,
             "model": dict(self.model),
             "gating": self.gating.to_json() if self.gating else None,
-            "compensation": _described(self.compensation, name) if self.compensation else None,
+            "compensation": surrogates_section(self.compensation, name)
+            if self.compensation
+            else None,
             "plan": self.plan.to_json() if self.plan else None,
             "eviction": {"policy": self.eviction},
-            "prefetch": _followed(self.prefetch, name) if self.prefetch else None,
+            "prefetch": prefetch_section(self.prefetch, name) if self.prefetch else None,
             "precision": self.precision.to_json() if self.precision else None,
             "hardware": self.hardware.to_json() if self.hardware else None,
             "evidence": dict(self.evidence) or None,
@@ -218,7 +234,7 @@ class TunedConfig:
         path = Path(path)
         document = self.to_json(path.stem)
         for record in self.tensors.values():
-            record.save(path.with_name(_file_of(record, path.stem)))
+            record.save(path.with_name(file_of(record, path.stem)))
         save_json(path, document, allow_nan=False)
         return path
 
@@ -232,7 +248,7 @@ class TunedConfig:
         with zipfile.ZipFile(buffer, "w") as archive:
             archive.writestr(f"{name}.json", content)
             for record in self.tensors.values():
-                archive.writestr(_file_of(record, name), record.to_bytes())
+                archive.writestr(file_of(record, name), record.to_bytes())
         return buffer.getvalue()
 
     @classmethod
@@ -263,85 +279,31 @@ class TunedConfig:
 
     @classmethod
     def _from_document(cls, document: Mapping[str, Any], path: Path) -> TunedConfig:
-        expected = {"kind", "schema_version", "model", *SECTIONS}
-        missing, extra = sorted(expected - set(document)), sorted(set(document) - expected)
-        if missing or extra:
-            raise RecordError(
-                f"{path} is not a version-{SCHEMA_VERSION} tuned config: "
-                f"missing {missing or 'nothing'}, unknown {extra or 'nothing'}."
-            )
+        document = known_values(document, str(path), (*IDENTIFYING, "model", *SECTIONS))
+        sources = {name: f"{path}, section {name!r}," for name in document}
+
+        def read(name: str, read_section: Callable[[Any, str], Any]) -> Any:
+            section = document[name]
+            return None if section is None else read_section(section, sources[name])
+
         try:
-            gating, plan, hardware = (document[name] for name in ("gating", "plan", "hardware"))
-            compensation, prefetch = document["compensation"], document["prefetch"]
-            model, precision = document["model"], document["precision"]
+            model = known_values(document["model"], sources["model"], MODEL)
             shape = model["n_layers"], model["n_experts"]
             return cls(
                 model=model,
-                gating=GatingTable.from_json(gating) if gating else None,
-                compensation=_read_compensation(compensation, path) if compensation else None,
-                plan=CachePlan.from_json(plan) if plan else None,
-                prefetch=_read_prefetch(prefetch, path) if prefetch else None,
-                eviction=(document["eviction"] or {"policy": "lru"})["policy"],
-                precision=PrecisionPlan.from_json(precision, *shape) if precision else None,
-                hardware=HardwareProfile.from_json(hardware) if hardware else None,
+                gating=read("gating", GatingTable.from_json),
+                compensation=read("compensation", partial(read_surrogates, path)),
+                plan=read("plan", CachePlan.from_json),
+                eviction=read("eviction", partial(_only_value, "policy")) or "lru",
+                prefetch=read("prefetch", partial(read_prefetch, path)),
+                precision=read("precision", partial(PrecisionPlan.from_json, shape)),
+                hardware=read("hardware", HardwareProfile.from_json),
                 evidence=document["evidence"] or {},
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise RecordError(f"{path} has a section of the wrong form: {error!r}.") from error
 
 
-def _file_of(record: TensorRecord, name: str) -> str:
-    """Return the name of the file beside `name`.json that holds a record."""
-    return f"{name}.{record.sha256[:12]}.safetensors"
-
-
-def _described(surrogates: Surrogates, name: str) -> dict[str, Any]:
-    """Return the section that names the surrogates' file, with what a reader wants to know."""
-    return {
-        "kind": SURROGATES,
-        "file": _file_of(surrogates, name),
-        "sha256": surrogates.sha256,
-        "method": surrogates.method,
-        "ranks": list(surrogates.ranks),
-        "gain": surrogates.gain.tolist(),
-        "n_values": surrogates.n_bytes(1),
-    }
-
-
-def _followed(table: PrefetchTable, name: str) -> dict[str, Any]:
-    """Return the section of a prefetch table, with the file of what was fitted for it."""
-    fitted = table.fitted
-    named = {"file": _file_of(fitted, name), "sha256": fitted.sha256} if fitted else {}
-    return {**table.to_json(), "fitted": named or None}
-
-
-def _read_compensation(section: Mapping[str, Any], path: Path) -> Surrogates:
-    """Read the surrogates that a config's section names, from beside the config."""
-    if section["kind"] != SURROGATES:
-        raise RecordError(
-            f"{path} asks for compensation by {section['kind']!r}; expected {SURROGATES!r}."
-        )
-    return Surrogates.load(_beside(path, section["file"]), section["sha256"])
-
-
-def _read_prefetch(section: Mapping[str, Any], path: Path) -> PrefetchTable:
-    """Read a prefetch table, and what was fitted for it from beside the config."""
-    named = section["fitted"]
-    fitted = Predictors.load(_beside(path, named["file"]), named["sha256"]) if named else None
-    return PrefetchTable.from_json(section, fitted)
-
-
-def _beside(path: Path, name: str) -> Path:
-    """Return the file of tensors that a config names, which must lie beside it."""
-    file = path.with_name(Path(name).name)
-    if file.name != name:
-        raise RecordError(
-            f"{path} names the tensors {name!r}; they must lie beside it, without a folder in "
-            "their name."
-        )
-    if not file.exists():
-        raise RecordError(
-            f"{path} needs {file.name} beside it, which is not there. Copy both files together, "
-            "or export the config again."
-        )
-    return file
+def _only_value(name: str, section: Any, source: str) -> Any:
+    """Return the value of a section that holds one."""
+    return known_values(section, source, (name,))[name]

@@ -7,15 +7,21 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 HEADER = "header"
+IDENTIFYING = ("kind", "schema_version")
+"""What stands in every file beside the record itself."""
+
+NONE_RENAMED: Mapping[str, str] = MappingProxyType({})
 CACHE_VARIABLE = "ADAPMOE_LAB_CACHE"
 
 
@@ -103,6 +109,70 @@ def check_version(
             f"{path} has schema version {header.get('schema_version')!r}; this adapmoe-lab reads "
             f"version {told}. Upgrade adapmoe-lab, or record the file again with this version."
         )
+
+
+def known_values(
+    values: Any,
+    source: str,
+    names: Collection[str],
+    later: Collection[str] = (),
+    renamed: Mapping[str, str] = NONE_RENAMED,
+) -> dict[str, Any]:
+    """Return saved values by today's names, after checking that they are those of the record.
+
+    Args:
+        values: what was read.
+        source: the file, and the section of it, as errors name them.
+        names: of all values of the record.
+        later: those of the names that files of earlier versions lack.
+        renamed: today's name of each name that earlier versions saved.
+
+    Raises:
+        RecordError: a value is unknown or there twice, or one that must be there is missing.
+    """
+    if not isinstance(values, Mapping):
+        raise RecordError(
+            f"{source} holds a {type(values).__name__} where named values are expected. "
+            "Restore it, or make it again with this version."
+        )
+    found: dict[str, Any] = {}
+    read_from: dict[str, str] = {}
+    for name, value in values.items():
+        now = renamed.get(name, name)
+        if now in read_from:
+            raise RecordError(
+                f"{source} holds {read_from[now]!r} and {name!r}, which are names of the same "
+                "value, one of them of an earlier version. Remove one of them."
+            )
+        read_from[now], found[now] = name, value
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise RecordError(
+            f"{source} holds {_quoted(unknown)}, which this adapmoe-lab does not know. If a later "
+            "version wrote it, upgrade adapmoe-lab; if it was written by hand, correct or remove "
+            "the name."
+        )
+    missing = [name for name in names if name not in found and name not in later]
+    if missing:
+        raise RecordError(
+            f"{source} lacks {_quoted(missing)}. Restore it, or make it again with this version."
+        )
+    return found
+
+
+def fields_of(
+    record: Any,
+    values: Any,
+    source: str,
+    later: Collection[str] = (),
+    renamed: Mapping[str, str] = NONE_RENAMED,
+) -> dict[str, Any]:
+    """Return saved values of a dataclass's fields; see `known_values`."""
+    return known_values(values, source, [f.name for f in fields(record)], later, renamed)
+
+
+def _quoted(names: Collection[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def frozen_array(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import RecordError, digest, frozen_array
+from adapmoe_lab.records.files import RecordError, digest, fields_of, frozen_array
 
 OFF = 2.0
 """A cut that nothing reaches: nothing is skipped."""
@@ -79,8 +79,13 @@ class GatingTable:
         return {"quantity": self.quantity, "cuts": rows, "renormalise": self.renormalise}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> GatingTable:
-        """Build a table from what `to_json` returned."""
+    def from_json(cls, values: Mapping[str, Any], source: str = "The gating table") -> GatingTable:
+        """Build a table from what `to_json` returned.
+
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
+        """
+        values = fields_of(cls, values, source)
         check_quantity(values["quantity"])
         rows = [[OFF if cut is None else cut for cut in row] for row in values["cuts"]]
         return cls(

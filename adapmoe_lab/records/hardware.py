@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import RecordError, check_version, frozen_array, save_json
+from adapmoe_lab.records.files import (
+    IDENTIFYING,
+    RecordError,
+    check_version,
+    fields_of,
+    frozen_array,
+    save_json,
+)
 from adapmoe_lab.records.spec import MoESpec
 
 KIND = "hardware-profile"
@@ -32,6 +39,8 @@ TIMES = (
     "launch_s",
 )
 RATES = ("host_memory_bytes_per_s", "host_matmul_bytes_per_s")
+LATER = ("pageable_copy_s", "expert_s_by_precision", *TIMES[2:], "wait_s", *RATES)
+"""What the first profiles had not measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,12 +234,15 @@ class HardwareProfile:
         return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> HardwareProfile:
-        """Build a profile from what `to_json` returned.
+    def from_json(
+        cls, values: Mapping[str, Any], source: str = "The hardware profile"
+    ) -> HardwareProfile:
+        """Build a profile from what `to_json` returned; what an older version lacks is None.
 
-        What an older version did not measure is None; what a later one adds is left out.
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
         """
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        return cls(**fields_of(cls, values, source, LATER))
 
     def save(self, path: str | Path) -> Path:
         """Write the profile as JSON, whole or not at all, and return its path."""
@@ -253,7 +265,8 @@ class HardwareProfile:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             check_version(document, KIND, SCHEMA_VERSION, path)
-            return cls.from_json(document)
+            values = {name: document[name] for name in document if name not in IDENTIFYING}
+            return cls.from_json(values, str(path))
         except RecordError:
             raise
         except (ValueError, TypeError, AttributeError) as error:

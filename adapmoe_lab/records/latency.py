@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adapmoe_lab.records.files import fields_of
 from adapmoe_lab.records.measurement import Measurement
 from adapmoe_lab.records.traffic import Traffic
 
@@ -28,5 +30,22 @@ class LatencyReport:
     decode_traffic: Traffic
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return plain JSON values that `from_json` reads back."""
         return {name: getattr(self, name).to_json() for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_json(
+        cls, values: Mapping[str, Any], source: str = "The latency report"
+    ) -> LatencyReport:
+        """Build a report from what `to_json` returned.
+
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
+        """
+        parts = fields_of(cls, values, source)
+        kinds: dict[str, Any] = {"prefill_traffic": Traffic, "decode_traffic": Traffic}
+        read = {
+            name: kinds.get(name, Measurement).from_json(part, f"{source}, {name},")
+            for name, part in parts.items()
+        }
+        return cls(**read)

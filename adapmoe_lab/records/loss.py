@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import RecordError, frozen_array
+from adapmoe_lab.records.files import RecordError, fields_of, frozen_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +61,19 @@ class LossReport:
         return mean, variance**0.5
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return plain JSON values that `from_json` reads back."""
         return {
             "nats": self.nats.tolist(),
             "n_predicted": self.n_predicted.tolist(),
             "skipped_fraction": self.skipped_fraction,
             "texts": self.texts,
         }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], source: str = "The loss report") -> LossReport:
+        """Build a report from what `to_json` returned.
+
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
+        """
+        return cls(**fields_of(cls, values, source))

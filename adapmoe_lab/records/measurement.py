@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import RecordError, frozen_array
+from adapmoe_lab.records.files import RecordError, fields_of, frozen_array
 
 
 class IncomparableError(ValueError):
@@ -87,6 +87,10 @@ class Measurement:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Measurement:
-        """Build a measurement from what `to_json` returned."""
-        return cls(**values)
+    def from_json(cls, values: Mapping[str, Any], source: str = "The measurement") -> Measurement:
+        """Build a measurement from what `to_json` returned.
+
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
+        """
+        return cls(**fields_of(cls, values, source))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adapmoe_lab.records.expert_format import ExpertFormat
-from adapmoe_lab.records.files import RecordError, digest, frozen_array
+from adapmoe_lab.records.files import RecordError, digest, frozen_array, known_values
 from adapmoe_lab.records.precision import precision_named
 
 NOT_KNOWN = "mixed"
@@ -149,12 +149,19 @@ class PrecisionPlan:
         return values
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], n_layers: int, n_experts: int) -> PrecisionPlan:
-        """Build the plan of a model of L layers of E experts from what `to_json` returned."""
-        names, sizes = values["experts"], values.get("bytes")
+    def from_json(
+        cls, shape: tuple[int, int], values: Mapping[str, Any], source: str = "The precision plan"
+    ) -> PrecisionPlan:
+        """Build the plan of a model of L layers of E experts from what `to_json` returned.
+
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
+        """
+        found = known_values(values, source, ("experts", "bytes"), later=("bytes",))
+        names, sizes = found["experts"], found.get("bytes")
         return cls(
-            None if names == NOT_KNOWN else _spread(names, n_layers, n_experts),
-            None if sizes is None else np.array(_spread(sizes, n_layers, n_experts)),
+            None if names == NOT_KNOWN else _spread(names, *shape, source),
+            None if sizes is None else np.array(_spread(sizes, *shape, source)),
         )
 
 
@@ -168,13 +175,13 @@ def _compact(table: list[list[Any]]) -> Any:
     return rows[0] if all(row == rows[0] for row in rows[1:]) and not _is_row(rows[0]) else rows
 
 
-def _spread(value: Any, n_layers: int, n_experts: int) -> tuple[tuple[Any, ...], ...]:
+def _spread(value: Any, n_layers: int, n_experts: int, source: str) -> tuple[tuple[Any, ...], ...]:
     """Return the table [L][E] that `_compact` made smaller."""
     rows = value if _is_row(value) else [value] * n_layers
     table = tuple(tuple(row) if _is_row(row) else (row,) * n_experts for row in rows)
     if [len(row) for row in table] != [n_experts] * n_layers:
         raise RecordError(
-            f"A precision plan has an entry per expert, {n_layers} layers of {n_experts}; got "
+            f"{source} needs an entry per expert, {n_layers} layers of {n_experts}; got "
             f"{[len(row) for row in table]}."
         )
     return table

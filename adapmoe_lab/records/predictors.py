@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,14 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import RecordError, frozen_array
+from adapmoe_lab.records.files import IDENTIFYING, RecordError, frozen_array, known_values
 from adapmoe_lab.records.spec import MoESpec
 from adapmoe_lab.records.tensors import TensorRecord, loaded_tensors, tensor_bytes
 
 KIND = "predictors"
 SCHEMA_VERSION = 1
 SCALARS = ("model_fingerprint", "n_tokens", "texts")
+TABLES = ("table_tokens", "token_table", "last_hidden")
 RIDGE = "ridge."
 
 
@@ -88,9 +90,7 @@ class Predictors(TensorRecord):
     def to_bytes(self) -> bytes:
         """Return them as the content of a safetensors file."""
         tensors = {
-            "table_tokens": self.table_tokens,
-            "token_table": self.token_table,
-            "last_hidden": self.last_hidden,
+            **{name: getattr(self, name) for name in TABLES},
             **{f"{RIDGE}{distance}": weights for distance, weights in self.ridge.items()},
         }
         scalars = {name: getattr(self, name) for name in SCALARS}
@@ -109,14 +109,15 @@ class Predictors(TensorRecord):
             RecordError: damaged, changed, or of another kind or version.
         """
         with loaded_tensors(Path(path), KIND, SCHEMA_VERSION, expected_sha256) as (header, tensors):
+            header = known_values(header, str(path), (*IDENTIFYING, *SCALARS))
+            ridge = {
+                name: int(name.removeprefix(RIDGE))
+                for name in tensors
+                if re.fullmatch(rf"{re.escape(RIDGE)}\d+", name)
+            }
+            tensors = known_values(tensors, str(path), (*TABLES, *ridge))
             return cls(
-                ridge={
-                    int(name.removeprefix(RIDGE)): array
-                    for name, array in tensors.items()
-                    if name.startswith(RIDGE)
-                },
-                table_tokens=tensors["table_tokens"],
-                token_table=tensors["token_table"],
-                last_hidden=tensors["last_hidden"],
+                ridge={distance: tensors[name] for name, distance in ridge.items()},
+                **{name: tensors[name] for name in TABLES},
                 **{name: header[name] for name in SCALARS},
             )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import RecordError, digest, frozen_array
+from adapmoe_lab.records.files import RecordError, digest, fields_of, frozen_array, known_values
 from adapmoe_lab.records.predictors import Predictors
 
 
@@ -160,8 +160,19 @@ class PrefetchTable:
 
     @classmethod
     def from_json(
-        cls, values: Mapping[str, Any], fitted: Predictors | None = None
+        cls,
+        values: Mapping[str, Any],
+        fitted: Predictors | None = None,
+        source: str = "The prefetch table",
     ) -> PrefetchTable:
-        """Build a table from what `to_json` returned, and what was fitted."""
-        sources = [PrefetchSource(**source) for source in values["sources"]]
+        """Build a table from what `to_json` returned, and what was fitted.
+
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
+        """
+        values = known_values(values, source, ("sources", "buffer_slots"))
+        sources = [
+            PrefetchSource(**fields_of(PrefetchSource, saved, f"{source}, predictor {number},"))
+            for number, saved in enumerate(values["sources"], start=1)
+        ]
         return cls(sources, values["buffer_slots"], fitted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.records.files import (
+    IDENTIFYING,
     RecordError,
     digest,
     frozen_array,
+    known_values,
     load_arrays,
     save_arrays,
 )
@@ -27,6 +30,7 @@ OLDEST_VERSION = 1
 
 UNGATED = "ungated"
 EXPERTS, SCORES = "predictions", "prediction_scores"
+IN_HEADER = ("spec", "labels", "recorded_under", "fingerprint")
 PER_TOKEN = ("token_ids", "expert_indices", "weights", "router_probs", "step_ids", "is_decode")
 
 
@@ -245,16 +249,24 @@ class RoutingTrace:
         """
         path = Path(path)
         header, arrays = load_arrays(path, KIND, SCHEMA_VERSION, OLDEST_VERSION)
+        header = known_values(header, str(path), (*IDENTIFYING, *IN_HEADER))
+        scores = {
+            name: name.replace(EXPERTS, SCORES, 1)
+            for name in arrays
+            if re.fullmatch(rf"{EXPERTS}/[^/]+/\d+", name)
+        }
+        later = scores.values() if header["schema_version"] == OLDEST_VERSION else ()
+        names = (*PER_TOKEN, "sequence_starts", *scores, *scores.values())
+        arrays = known_values(arrays, str(path), names, later)
         predictions: dict[str, dict[int, Prediction]] = {}
-        for name in [name for name in arrays if name.startswith(f"{EXPERTS}/")]:
+        for name, scores_name in scores.items():
             _, predictor, distance = name.split("/")
             experts = arrays.pop(name)
-            scores = arrays.pop(f"{SCORES}/{predictor}/{distance}", None)
-            if scores is not None:
-                by_distance = predictions.setdefault(predictor, {})
-                by_distance[int(distance)] = Prediction(experts, scores)
+            if scores_name in arrays:
+                prediction = Prediction(experts, arrays.pop(scores_name))
+                predictions.setdefault(predictor, {})[int(distance)] = prediction
         trace = cls(
-            spec=MoESpec.from_json(header["spec"]),
+            spec=MoESpec.from_json(header["spec"], f"{path}, section 'spec',"),
             predictions=predictions,
             labels=tuple(header["labels"]),
             recorded_under=header["recorded_under"],

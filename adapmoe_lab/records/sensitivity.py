@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adapmoe_lab.records.files import RecordError, frozen_array, load_arrays, save_arrays
+from adapmoe_lab.records.files import (
+    IDENTIFYING,
+    RecordError,
+    fields_of,
+    frozen_array,
+    load_arrays,
+    save_arrays,
+)
 from adapmoe_lab.records.gating_table import OFF
 
 KIND = "sensitivity-profile"
@@ -207,5 +213,5 @@ class SensitivityProfile:
             RecordError: damaged, or of another kind or version.
         """
         header, arrays = load_arrays(Path(path), KIND, SCHEMA_VERSION)
-        values: dict[str, Any] = {name: header[name] for name in SCALARS} | arrays
-        return cls(**values)
+        described = {name: header[name] for name in header if name not in IDENTIFYING}
+        return cls(**fields_of(cls, {**described, **arrays}, str(path)))

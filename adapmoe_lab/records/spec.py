@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import RecordError, digest
+from adapmoe_lab.records.files import RecordError, digest, fields_of
 from adapmoe_lab.records.precision_plan import NOT_KNOWN, PrecisionPlan
 
 
@@ -119,17 +119,26 @@ class MoESpec:
         return values
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> MoESpec:
-        """Build a spec from what `to_json` returned, or that of version 0.1, with its `dtype`."""
-        fields, shape = dict(values), (values["n_layers"], values["n_experts"])
-        if "dtype" not in fields:
-            fields["precision"] = PrecisionPlan.from_json(fields["precision"], *shape)
-            return cls(**fields)
-        dtype, expert_bytes = fields.pop("dtype"), dict(fields["expert_bytes"])
-        sizes = np.full(shape, expert_bytes[dtype])
-        if dtype == NOT_KNOWN:
-            fields["precision"] = PrecisionPlan(None, sizes)
-            del expert_bytes[NOT_KNOWN]
-        else:
-            fields["precision"] = PrecisionPlan.uniform(dtype, shape, sizes)
-        return cls(**{**fields, "expert_bytes": expert_bytes})
+    def from_json(
+        cls, values: Mapping[str, Any], source: str = "The model's description"
+    ) -> MoESpec:
+        """Build a spec from what `to_json` returned, today's or that of version 0.1.
+
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
+        """
+        if isinstance(values, Mapping) and "dtype" in values:
+            values = _with_precision(values)
+        found = fields_of(cls, values, source)
+        shape = found["n_layers"], found["n_experts"]
+        precision = PrecisionPlan.from_json(shape, found["precision"], f"{source}, precision,")
+        return cls(**{**found, "precision": precision})
+
+
+def _with_precision(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a spec of version 0.1, which only named the precision, as today's."""
+    fields = dict(values)
+    dtype, sizes = fields.pop("dtype"), dict(fields.get("expert_bytes", {}))
+    fields["precision"] = {"experts": dtype, "bytes": sizes.get(dtype)}
+    sizes.pop(NOT_KNOWN, None)
+    return {**fields, "expert_bytes": sizes}

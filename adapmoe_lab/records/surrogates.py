@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adapmoe_lab.records.files import RecordError, frozen_array
+from adapmoe_lab.records.files import IDENTIFYING, RecordError, frozen_array, known_values
 from adapmoe_lab.records.spec import MoESpec
 from adapmoe_lab.records.tensors import TensorRecord, loaded_tensors, tensor_bytes
 
@@ -140,7 +141,10 @@ class Surrogates(TensorRecord):
             RecordError: damaged, changed, or of another kind or version.
         """
         with loaded_tensors(Path(path), KIND, SCHEMA_VERSION, expected_sha256) as (header, tensors):
+            header = known_values(header, str(path), (*IDENTIFYING, *SCALARS))
             layers = range(len(tensors["gain"]))
-            maps = {name: [tensors[f"layers.{i}.{name}"] for i in layers] for name in MAPS}
+            placed = {name: [f"layers.{i}.{name}" for i in layers] for name in MAPS}
+            known_values(tensors, str(path), ("gain", *chain(*placed.values())))
+            maps = {name: [tensors[place] for place in places] for name, places in placed.items()}
             scalars = {name: header[name] for name in SCALARS}
         return cls(gain=tensors["gain"], **maps, **scalars)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapmoe_lab.records.files import RecordError
+from adapmoe_lab.records.files import RecordError, fields_of, known_values
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,14 @@ def load_targets(path: Path) -> dict[str, LinkTarget]:
         RecordError: the file is not a list of targets.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["targets"]
-        targets = [LinkTarget(**entry) for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        entries = known_values(document, str(path), ("about", "targets"))["targets"]
+        targets = [
+            LinkTarget(**fields_of(LinkTarget, entry, f"{path}, target {number},"))
+            for number, entry in enumerate(entries, start=1)
+        ]
+    except RecordError:
+        raise
+    except (ValueError, TypeError) as error:
         raise RecordError(f"{path} is not a list of link targets: {error!r}.") from error
     return {target.name: target for target in targets}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import frozen_array
+from adapmoe_lab.records.files import fields_of, frozen_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +64,21 @@ class Traffic:
         return Traffic(**{name: getattr(self, name) - getattr(earlier, name) for name in FIELDS})
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return plain JSON values that `from_json` reads back."""
         values = {name: getattr(self, name) for name in FIELDS}
         return {
             name: value.tolist() if isinstance(value, np.ndarray) else value
             for name, value in values.items()
         }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], source: str = "The traffic") -> Traffic:
+        """Build counters from what `to_json` returned.
+
+        Raises:
+            RecordError: a value is unknown, missing or wrong; the text names `source`.
+        """
+        return cls(**fields_of(cls, values, source))
 
 
 FIELDS = tuple(Traffic.__dataclass_fields__)

@@ -62,7 +62,7 @@ def test_reads_back_equal(names, has_bytes):
     sizes = [[10 * len(name) for name in layer] for layer in names] if has_bytes else None
     plan = PrecisionPlan(names, sizes)
     values = json.loads(json.dumps(plan.to_json()))
-    assert PrecisionPlan.from_json(values, *plan.shape) == plan
+    assert PrecisionPlan.from_json(plan.shape, values) == plan
 
 
 def test_what_is_alike_is_written_once():
@@ -81,7 +81,7 @@ def test_what_is_alike_is_written_once():
         (lambda: PrecisionPlan(HALF, [[1, 2]]), r"expert_bytes must have shape \[2, 2\], got"),
         (lambda: PrecisionPlan([["int4"]], [[0]]), "takes at least one byte"),
         (
-            lambda: PrecisionPlan.from_json({"experts": [["int4"]]}, 2, 3),
+            lambda: PrecisionPlan.from_json((2, 3), {"experts": [["int4"]]}),
             r"an entry per expert, 2 layers of 3; got \[1\]",
         ),
         (lambda: plan_of(HALF).n_unlike(plan_of(HALF[:1])), "Two layouts of one model can be"),
@@ -129,7 +129,7 @@ def test_a_known_layout_is_kept_by_trace_and_config(tmp_path):
 
 def test_a_layout_that_an_old_config_only_calls_mixed_is_not_known():
     documents = [json.loads((SAVED / f"{name}.json").read_text()) for name in ("config_mixed",) * 2]
-    one, other = (PrecisionPlan.from_json(d["precision"], 3, 4) for d in documents)
+    one, other = (PrecisionPlan.from_json((3, 4), d["precision"]) for d in documents)
     assert one.names is None
     assert one != other
     assert str(one) == "several precisions, not known which"
