@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,11 +98,16 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
     return replace(profile, wait_s=_wait_s(held, profile, model) if held else None)
 
 
-def measurement_conditions(model: LabModel) -> dict[str, str | int]:
-    """Return what every timing of a model depends on, beside its configuration."""
+def measurement_conditions(model: LabModel) -> dict[str, Any]:
+    """Return what every timing of a model depends on, beside its configuration.
+
+    How its experts are stored is given as the config's section is, and in numbers.
+    """
     return {
         "model": model.spec.fingerprint(),
-        "dtype": model.spec.dtype,
+        "compute_dtype": str(model.hf.dtype).removeprefix("torch."),
+        "precision": model.spec.precision.fingerprint(),
+        "experts_by_precision": model.spec.precision.counts,
         "device": device_name(model.engine.device),
         "link": model.engine.link.name,
         "torch": torch.__version__,

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -88,6 +89,12 @@ class LabModel:
     def layers(self) -> list[MoELayer]:
         """The model's layers with routed experts, in order."""
         return self._hook.layers
+
+    @property
+    def effective_config(self) -> TunedConfig:
+        """The config in force, with the slots and precisions in use where it leaves them open."""
+        plan = self.config.plan if self.config.plan is not None else self.memory.slots
+        return replace(self.config, plan=plan, precision=self.spec.precision)
 
     def apply(self, config: TunedConfig) -> None:
         """Run under another configuration from now on, starting with empty caches.

@@ -6,7 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from adapmoe_lab.records.files import (
     IDENTIFYING,
     RecordError,
     check_version,
+    digest,
     json_bytes,
     known_values,
     save_json,
@@ -49,6 +50,9 @@ SECTIONS = (
     "hardware",
     "evidence",
 )
+NOT_RUN = ("model", "evidence")
+"""Fields that are in no section's fingerprint: the weights, which `model` identifies by itself, and
+what is known about a config, which changes nothing of what it does."""
 MODEL = ("id", "fingerprint", "family", "n_layers", "n_experts", "top_k")
 EVICTION_POLICIES = (
     "lru",
@@ -170,6 +174,25 @@ class TunedConfig:
         if self.compensation is not None:
             return self.compensation.fingerprint()
         return RENORMALISED if self.gating is not None and self.gating.renormalise else NOTHING
+
+    def section_fingerprints(self) -> dict[str, str | None]:
+        """Identify what every section makes a model do; None where a section is off.
+
+        All fields but `NOT_RUN` are sections. The machine's times decide what is fetched ahead and
+        nothing else, so that `hardware` is None without prefetch.
+        """
+        sections = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_RUN}
+        if self.prefetch is None:
+            sections["hardware"] = None
+        return {
+            name: section if section is None or isinstance(section, str) else section.fingerprint()
+            for name, section in sections.items()
+        }
+
+    def fingerprint(self) -> str:
+        """Identify the model and everything that decides how it is run."""
+        sections = json.dumps(self.section_fingerprints(), sort_keys=True)
+        return digest(self.model["fingerprint"], sections)
 
     @classmethod
     def untuned(cls, spec: MoESpec) -> TunedConfig:

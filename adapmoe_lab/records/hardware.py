@@ -16,6 +16,7 @@ from adapmoe_lab.records.files import (
     IDENTIFYING,
     RecordError,
     check_version,
+    digest,
     fields_of,
     frozen_array,
     save_json,
@@ -228,6 +229,10 @@ class HardwareProfile:
             "memory": _listed(rates, _rate),
         }
         return "\n".join(f"{name:10} {text}" for name, text in lines.items() if text)
+
+    def fingerprint(self) -> str:
+        """Identify the profile by everything it holds."""
+        return digest(json.dumps(self.to_json(), sort_keys=True))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values that `from_json` reads back."""
