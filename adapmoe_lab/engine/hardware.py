@@ -25,6 +25,7 @@ from adapmoe_lab.engine.machine_times import (
 from adapmoe_lab.engine.timed_steps import TimedStep, free_steps, held_steps, solved_costs
 from adapmoe_lab.models.experts import run_expert
 from adapmoe_lab.records import HardwareProfile, TunedConfig
+from adapmoe_lab.records.hardware import mean_expert_s
 from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timeline
 
 HELD_S = 5.0
@@ -71,7 +72,8 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
             for _ in range(2):
                 free.append(free_steps(model, n_steps, first=len(free)))
             held += held_steps(model, n_held) if n_held else []
-    solved = solved_costs(free, miss_s, next(iter(by_precision.values())))
+    alone_s = mean_expert_s(by_precision, spec.precision.counts)
+    solved = solved_costs(free, miss_s, alone_s)
     profile = HardwareProfile(
         device=device_name(engine.device),
         link=engine.link.name,

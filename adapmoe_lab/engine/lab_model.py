@@ -155,7 +155,8 @@ class LabModel:
         if hardware is not None:
             is_gated = config.gating is not None
             dense_layer_s = hardware.dense_layer_s(self.spec.n_layers, is_gated)
-            engine.pace = StepPace(dense_layer_s, hardware.expert_s, load_s=hardware.load_s)
+            expert_s = tuple(map(tuple, hardware.expert_times(self.spec.precision).tolist()))
+            engine.pace = StepPace(dense_layer_s, expert_s, load_s=hardware.load_s)
         elif engine.pace == StepPace():
             engine.pace = StepPace(dense_layer_s=resident_layer_s(self.hf, engine))
 
