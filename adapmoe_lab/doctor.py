@@ -155,7 +155,7 @@ def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = Non
     """Return what a model's experts take in every precision, from its configuration alone."""
     n_layers, n_experts = len(model.layers), model.layers[0].n_experts
     top_k = configured_top_k(model.config)
-    n_chosen = top_k * sum(layer.n_runs for layer in model.layers)  # by each token
+    n_runs = [layer.n_runs for layer in model.layers]
     cpu = machine.device_free_bytes is None
     device = torch.device("cpu" if cpu else "cuda")
     needs = memory_needs(model, top_k, device, context_tokens).total
@@ -165,8 +165,9 @@ def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = Non
     )
     found = []
     for precision in PRECISIONS:
-        one = max(model.expert_format(layer, precision).n_bytes for layer in range(n_layers))
-        every = one * n_layers * n_experts
+        sizes = [model.expert_format(layer, precision).n_bytes for layer in range(n_layers)]
+        one, every = max(sizes), n_experts * sum(sizes)
+        chosen = top_k * int(np.dot(n_runs, sizes))  # bytes of a token's experts
         left = room - (every if cpu and 2 * every <= host else 0)  # the store lies there too
         slots = min(n_layers * n_experts, left // one - N_STAGING if left < every else left // one)
         found.append(
@@ -176,7 +177,7 @@ def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = Non
                 all_experts_bytes=every,
                 device_share=slots / (n_layers * n_experts) if slots >= n_layers else None,
                 fits_host=every <= host - (max(0, slots) * one if cpu else 0),
-                most_s_per_token=n_chosen * one / machine.copy_bytes_per_s,
+                most_s_per_token=chosen / machine.copy_bytes_per_s,
             )
         )
     return found

@@ -62,7 +62,7 @@ def replayed(trace: RoutingTrace, config: TunedConfig, model: LabModel) -> tuple
     keep = kept_experts(trace, None)
     guesses = recorded_guesses(trace, config.prefetch)
     residency = replay(trace, keep, config.plan, config.eviction, guesses)
-    costs = StepCosts.on(config.hardware, model.engine.store.expert_bytes)
+    costs = StepCosts.on(config.hardware, model.spec.precision)
     timeline = run_timeline(residency, costs, guesses, config.prefetch.buffer_slots)
     return int(residency.misses.sum()), *(
         int(counted.sum()) for counted in (timeline.used, timeline.wasted)

@@ -26,7 +26,14 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation import shared, slots_plan, with_pins
 from adapmoe_lab.policies.eviction import POLICIES
-from adapmoe_lab.records import CachePlan, MoESpec, Prediction, PrefetchTable, RoutingTrace
+from adapmoe_lab.records import (
+    CachePlan,
+    MoESpec,
+    PrecisionPlan,
+    Prediction,
+    PrefetchTable,
+    RoutingTrace,
+)
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.simulation.guesses import recorded_guesses
 from adapmoe_lab.simulation.miss_curves import miss_curves
@@ -65,7 +72,7 @@ def synthetic_trace(n_layers: int, n_experts: int, top_k: int, seed: int = 0) ->
         top_k=top_k,
         hidden_size=1,
         expert_bytes={"bfloat16": 1},
-        dtype="bfloat16",
+        precision=PrecisionPlan.uniform("bfloat16", (n_layers, n_experts), 1),
     )
     weights = np.take_along_axis(probs, indices.astype(np.int64), axis=2)
     return RoutingTrace(

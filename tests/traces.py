@@ -6,7 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from adapmoe_lab.records import MoESpec, Prediction, RoutingTrace, SensitivityProfile
+from adapmoe_lab.records import (
+    MoESpec,
+    PrecisionPlan,
+    Prediction,
+    RoutingTrace,
+    SensitivityProfile,
+)
 
 
 def make_spec(n_layers: int = 3, n_experts: int = 8, top_k: int = 2) -> MoESpec:
@@ -20,7 +26,7 @@ def make_spec(n_layers: int = 3, n_experts: int = 8, top_k: int = 2) -> MoESpec:
         top_k=top_k,
         hidden_size=16,
         expert_bytes={"bfloat16": 1000, "float32": 2000},
-        dtype="bfloat16",
+        precision=PrecisionPlan.uniform("bfloat16", (n_layers, n_experts), 1000),
         layer_paths=tuple(f"model.layers.{i}.mlp.experts" for i in range(n_layers)),
     )
 

@@ -17,15 +17,20 @@ class StepPace:
 
     Attributes:
         dense_layer_s: a layer before it asks for its experts.
-        expert_s: one expert that is there.
+        expert_s: one expert that is there; by layer and expert, [L][E], where they differ.
         head_s: what follows the last layer.
         load_s: returns what a load of so many bytes is expected to take; None asks the link.
     """
 
     dense_layer_s: float = 0.0
-    expert_s: float = 0.0
+    expert_s: float | tuple[tuple[float, ...], ...] = 0.0
     head_s: float = 0.0
     load_s: Callable[[float], float] | None = None
+
+    def of_expert(self, layer: int, expert: int) -> float:
+        """Return the seconds of one expert that is there."""
+        expert_s = self.expert_s
+        return expert_s[layer][expert] if isinstance(expert_s, tuple) else expert_s
 
 
 class Clock(Protocol):

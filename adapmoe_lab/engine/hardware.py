@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from adapmoe_lab.engine.timed_steps import TimedStep, free_steps, held_steps, so
 from adapmoe_lab.models.experts import run_expert
 from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.records import HardwareProfile, TunedConfig
+from adapmoe_lab.records.hardware import mean_expert_s
 from adapmoe_lab.simulation.timeline import StepCosts, counted_replay, run_timeline
 
 HELD_S = 5.0
@@ -74,7 +76,8 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
             for _ in range(2):
                 free.append(free_steps(model, n_steps, first=len(free)))
             held += held_steps(model, n_held) if n_held else []
-    solved = solved_costs(free, miss_s, next(iter(by_precision.values())))
+    alone_s = mean_expert_s(by_precision, spec.precision.counts)
+    solved = solved_costs(free, miss_s, alone_s)
     profile = HardwareProfile(
         device=device_name(engine.device),
         link=engine.link.name,
@@ -101,11 +104,16 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
     return replace(profile, wait_s=_wait_s(held, profile, model) if held else None)
 
 
-def measurement_conditions(model: LabModel) -> dict[str, str | int]:
-    """Return what every timing of a model depends on, beside its configuration."""
+def measurement_conditions(model: LabModel) -> dict[str, Any]:
+    """Return what every timing of a model depends on, beside its configuration.
+
+    How its experts are stored is given as the config's section is, and in numbers.
+    """
     return {
         "model": model.spec.fingerprint(),
-        "dtype": model.spec.dtype,
+        "compute_dtype": str(model.hf.dtype).removeprefix("torch."),
+        "precision": model.spec.precision.fingerprint(),
+        "experts_by_precision": model.spec.precision.counts,
         "device": device_name(model.engine.device),
         "link": model.engine.link.name,
         "torch": torch.__version__,
@@ -124,7 +132,7 @@ def _n_held(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
 def _wait_s(steps: list[TimedStep], hardware: HardwareProfile, model: LabModel) -> float:
     """Return what a layer that waited took beyond what the cost model says; the median of steps."""
     counts = [np.stack([getattr(step, name) for step in steps]) for name in ("hits", "misses")]
-    costs = StepCosts.on(hardware, model.engine.store.expert_bytes)
+    costs = StepCosts.on(hardware, model.spec.precision)
     timeline = run_timeline(counted_replay(*counts), costs)
     n_waits = (timeline.stall_s > 0).sum(axis=1)
     rest = np.array([step.seconds for step in steps]) - timeline.step_s

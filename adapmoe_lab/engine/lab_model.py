@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,13 +24,18 @@ from adapmoe_lab.engine.prepared import save_store
 from adapmoe_lab.models.checkpoint import HFModel
 from adapmoe_lab.models.families import MoELayer
 from adapmoe_lab.models.hook import ExpertsHook
-from adapmoe_lab.models.outline import MIXED
 from adapmoe_lab.models.residual_stream import (
     last_hidden_observed_by,
     layer_outputs_observed_by,
     token_ids_observed_by,
 )
-from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, PrefetchTable, TunedConfig
+from adapmoe_lab.records import (
+    LinkTarget,
+    MoESpec,
+    Predictors,
+    PrefetchTable,
+    TunedConfig,
+)
 from adapmoe_lab.records.prefetch import Moment
 
 
@@ -92,16 +99,33 @@ class LabModel:
         """The model's layers with routed experts, in order."""
         return self._hook.layers
 
+    @property
+    def effective_config(self) -> TunedConfig:
+        """The config in force, with the slots and precisions in use where it leaves them open."""
+        plan = self.config.plan if self.config.plan is not None else self.memory.slots
+        return replace(self.config, plan=plan, precision=self.spec.precision)
+
     def apply(self, config: TunedConfig) -> None:
         """Run under another configuration from now on, starting with empty caches.
 
+        A config of version 0.1 that does not say how experts of several precisions were laid out
+        runs on those that are loaded, with a warning.
+
         Raises:
             RecordError: the config was tuned for another model.
+            ValueError: it was tuned for experts stored otherwise.
             RuntimeError: the model was closed.
         """
         self.engine.check_open()
         config.check_model(self.spec)
         check_precision(config, self.spec)
+        if config.precision is not None and config.precision.names is None:
+            warnings.warn(
+                f"The config was saved for experts in {config.precision}; it runs on those that "
+                f"are loaded, {self.spec.precision}, which may lie otherwise. Tune this model and "
+                "save the config again to have that checked.",
+                stacklevel=2,
+            )
         plan = config.plan if config.plan is not None else self.memory.slots
         with self._in_use:
             predictors = ()
@@ -147,7 +171,8 @@ class LabModel:
         if hardware is not None:
             is_gated = config.gating is not None
             dense_layer_s = hardware.dense_layer_s(self.spec.n_layers, is_gated)
-            return StepPace(dense_layer_s, hardware.expert_s, load_s=hardware.load_s)
+            expert_s = tuple(map(tuple, hardware.expert_times(self.spec.precision).tolist()))
+            return StepPace(dense_layer_s, expert_s, load_s=hardware.load_s)
         if self._measured_pace is None:
             self._measured_pace = StepPace(dense_layer_s=self._resident_layer_s())
         return self._measured_pace
@@ -184,9 +209,9 @@ class LabModel:
     def emulate_link(self, target: LinkTarget | None) -> None:
         """Make loads on a CPU take as long, against computing here, as on the target machine.
 
-        Decode is timed with every expert at hand and nothing skipped; loading one expert then
-        takes the target's ratio times one such layer. None leaves the link out: loads take what
-        copying takes.
+        Decode is timed with every expert at hand and nothing skipped; loading one expert, of the
+        mean size where they differ, then takes the target's ratio times one such layer. None
+        leaves the link out: loads take what copying takes.
 
         Raises:
             ValueError: the link is a real one, or decoding takes no time on a virtual clock.
@@ -204,7 +229,7 @@ class LabModel:
                     "link='none'."
                 )
             load_s = layer_s * target.load_ratio
-            link.emulate(f"emulated:{target.name}", self.spec.stored_expert_bytes / load_s)
+            link.emulate(f"emulated:{target.name}", self.spec.mean_expert_bytes / load_s)
 
     @contextmanager
     def linked(self, target: LinkTarget | None) -> Iterator[Self]:
@@ -298,15 +323,27 @@ class LabModel:
 
 
 def check_precision(config: TunedConfig, spec: MoESpec) -> None:
-    """Refuse a config that was tuned for experts stored otherwise."""
-    if config.precision in (None, spec.dtype):
+    """Refuse a config that was tuned for experts stored otherwise.
+
+    One of version 0.1 that only says that they were mixed passes wherever they are.
+
+    Raises:
+        ValueError: an expert is stored in another precision than the config says.
+    """
+    wanted, stored = config.precision, spec.precision
+    if wanted is None:
         return
-    wanted = (
-        "with one precision per expert, or from the prepared store it was tuned with"
-        if config.precision == MIXED
-        else f"with expert_dtype={config.precision!r}"
-    )
-    raise ValueError(
-        f"The config stores experts as {config.precision}, the model is loaded as {spec.dtype}; "
-        f"load it {wanted}."
-    )
+    if wanted.names is None:
+        if stored.is_uniform:
+            raise ValueError(
+                f"The config stores experts as {wanted}, the model is loaded as {stored}. Load it "
+                "with one precision per expert, or from the prepared store it was tuned with."
+            )
+    elif wanted.names != stored.names:
+        n_experts, n_unlike = spec.n_layers * spec.n_experts, wanted.n_unlike(stored)
+        expert_dtype = repr(wanted.name) if wanted.is_uniform else "config.precision.names"
+        raise ValueError(
+            f"The config stores experts as {wanted}, the model is loaded as {stored}: "
+            f"{n_unlike} of {n_experts} experts differ. Load it with expert_dtype={expert_dtype}, "
+            "or tune it as it is."
+        )

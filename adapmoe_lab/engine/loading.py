@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
 
-import numpy as np
 import torch
 
 from adapmoe_lab.assets import data_folder
@@ -34,7 +33,7 @@ from adapmoe_lab.models.checkpoint import (
 )
 from adapmoe_lab.models.families import served_layers
 from adapmoe_lab.models.hook import ExpertsHook
-from adapmoe_lab.models.outline import DTYPES, MIXED, describe
+from adapmoe_lab.models.outline import DTYPES, ModelOutline, describe
 from adapmoe_lab.policies.allocation import check_size
 from adapmoe_lab.records import LinkTarget, MoESpec, TunedConfig, load_targets
 from adapmoe_lab.records.arguments import whole_number
@@ -68,8 +67,9 @@ def load(
         device: where to compute; CUDA where there is one, else the CPU.
         dtype: precision to compute in: `"auto"`, `"bfloat16"`, `"float16"` or `"float32"`, or
             torch's dtypes of these names; so in `expert_dtype`.
-        expert_dtype: precision to store and move experts in: `"auto"` as they come, `"bfloat16"`,
-            `"int8"`, `"int4"`, `"int3"`, `"int2"`, or one name per expert, [L][E].
+        expert_dtype: precision to store and move experts in: `"auto"` as the config or the store
+            says, else as they come, `"bfloat16"`, `"int8"`, `"int4"`, `"int3"`, `"int2"`, or one
+            name per expert, [L][E].
         expert_memory: room for experts on the device, with staging and surrogates: bytes,
             `"8GiB"` or `"40%"`; None for what is left.
         host_memory: host memory for experts, their slots included on the CPU; None for what is
@@ -104,21 +104,21 @@ def load(
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
     where = choose_device(device)
     target = link_target(link, where)
-    if config is not None and config.precision not in (None, MIXED) and expert_dtype == "auto":
-        expert_dtype = config.precision
-        dtype = config.precision if dtype == "auto" and config.precision in DTYPES else dtype
+    planned = config.precision if config is not None else None
+    if planned is not None and planned.names is not None and expert_dtype == "auto":
+        expert_dtype = planned.name or planned.names
+        dtype = planned.name if dtype == "auto" and planned.name in DTYPES else dtype
     checkpoint = open_checkpoint(name, dtype, revision)
     tokenizer = checkpoint.load_tokenizer()
+    if config is not None:
+        _check_shape(config, checkpoint.model)
     formats = expert_formats(checkpoint.model, expert_dtype, folder)
     spec = describe(checkpoint.model, formats)
     if config is not None:
-        if config.plan is not None and len(config.plan.slots) != spec.n_layers:
-            config.check_model(spec)  # refuses: a model of another depth is another model
         check_precision(config, spec)
     plan = plan_memory(
         spec,
         memory_needs(checkpoint.model, spec.top_k, where, max_context_tokens, batch_size),
-        np.array([[layout.n_bytes for layout in layer] for layer in formats]),
         where,
         expert_memory=expert_memory,
         host_memory=host_memory,
@@ -152,6 +152,13 @@ def load(
         experts.close()
         raise
     return model
+
+
+def _check_shape(config: TunedConfig, model: ModelOutline) -> None:
+    """Refuse a config for a model of another shape before anything is made of its plans."""
+    shape = len(model.layers), model.layers[0].n_experts
+    if shape != (config.model["n_layers"], config.model["n_experts"]):
+        config.check_model(describe(model, expert_formats(model, "auto")))
 
 
 def _surrogate_bytes(config: TunedConfig | None, checkpoint: Checkpoint) -> int:

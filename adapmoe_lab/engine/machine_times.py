@@ -82,15 +82,16 @@ class CopyTimes:
 
 
 def copy_times(store: ExpertStore, link: Link, clock: Clock, device: torch.device) -> CopyTimes:
-    """Time copies of parts of experts to the device, over the link and from pageable memory."""
-    n_bytes = int(store.expert_bytes[0].min())
+    """Time copies of parts of the widest experts, over the link and from pageable memory."""
+    n_bytes = int(store.expert_bytes.max())
+    widest = np.argwhere(store.expert_bytes == n_bytes)[: store.n_experts(0)].tolist()
     sizes = sorted({max(1, int(n_bytes * fraction)) for fraction in COPY_FRACTIONS})
     target = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     pageable = torch.zeros(n_bytes, dtype=torch.uint8)
     turns = count()
 
     def over_link(size: int) -> float:
-        source = store.row(0, next(turns) % store.n_experts(0))[:size]
+        source = store.row(*widest[next(turns) % len(widest)])[:size]
         return seconds_each([lambda: link.wait(link.copy(source, target[:size]))], device, clock)
 
     def from_pageable(size: int) -> float:

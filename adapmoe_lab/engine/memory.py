@@ -131,7 +131,6 @@ def memory_needs(
 def plan_memory(
     spec: MoESpec,
     needs: MemoryNeeds,
-    expert_bytes: NDArray[np.int64],
     device: torch.device,
     *,
     expert_memory: str | float | None = None,
@@ -143,9 +142,8 @@ def plan_memory(
     """Decide how many experts get a slot, and whether the rest waits in memory or on disk.
 
     Args:
-        spec: the model.
+        spec: the model, and how its experts are stored.
         needs: what it takes beside its experts.
-        expert_bytes: stored bytes of every expert, int64 [L, E].
         device: where it computes.
         expert_memory: room for experts and their surrogates on the device; None takes what is
             left.
@@ -158,7 +156,7 @@ def plan_memory(
         MemoryError: it does not fit; the text has the numbers and the most that does.
         ValueError: the room is too small for one expert per layer.
     """
-    store_bytes, slot_bytes = int(expert_bytes.sum()), expert_bytes.max(axis=1)
+    store_bytes, slot_bytes = spec.all_experts_bytes, spec.slot_bytes
     beside_bytes = surrogate_bytes + prefetch_bytes
     free = _free_bytes(device)
     left = int(HEADROOM * free) - needs.total
@@ -169,14 +167,14 @@ def plan_memory(
         if expert_memory is not None:
             room = budget_bytes(expert_memory, spec)
         else:
-            every_slot = expert_bytes.shape[1] * int(slot_bytes.sum()) + beside_bytes
+            every_slot = spec.n_experts * int(slot_bytes.sum()) + beside_bytes
             on_host = store_bytes if device.type == "cpu" else 0
             room = every_slot if every_slot + on_host <= left else left
             least = int(slot_bytes.sum() + N_STAGING * slot_bytes.max()) + beside_bytes
             if room < min(least, every_slot) and host is None:
                 raise MemoryError(_does_not_fit(spec, device, needs, free, least, left))
-        slots = uniform_plan(spec, room, slot_bytes=slot_bytes, beside_bytes=beside_bytes)
-    taken = planned_bytes(slots, expert_bytes) + beside_bytes
+        slots = uniform_plan(spec, room, beside_bytes=beside_bytes)
+    taken = planned_bytes(slots, spec.stored_bytes) + beside_bytes
     if taken > max(left, 0):
         raise MemoryError(_does_not_fit(spec, device, needs, free, taken, left))
     if device.type == "cpu":

@@ -292,7 +292,7 @@ class OffloadEngine:
         """
         for arrival in self._source.arrivals(layer, experts, hidden):
             yield arrival
-            self.clock.spend(self.pace.expert_s)
+            self.clock.spend(self.pace.of_expert(layer, arrival[0]))
 
     def run_layer(
         self,

@@ -52,7 +52,7 @@ def expert_formats(
     """
     counts = [layer.n_experts for layer in model.layers]
     if expert_dtype == "auto" and store is not None and is_prepared(store):
-        names: Sequence[Sequence[str]] = prepared_precisions(store)
+        names: Sequence[Sequence[str]] = prepared_precisions(store).names or ()
     elif isinstance(expert_dtype, str):
         name = model.stored_as if expert_dtype == "auto" else expert_dtype
         names = [[precision_named(name).name] * n_experts for n_experts in counts]

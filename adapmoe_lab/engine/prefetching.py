@@ -159,15 +159,19 @@ class Prefetcher:
             step: what the layer does.
             late: experts that it will demand once there is staging for them.
         """
-        now, link_ready, expert_s = self._clock.now(), self._link.free_at(), self.pace.expert_s
-        late_s = 0.0
+        now, link_ready = self._clock.now(), self._link.free_at()
+        missing = [*(load.expert for load in step.loads), *step.streamed]
+        late_s, hits_s, missing_s, last_s = 0.0, 0.0, 0.0, 0.0
+        for expert in step.hits:
+            hits_s += self.pace.of_expert(layer, expert)
+        for expert in sorted(missing):
+            missing_s += self.pace.of_expert(layer, expert)
+            last_s = max(last_s, self.pace.of_expert(layer, expert))
         for expert in late:
             late_s += self._link.seconds(int(self._store.expert_bytes[layer, expert]))
         link_ready += late_s
-        ready_at = max(now + len(step.hits) * expert_s, link_ready)
-        ready_at += expert_s if step.n_misses else 0.0
-        n_members = len(step.hits) + step.n_misses
-        outlook = _Outlook(max(now, link_ready), ready_at, n_members * expert_s, late_s)
+        ready_at = max(now + hits_s, link_ready) + last_s
+        outlook = _Outlook(max(now, link_ready), ready_at, hits_s + missing_s, late_s)
         self._ask(Moment.EXPERTS_INPUT, layer, hidden, cache, outlook)
 
     def look_again(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:

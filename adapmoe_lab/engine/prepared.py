@@ -18,6 +18,7 @@ import torch
 from adapmoe_lab.engine.ledger import ChecksumLedger, checksum
 from adapmoe_lab.engine.store import ExpertStore, Formats, row_stride
 from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.records import PrecisionPlan
 from adapmoe_lab.records.files import RecordError, known_values, written_atomically
 
 STORE_VERSION = 2
@@ -121,13 +122,11 @@ def open_store(folder: Path, identity: str, formats: Formats) -> PreparedStore:
             f"model ({identity}); name the folder of this model's store, or a new one."
         )
     entries = index["experts"]
-    found = [[entry["precision"] for entry in layer] for layer in entries]
-    wanted = [[layout.precision for layout in layer] for layer in formats]
-    n_bytes = [[entry["bytes"] for entry in layer] for layer in entries]
-    if found != wanted or n_bytes != [[layout.n_bytes for layout in layer] for layer in formats]:
+    found, wanted = _precision_plan(entries), PrecisionPlan.of(formats)
+    if found != wanted:
         raise CheckpointError(
-            f"{folder} holds experts as {_in_words(found)}, asked for were {_in_words(wanted)}; "
-            "give its precision as expert_dtype, or name a new folder."
+            f"{folder} holds experts as {found}, asked for were {wanted}; give its precision as "
+            f"expert_dtype, or name a new folder ({_unlike(found, wanted)})."
         )
     blob, size = folder / BLOB, (folder / BLOB).stat().st_size
     if size != index["blob_bytes"]:
@@ -145,9 +144,24 @@ def open_store(folder: Path, identity: str, formats: Formats) -> PreparedStore:
     )
 
 
-def prepared_precisions(folder: Path) -> list[list[str]]:
-    """Return the precision of every expert [L][E] of a prepared store."""
-    return [[entry["precision"] for entry in layer] for layer in _read_index(folder)["experts"]]
+def prepared_precisions(folder: Path) -> PrecisionPlan:
+    """Return how every expert of a prepared store is stored."""
+    return _precision_plan(_read_index(folder)["experts"])
+
+
+def _precision_plan(entries: list[list[dict[str, Any]]]) -> PrecisionPlan:
+    names, sizes = (
+        [[entry[key] for entry in layer] for layer in entries] for key in ("precision", "bytes")
+    )
+    return PrecisionPlan(tuple(map(tuple, names)), np.array(sizes))
+
+
+def _unlike(found: PrecisionPlan, wanted: PrecisionPlan) -> str:
+    """Say how many experts of two layouts differ, and in what."""
+    if found.shape != wanted.shape:
+        return f"{found.shape} layers and experts are not {wanted.shape}"
+    n_unlike = found.n_unlike(wanted)
+    return f"{n_unlike} experts differ" if n_unlike else "they lie in other bytes"
 
 
 def prepared_identity(folder: Path) -> str:
@@ -243,8 +257,3 @@ def _partial_name(folder: Path) -> str:
 
 def _blob_bytes(store: ExpertStore) -> int:
     return sum(row_stride(layout) for layer in store.formats for layout in layer)
-
-
-def _in_words(precisions: list[list[str]]) -> str:
-    names = sorted({name for layer in precisions for name in layer})
-    return " and ".join(names)

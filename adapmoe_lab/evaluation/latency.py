@@ -122,15 +122,9 @@ def measure_latency(
                 )
             if number > 0:
                 watch.keep()
-        surrogates, prefetch = model.config.compensation, model.config.prefetch
         conditions = {
             **measurement_conditions(model),
-            "slots": tuple(engine.cached.plan.slots.tolist()),
-            "shared_slots": engine.cached.plan.is_global,
-            "eviction": model.config.eviction,
-            "gating": engine.gating.fingerprint() if engine.gating else None,
-            "compensation": surrogates.fingerprint() if surrogates else None,
-            "prefetch": prefetch.fingerprint() if prefetch else None,
+            **model.effective_config.section_fingerprints(),
             "prompt_tokens": tuple(len(ids) for ids in encoded),
             "new_tokens": new_tokens,
         }

@@ -13,12 +13,9 @@ from adapmoe_lab.models.configuration import one_line
 from adapmoe_lab.models.families import MoELayer, find_moe_layers
 from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.models.support import Trait, UnsupportedModelError, find_family
-from adapmoe_lab.records import PRECISIONS, ExpertFormat, MoESpec
+from adapmoe_lab.records import PRECISIONS, ExpertFormat, MoESpec, PrecisionPlan
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-MIXED = "mixed"
-"""What a model's precision is called when its experts are not all stored in the same."""
 
 TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_router_topk")
 """What families call K."""
@@ -105,8 +102,6 @@ def describe(
 ) -> MoESpec:
     """Return the spec of a model whose experts are stored in the given formats [L][E].
 
-    Experts of several precisions are called `mixed`, and each counts as large as the largest.
-
     Args:
         model: the model's outline.
         formats: the layout of every expert.
@@ -117,14 +112,10 @@ def describe(
         partial_revision: the identity that versions up to 0.1 gave them.
     """
     layers = model.layers
-    stored = {layout.precision for layer in formats for layout in layer}
-    precision = stored.pop() if len(stored) == 1 else MIXED
     expert_bytes = {
         name: max(model.expert_format(n, name).n_bytes for n in range(len(layers)))
         for name in PRECISIONS
     }
-    if precision == MIXED:
-        expert_bytes[MIXED] = max(layout.n_bytes for layer in formats for layout in layer)
     if routed is None:
         top_k = configured_top_k(model.config)
         normalises = Trait.UNNORMALISED not in find_family(model.config.model_type).traits
@@ -141,7 +132,7 @@ def describe(
         top_k=top_k,
         hidden_size=layers[0].input_size,
         expert_bytes=expert_bytes,
-        dtype=precision,
+        precision=PrecisionPlan.of(formats),
         layer_paths=tuple(layer.path for layer in layers),
         normalises_router=normalises,
     )

@@ -74,7 +74,6 @@ def uniform_plan(
     spec: MoESpec,
     budget: int,
     min_slots: int = 1,
-    slot_bytes: NDArray[np.int64] | None = None,
     beside_bytes: int = 0,
 ) -> CachePlan:
     """Divide a byte budget evenly over the layers.
@@ -86,15 +85,12 @@ def uniform_plan(
         spec: the model whose experts are meant.
         budget: bytes for slots, surrogates and staging.
         min_slots: slots every layer must get.
-        slot_bytes: int64 [L], bytes of a slot of each layer where experts differ in precision.
         beside_bytes: bytes of what lies in the same room: surrogates, a prefetch buffer.
 
     Raises:
         ValueError: the budget does not give every layer `min_slots`.
     """
-    n_layers, n_experts = spec.n_layers, spec.n_experts
-    if slot_bytes is None:
-        slot_bytes = np.full(n_layers, spec.stored_expert_bytes)
+    n_layers, n_experts, slot_bytes = spec.n_layers, spec.n_experts, spec.slot_bytes
     widest, all_layers = int(slot_bytes.max()), int(slot_bytes.sum())
     whole_room = budget - beside_bytes
     room = whole_room - N_STAGING * widest
@@ -128,11 +124,11 @@ def slots_plan(spec: MoESpec, slots_per_layer: int) -> CachePlan:
             f"{slots_per_layer}."
         )
     staging = 0 if slots_per_layer == spec.n_experts else N_STAGING
-    n_slots = slots_per_layer * spec.n_layers + staging
+    all_layers = int(spec.slot_bytes.sum())
     return CachePlan(
         slots=np.full(spec.n_layers, slots_per_layer),
-        slot_bytes=np.full(spec.n_layers, spec.stored_expert_bytes),
-        budget_bytes=n_slots * spec.stored_expert_bytes,
+        slot_bytes=spec.slot_bytes,
+        budget_bytes=slots_per_layer * all_layers + staging * spec.stored_expert_bytes,
         method="uniform",
     )
 

@@ -34,8 +34,9 @@ def profile(
     """Record the routing of texts, or reuse the recording of an earlier run.
 
     The model runs each text in one forward pass under its present gating and compensation. The
-    trace is kept in the project folder under a name made of the model, the texts, those two and
-    the predictors; when it is found there it is read instead, and a note says so.
+    trace is kept in the project folder under a name made of the model, what its experts are stored
+    and computed in, the texts, those two and the predictors; when it is found there it is read
+    instead, and a note says so.
 
     Args:
         model: the model to run.
@@ -68,7 +69,8 @@ def profile(
     name = digest(
         str(SCHEMA_VERSION),
         model.spec.fingerprint(),
-        model.spec.dtype,
+        model.spec.precision.fingerprint(),
+        str(model.hf.dtype),
         model.engine.skipping,
         predictors.fingerprint() if predictors is not None else "none fitted",
         str(n_candidates),

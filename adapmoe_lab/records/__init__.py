@@ -10,6 +10,7 @@ from adapmoe_lab.records.latency import LatencyReport
 from adapmoe_lab.records.loss import LossReport
 from adapmoe_lab.records.measurement import IncomparableError, Measurement
 from adapmoe_lab.records.precision import PRECISIONS, Precision, precision_named
+from adapmoe_lab.records.precision_plan import PrecisionPlan
 from adapmoe_lab.records.predictors import Predictors
 from adapmoe_lab.records.prefetch import PrefetchSource, PrefetchTable
 from adapmoe_lab.records.published import PublishedAdapMoE, PublishedRun
@@ -35,6 +36,7 @@ __all__ = [
     "MoESpec",
     "PartialIdentityWarning",
     "Precision",
+    "PrecisionPlan",
     "Prediction",
     "Predictors",
     "PrefetchSource",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.files import RecordError, fields_of, frozen_array
+from adapmoe_lab.records.files import RecordError, digest, fields_of, frozen_array
 
 LATER = ("is_global", "pinned")
 """What plans had not before slots could be shared and experts pinned."""
@@ -99,6 +100,11 @@ class CachePlan:
         for layer, experts in enumerate(self.pinned or ()):
             mask[layer, list(experts)] = True
         return mask
+
+    def fingerprint(self) -> str:
+        """Identify who gets how many slots and who never leaves; not how that was decided."""
+        slots = self.n_slots if self.is_global else self.slots.tolist()
+        return digest(json.dumps([self.is_global, slots, self.pinned]))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values that `from_json` reads back."""

@@ -6,7 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,12 +24,14 @@ from adapmoe_lab.records.files import (
     IDENTIFYING,
     RecordError,
     check_version,
+    digest,
     json_bytes,
     known_values,
     save_json,
 )
 from adapmoe_lab.records.gating_table import GatingTable
 from adapmoe_lab.records.hardware import HardwareProfile
+from adapmoe_lab.records.precision_plan import PrecisionPlan
 from adapmoe_lab.records.prefetch import PrefetchTable
 from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
 from adapmoe_lab.records.spec import MoESpec
@@ -48,6 +50,9 @@ SECTIONS = (
     "hardware",
     "evidence",
 )
+NOT_RUN = ("model", "evidence")
+"""Fields that are in no section's fingerprint: the weights, which `model` identifies by itself, and
+what is known about a config, which changes nothing of what it does."""
 MODEL = ("id", "fingerprint", "family", "n_layers", "n_experts", "top_k")
 EVICTION_POLICIES = (
     "lru",
@@ -72,7 +77,7 @@ class TunedConfig:
         plan: slots per layer, or None for those the model was loaded with.
         eviction: name of the eviction policy.
         prefetch: what is fetched ahead, or None for nothing.
-        precision: precision of the stored experts, or None for the one they were saved in.
+        precision: how every expert is stored, or None for as it was saved.
         hardware: the machine the numbers were predicted for.
         evidence: what was predicted and measured, with the conditions.
     """
@@ -83,7 +88,7 @@ class TunedConfig:
     plan: CachePlan | None = None
     eviction: str = "lru"
     prefetch: PrefetchTable | None = None
-    precision: str | None = None
+    precision: PrecisionPlan | None = None
     hardware: HardwareProfile | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
@@ -104,6 +109,12 @@ class TunedConfig:
         if self.plan and len(self.plan.slots) != n_layers:
             raise RecordError(
                 f"The cache plan has {len(self.plan.slots)} layers; the model has {n_layers}."
+            )
+        shape = self.precision.shape if self.precision is not None else None
+        if shape is not None and shape != (n_layers, self.model["n_experts"]):
+            raise RecordError(
+                f"The precision plan is for {shape[0]} layers of {shape[1]} experts; the model has "
+                f"{n_layers} layers of {self.model['n_experts']}."
             )
         if self.eviction not in EVICTION_POLICIES:
             known = ", ".join(EVICTION_POLICIES)
@@ -164,6 +175,25 @@ class TunedConfig:
             return self.compensation.fingerprint()
         return RENORMALISED if self.gating is not None and self.gating.renormalise else NOTHING
 
+    def section_fingerprints(self) -> dict[str, str | None]:
+        """Identify what every section makes a model do; None where a section is off.
+
+        All fields but `NOT_RUN` are sections. The machine's times decide what is fetched ahead and
+        nothing else, so that `hardware` is None without prefetch.
+        """
+        sections = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_RUN}
+        if self.prefetch is None:
+            sections["hardware"] = None
+        return {
+            name: section if section is None or isinstance(section, str) else section.fingerprint()
+            for name, section in sections.items()
+        }
+
+    def fingerprint(self) -> str:
+        """Identify the model and everything that decides how it is run."""
+        sections = json.dumps(self.section_fingerprints(), sort_keys=True)
+        return digest(self.model["fingerprint"], sections)
+
     @classmethod
     def untuned(cls, spec: MoESpec) -> TunedConfig:
         """Return the config that runs a model as it is: nothing skipped, every expert kept."""
@@ -210,7 +240,7 @@ class TunedConfig:
             "plan": self.plan.to_json() if self.plan else None,
             "eviction": {"policy": self.eviction},
             "prefetch": prefetch_section(self.prefetch, name) if self.prefetch else None,
-            "precision": {"experts": self.precision} if self.precision else None,
+            "precision": self.precision.to_json() if self.precision else None,
             "hardware": self.hardware.to_json() if self.hardware else None,
             "evidence": dict(self.evidence) or None,
         }
@@ -277,14 +307,16 @@ class TunedConfig:
             return None if section is None else read_section(section, sources[name])
 
         try:
+            model = known_values(document["model"], sources["model"], MODEL)
+            shape = model["n_layers"], model["n_experts"]
             return cls(
-                model=known_values(document["model"], sources["model"], MODEL),
+                model=model,
                 gating=read("gating", GatingTable.from_json),
                 compensation=read("compensation", partial(read_surrogates, path)),
                 plan=read("plan", CachePlan.from_json),
                 eviction=read("eviction", partial(_only_value, "policy")) or "lru",
                 prefetch=read("prefetch", partial(read_prefetch, path)),
-                precision=read("precision", partial(_only_value, "experts")),
+                precision=read("precision", partial(PrecisionPlan.from_json, shape)),
                 hardware=read("hardware", HardwareProfile.from_json),
                 evidence=document["evidence"] or {},
             )

@@ -16,10 +16,12 @@ from adapmoe_lab.records.files import (
     IDENTIFYING,
     RecordError,
     check_version,
+    digest,
     fields_of,
     frozen_array,
     save_json,
 )
+from adapmoe_lab.records.precision_plan import PrecisionPlan
 from adapmoe_lab.records.spec import MoESpec
 
 KIND = "hardware-profile"
@@ -58,7 +60,8 @@ class HardwareProfile:
         copy_s: float64 [n] median seconds of a copy of that size, pinned where there is CUDA.
         dense_step_s: seconds of one decode step outside the experts: attention, router, head, and
             all that the host does for it, `layer_host_s` of every layer included.
-        expert_s: seconds one resident expert takes for one token.
+        expert_s: seconds one resident expert takes for one token, as the store that was probed
+            holds them; `expert_times` has those of another.
         conditions: what else the numbers depend on (versions, threads, target, dtype).
         pageable_copy_s: float64 [n], the same copies from pageable memory; CUDA only.
         expert_s_by_precision: seconds of one expert of the model's shape for one token, alone and
@@ -171,6 +174,29 @@ class HardwareProfile:
         """Seconds of one of L layers outside the experts, gating included where there is any."""
         return self.dense_step_s / n_layers + (self.gate_s or 0.0) * is_gated
 
+    def expert_times(self, precision: PrecisionPlan) -> NDArray[np.float64]:
+        """Seconds that each expert of a plan takes for one token, resident, float64 [L, E].
+
+        `expert_s` was measured on the store that was probed. An expert takes as much more or less
+        as one of its precision did alone; `expert_s` where that was not timed, and where it is not
+        known what was probed.
+        """
+        assert precision.shape is not None, "a plan of a model has its shape"  # noqa: S101
+        alone, probed_s = self.expert_s_by_precision or {}, self._probed_alone_s
+        ratios = {name: s / probed_s for name, s in alone.items()} if probed_s else {}
+        if precision.names is None:
+            return np.full(precision.shape, self.expert_s)
+        relative = [[ratios.get(name, 1.0) for name in layer] for layer in precision.names]
+        return self.expert_s * np.array(relative)
+
+    @property
+    def _probed_alone_s(self) -> float | None:
+        """Seconds of an expert alone, averaged over the store that was probed."""
+        counts = self.conditions.get("experts_by_precision")
+        if counts is None and "dtype" in self.conditions:  # as version 0.1 called it
+            counts = {self.conditions["dtype"]: 1}
+        return mean_expert_s(self.expert_s_by_precision or {}, counts or {})
+
     def load_s(self, n_bytes: float) -> float:
         """Seconds to bring `n_bytes` to the device, interpolated between measured sizes."""
         if n_bytes >= self.copy_bytes[-1]:
@@ -178,9 +204,13 @@ class HardwareProfile:
         return float(np.interp(n_bytes, self.copy_bytes, self.copy_s))
 
     def load_ratio(self, spec: MoESpec) -> float:
-        """Time to load one of a model's experts over that of a layer with every expert there."""
-        layer_s = self.dense_step_s / spec.n_layers + spec.top_k * self.expert_s
-        return self.load_s(spec.stored_expert_bytes) / layer_s
+        """Time to load one of a model's experts over that of a layer with every expert there.
+
+        Where experts differ in precision, an expert of their mean size.
+        """
+        expert_s = float(self.expert_times(spec.precision).mean())
+        layer_s = self.dense_step_s / spec.n_layers + spec.top_k * expert_s
+        return self.load_s(spec.mean_expert_bytes) / layer_s
 
     def at_load_ratio(self, spec: MoESpec, ratio: float) -> HardwareProfile:
         """Return the profile with a real link of such a speed that `load_ratio` is `ratio`.
@@ -225,6 +255,10 @@ class HardwareProfile:
             "memory": _listed(rates, _rate),
         }
         return "\n".join(f"{name:10} {text}" for name, text in lines.items() if text)
+
+    def fingerprint(self) -> str:
+        """Identify the profile by everything it holds."""
+        return digest(json.dumps(self.to_json(), sort_keys=True))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values that `from_json` reads back."""
@@ -271,6 +305,14 @@ class HardwareProfile:
                 f"{path} is not a readable {KIND}: it is damaged, cut short, or another kind of "
                 f"file ({error}). Probe the hardware again."
             ) from error
+
+
+def mean_expert_s(by_precision: Mapping[str, float], counts: Mapping[str, int]) -> float | None:
+    """Return the mean seconds of experts, so many of each precision; None if one was not timed."""
+    if not counts or not set(counts) <= set(by_precision):
+        return None
+    total = sum(counts.values())
+    return sum(by_precision[name] * (count / total) for name, count in counts.items())
 
 
 def _plain(value: Any) -> Any:

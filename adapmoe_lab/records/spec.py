@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adapmoe_lab.records.files import RecordError, digest, fields_of
+from adapmoe_lab.records.precision_plan import NOT_KNOWN, PrecisionPlan
 
 
 class PartialIdentityWarning(UserWarning):
@@ -28,8 +32,8 @@ class MoESpec:
         n_experts: E, routed experts per layer.
         top_k: K, experts the router chooses per token.
         hidden_size: D, width of an expert's input and output.
-        expert_bytes: stored bytes of one expert by precision.
-        dtype: the precision the experts are stored in.
+        expert_bytes: stored bytes of one expert by precision, the widest layer's.
+        precision: the precision and bytes that every expert is stored in.
         layer_paths: module path of each layer's experts, in layer order.
         normalises_router: whether the router's K weights sum to one.
         partial_revision: identity by a part of the weights, as versions up to 0.1 took it; empty
@@ -44,7 +48,7 @@ class MoESpec:
     top_k: int
     hidden_size: int
     expert_bytes: Mapping[str, int]
-    dtype: str
+    precision: PrecisionPlan
     layer_paths: tuple[str, ...] = field(default=())
     normalises_router: bool = True
     partial_revision: str = ""
@@ -57,19 +61,57 @@ class MoESpec:
             raise RecordError("A MoESpec needs at least one layer, expert, choice and channel.")
         if self.top_k > self.n_experts:
             raise RecordError(f"top_k={self.top_k} exceeds the {self.n_experts} experts per layer.")
-        if self.dtype not in self.expert_bytes:
-            known = ", ".join(self.expert_bytes)
-            raise RecordError(f"expert_bytes has no entry for dtype {self.dtype!r}, only: {known}.")
+        wanted, sizes = (self.n_layers, self.n_experts), self.precision.expert_bytes
+        if sizes is None or sizes.shape != wanted:
+            raise RecordError(
+                f"The precision of a model of {wanted[0]} layers x {wanted[1]} experts gives the "
+                f"bytes of each, got {'none' if sizes is None else list(sizes.shape)}."
+            )
+
+    @property
+    def dtype(self) -> str:
+        """What the experts are stored in, in words; compare `precision` instead."""
+        return str(self.precision)
+
+    @property
+    def stored_bytes(self) -> NDArray[np.int64]:
+        """Stored bytes of every expert, int64 [L, E]."""
+        sizes = self.precision.expert_bytes
+        assert sizes is not None, "checked on construction"  # noqa: S101
+        return sizes
+
+    @property
+    def slot_bytes(self) -> NDArray[np.int64]:
+        """Bytes of a slot that any expert of the layer fits into, int64 [L]."""
+        return self.stored_bytes.max(axis=1)
 
     @property
     def stored_expert_bytes(self) -> int:
-        """Bytes of one expert in the precision it is stored in."""
-        return self.expert_bytes[self.dtype]
+        """Bytes of the widest expert as it is stored; of any, if all are stored alike."""
+        return int(self.stored_bytes.max())
+
+    @property
+    def mean_expert_bytes(self) -> float:
+        """Stored bytes of an expert, averaged over all."""
+        return self.all_experts_bytes / (self.n_layers * self.n_experts)
 
     @property
     def all_experts_bytes(self) -> int:
         """Stored bytes of every expert of the model."""
-        return self.n_layers * self.n_experts * self.stored_expert_bytes
+        return int(self.stored_bytes.sum())
+
+    def sizes_in(self, precision: PrecisionPlan | None) -> PrecisionPlan:
+        """Return a plan with its bytes, for this model; the model's own where it is not known.
+
+        A known plan without bytes, as configs of version 0.1 hold it, gets those of
+        `expert_bytes`.
+        """
+        if precision is None or precision.names is None:
+            return self.precision
+        if precision.expert_bytes is not None:
+            return precision
+        sizes = [[self.expert_bytes[name] for name in layer] for layer in precision.names]
+        return PrecisionPlan(precision.names, np.array(sizes))
 
     def fingerprint(self) -> str:
         """Identify the weights and their shape, wherever they lie and in whatever precision."""
@@ -117,6 +159,7 @@ class MoESpec:
         """Return plain JSON values that `from_json` reads back."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["expert_bytes"] = dict(self.expert_bytes)
+        values["precision"] = self.precision.to_json()
         values["layer_paths"] = list(self.layer_paths)
         return values
 
@@ -124,9 +167,23 @@ class MoESpec:
     def from_json(
         cls, values: Mapping[str, Any], source: str = "The model's description"
     ) -> MoESpec:
-        """Build a spec from what `to_json` returned.
+        """Build a spec from what `to_json` returned, today's or that of version 0.1.
 
         Raises:
             RecordError: a value is unknown, missing or wrong; the text names `source`.
         """
-        return cls(**fields_of(cls, values, source, later=("partial_revision",)))
+        if isinstance(values, Mapping) and "dtype" in values:
+            values = _with_precision(values)
+        found = fields_of(cls, values, source, later=("partial_revision",))
+        shape = found["n_layers"], found["n_experts"]
+        precision = PrecisionPlan.from_json(shape, found["precision"], f"{source}, precision,")
+        return cls(**{**found, "precision": precision})
+
+
+def _with_precision(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a spec of version 0.1, which only named the precision, as today's."""
+    fields = dict(values)
+    dtype, sizes = fields.pop("dtype"), dict(fields.get("expert_bytes", {}))
+    fields["precision"] = {"experts": dtype, "bytes": sizes.get(dtype)}
+    sizes.pop(NOT_KNOWN, None)
+    return {**fields, "expert_bytes": sizes}

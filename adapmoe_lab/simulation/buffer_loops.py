@@ -23,8 +23,8 @@ ahead, the bytes that crossed and the seconds they took, the events written down
 
 SECONDS, BYTES = range(2)
 (
-    DENSE_LAYER_S, EXPERT_S, HEAD_S, MISS_S, WAIT_S, GUESS_S, PIECE_S, ASK_S, ASK_OUTPUT_S,
-) = range(9)  # fmt: skip
+    DENSE_LAYER_S, HEAD_S, MISS_S, WAIT_S, GUESS_S, PIECE_S, ASK_S, ASK_OUTPUT_S,
+) = range(8)  # fmt: skip
 """Places in the pace, as `timeline.StepCosts` names them."""
 
 LAYER, MEMBER, BEGUN, ASKED_AT, ORDER, ARRIVAL = range(6)

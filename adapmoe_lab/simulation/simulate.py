@@ -9,15 +9,14 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.records import (
-    CachePlan,
     HardwareProfile,
-    MoESpec,
+    PrecisionPlan,
     RoutingTrace,
     SensitivityProfile,
     TunedConfig,
 )
 from adapmoe_lab.simulation.guesses import recorded_guesses
-from adapmoe_lab.simulation.replay import Replay, replay
+from adapmoe_lab.simulation.replay import HIT, Replay, replay
 from adapmoe_lab.simulation.timeline import StepCosts, Timeline, run_timeline
 
 
@@ -95,7 +94,8 @@ def simulate(
     loss, loss_se = _predicted_loss(config, keep, sensitivity)
     used = wasted = np.zeros(trace.spec.n_layers)
     stall_ms = idle = ms_per_token = None
-    bytes_per_token = float((misses.mean(axis=0) * slot_bytes(trace.spec, config.plan)).sum())
+    sizes = trace.spec.sizes_in(config.precision)
+    bytes_per_token = float(_bytes_missed(replayed, sizes)[counted].mean())
     if timeline is not None:
         step_s = timeline.step_s[counted]
         used, wasted = timeline.used[counted].mean(axis=0), timeline.wasted[counted].mean(axis=0)
@@ -141,17 +141,22 @@ def replayed_and_timed(
     replayed = replay(steps, keep, config.plan, config.eviction, guesses)
     if hardware is None:
         return replayed, None
-    sizes = np.repeat(slot_bytes(spec, config.plan)[:, None], spec.n_experts, axis=1)
-    costs = StepCosts.on(hardware, sizes, config.gating is not None)
+    costs = StepCosts.on(hardware, spec.sizes_in(config.precision), config.gating is not None)
     room = table.buffer_slots if table is not None else 0
     return replayed, run_timeline(replayed, costs, guesses, room, n_events)
 
 
-def slot_bytes(spec: MoESpec, plan: CachePlan | None) -> NDArray[np.int64]:
-    """Return the bytes an expert of each layer takes on the link, int64 [L]."""
-    if plan is not None and plan.slot_bytes is not None:
-        return plan.slot_bytes
-    return np.full(spec.n_layers, spec.stored_expert_bytes)
+def _bytes_missed(replayed: Replay, precision: PrecisionPlan) -> NDArray[np.int64]:
+    """Return the bytes of all experts that each step lacked, int64 [N]."""
+    sizes = precision.expert_bytes
+    assert sizes is not None, "a spec knows its bytes"  # noqa: S101
+    n_bytes = np.zeros(replayed.hits.shape[0], dtype=np.int64)
+    for layer, starts in enumerate(replayed.starts):
+        own = slice(starts[0], starts[-1])
+        is_missing = replayed.fates[layer, own] != HIT
+        crossed = np.append(0, np.cumsum(sizes[layer, replayed.members[layer, own]] * is_missing))
+        n_bytes += np.diff(crossed[starts - starts[0]])
+    return n_bytes
 
 
 def _predicted_loss(

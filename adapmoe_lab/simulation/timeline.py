@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.policies.prefetch import N_PIECES, piece_bounds
-from adapmoe_lab.records import HardwareProfile
+from adapmoe_lab.records import HardwareProfile, PrecisionPlan
 from adapmoe_lab.records.prefetch import Moment
 from adapmoe_lab.simulation.guesses import NO_GUESSES, Guesses
 from adapmoe_lab.simulation.replay import LOAD, Replay, in_threads
@@ -21,7 +21,7 @@ class StepCosts:
 
     Attributes:
         dense_layer_s: seconds of a layer before it asks for its experts.
-        expert_s: seconds of one expert that is there.
+        expert_s: float64 [L, E], seconds of each expert that is there; one number is for all.
         head_s: seconds of what follows the last layer.
         rest: float64 [L, E, P+1, 2], seconds and bytes to bring what is left of an expert when so
             many of its P pieces were begun ahead.
@@ -37,7 +37,7 @@ class StepCosts:
     """
 
     dense_layer_s: float
-    expert_s: float
+    expert_s: NDArray[np.float64]
     head_s: float
     rest: NDArray[np.float64]
     piece: NDArray[np.float64]
@@ -48,13 +48,17 @@ class StepCosts:
     ask_s: float = 0.0
     ask_output_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Give every expert its seconds."""
+        expert_s = np.broadcast_to(np.asarray(self.expert_s, np.float64), self.rest.shape[:2])
+        object.__setattr__(self, "expert_s", expert_s.copy())
+
     @property
     def pace(self) -> NDArray[np.float64]:
-        """Seconds of everything but the link, in the order the compiled clock reads them."""
+        """Seconds beside the link and the experts, in the order the compiled clock reads them."""
         return np.array(
             [
                 self.dense_layer_s,
-                self.expert_s,
                 self.head_s,
                 self.miss_s,
                 max(self.wait_s, -self.dense_layer_s),
@@ -72,7 +76,7 @@ class StepCosts:
         seconds: Callable[[int], float],
         *,
         dense_layer_s: float,
-        expert_s: float,
+        expert_s: float | NDArray[np.float64],
         head_s: float = 0.0,
     ) -> StepCosts:
         """Return the costs for experts of `expert_bytes` [L, E] over a link.
@@ -92,19 +96,28 @@ class StepCosts:
             parts = np.diff(bounds).tolist()
             rest[own] = [(seconds(n) if n else 0.0, n) for n in left]
             piece[own] = [(seconds(n), n) for n in parts]
-        return cls(dense_layer_s, expert_s, head_s, rest, piece)
+        return cls(dense_layer_s, np.asarray(expert_s), head_s, rest, piece)
 
     @classmethod
     def on(
-        cls, hardware: HardwareProfile, expert_bytes: NDArray[np.int64], is_gated: bool = False
+        cls, hardware: HardwareProfile, precision: PrecisionPlan, is_gated: bool = False
     ) -> StepCosts:
-        """Return the costs that were measured on a machine; what was not is taken as nothing."""
+        """Return the costs that were measured on a machine; what was not is taken as nothing.
+
+        Args:
+            hardware: what was measured.
+            precision: how the experts are stored, with their bytes.
+            is_gated: whether experts may be skipped.
+        """
+        expert_bytes = precision.expert_bytes
+        if expert_bytes is None:
+            raise ValueError(f"Costs need the bytes of every expert; {precision} comes without.")
         gated_guess_s = hardware.gated_guess_s if is_gated else None
         costs = cls.of(
             expert_bytes,
             hardware.load_s,
             dense_layer_s=hardware.dense_layer_s(len(expert_bytes), is_gated),
-            expert_s=hardware.expert_s,
+            expert_s=hardware.expert_times(precision),
         )
         return replace(
             costs,
@@ -203,6 +216,7 @@ def run_timeline(
         guesses.probability,
         replayed.absent,
         costs.pace,
+        costs.expert_s,
         costs.rest,
         costs.piece,
         empty_clock(buffer_slots, replayed.widest),
@@ -235,7 +249,7 @@ def _layer_by_layer(replayed: Replay, costs: StepCosts) -> Timeline:
         out = stall_s[layer], spent_s[layer], n_bytes[layer], link_s[layer]
         own = replayed.members[layer], replayed.starts[layer], replayed.fates[layer]
         room = np.empty(widest, dtype=np.int64), np.empty(widest)
-        time_layer(*own, loads[layer], costs.pace, *room, *out)
+        time_layer(*own, loads[layer], costs.expert_s[layer], costs.pace, *room, *out)
 
     in_threads(run, n_layers)
     nothing = np.zeros((n_steps, n_layers), dtype=np.int16)

@@ -16,7 +16,6 @@ from adapmoe_lab.simulation.buffer_loops import (
     BEGUN,
     BYTES,
     DENSE_LAYER_S,
-    EXPERT_S,
     EXPERTS_INPUT,
     HEAD_S,
     LAST_HIDDEN,
@@ -124,40 +123,41 @@ def _demand(clock, log, pace, rest, layer, members, fates, first, end, rows, row
 
 
 @inlined
-def _run_when_there(clock, log, layer, expert, arrival, expert_s):
+def _run_when_there(clock, log, expert_s, layer, expert, arrival):
     """Wait for an expert and compute it; return the seconds waited."""
     waited = max(0.0, arrival - clock[NOW])
     clock[NOW] = max(clock[NOW], arrival)
-    _compute(clock, log, EXPERT, layer, expert, expert_s)
+    _compute(clock, log, EXPERT, layer, expert, expert_s[layer, expert])
     return waited
 
 
 @inlined
 def _run_experts(
-    clock, log, pace, rest, piece, rows, layer, members, fates, first, end, row_of, arrives,
-    n_missing,
+    clock, log, pace, expert_s, rest, piece, rows, layer, members, fates, first, end, row_of,
+    arrives, n_missing,
 ):  # fmt: skip
     """Compute a layer's experts as they are there; return the seconds waited."""
-    stall, expert_s = 0.0, pace[EXPERT_S]
+    stall = 0.0
     for i in range(end - first):
         if fates[layer, first + i] == HIT:
-            _compute(clock, log, EXPERT, layer, members[layer, first + i], expert_s)
+            expert = members[layer, first + i]
+            _compute(clock, log, EXPERT, layer, expert, expert_s[layer, expert])
     if n_missing == 0:
         return stall
     for i in range(end - first):
         if row_of[i] >= 0:
             expert = members[layer, first + i]
-            stall += _run_when_there(clock, log, layer, expert, arrives[i], expert_s)
+            stall += _run_when_there(clock, log, expert_s, layer, expert, arrives[i])
             clock[NOW] += pace[MISS_S]  # it is moved to a slot
     for i in range(end - first):
         if fates[layer, first + i] == LOAD and row_of[i] < 0:
             expert = members[layer, first + i]
-            stall += _run_when_there(clock, log, layer, expert, arrives[i], expert_s)
+            stall += _run_when_there(clock, log, expert_s, layer, expert, arrives[i])
     late, n_in_flight = 0, 0
     for i in range(end - first):
         if fates[layer, first + i] == STREAM and row_of[i] < 0:
             expert = members[layer, first + i]
-            stall += _run_when_there(clock, log, layer, expert, arrives[i], expert_s)
+            stall += _run_when_there(clock, log, expert_s, layer, expert, arrives[i])
             n_in_flight = 0
             late = i + 1
             while late < end - first and n_in_flight < N_STAGING:
@@ -177,7 +177,7 @@ def _run_experts(
 @compiled
 def run_clock(
     members, starts, fates, moments, distances, guessed, probability, absent,
-    pace, rest, piece, state, used, wasted, stall, n_bytes, link_s, ended, log,
+    pace, expert_s, rest, piece, state, used, wasted, stall, n_bytes, link_s, ended, log,
 ):  # fmt: skip
     """Run the clock over every step, and return how many events were written down.
 
@@ -190,7 +190,8 @@ def run_clock(
         guessed: int16 [J, N, L, C], experts that will be needed, -1 for none.
         probability: float64 [J, N or 1, L, C], that they will.
         absent: bool [J, N, L, C], which were not resident when they were guessed.
-        pace: float64 [9], seconds of everything but the link.
+        pace: float64 [8], seconds of everything but the link and the experts.
+        expert_s: float64 [L, E], seconds of each expert that is there.
         rest: float64 [L, E, P+1, 2], seconds and bytes of what is left of an expert when so many
             pieces are begun.
         piece: float64 [L, E, P, 2], seconds and bytes of each piece.
@@ -204,7 +205,7 @@ def run_clock(
         log: float64 [M, 5], filled with the first events: kind, layer, expert, begin, end.
     """
     n_layers, n_steps = starts.shape[0], starts.shape[1] - 1
-    dense_layer_s, expert_s, head_s = pace[DENSE_LAYER_S], pace[EXPERT_S], pace[HEAD_S]
+    dense_layer_s, head_s = pace[DENSE_LAYER_S], pace[HEAD_S]
     clock, rows, row_of, arrives = state
     speaks_at_output = False
     for j in range(len(moments)):
@@ -219,21 +220,27 @@ def run_clock(
             _begin_pieces(clock, log, pace, rows, piece)
             first, end = starts[layer, step], starts[layer, step + 1]
             wasted[step, layer] = settle(rows, layer, members, fates, first, end, row_of)
+            hits_s, missing_s, last_s = 0.0, 0.0, 0.0
             for i in range(end - first):
                 used[step, layer] += row_of[i] >= 0
+                own_s = expert_s[layer, members[layer, first + i]]
+                if fates[layer, first + i] == HIT:
+                    hits_s += own_s
+                else:
+                    missing_s += own_s
+                    last_s = max(last_s, own_s)
             link_ready, n_missing = _demand(
                 clock, log, pace, rest, layer, members, fates, first, end, rows, row_of, arrives
             )
-            hits_done_at = clock[NOW] + (end - first - n_missing) * expert_s
-            ready_at = max(hits_done_at, link_ready) + (expert_s if n_missing > 0 else 0.0)
+            ready_at = max(clock[NOW] + hits_s, link_ready) + last_s
             ask_all(
                 EXPERTS_INPUT, layer, step, max(clock[NOW], link_ready), ready_at,
-                (end - first) * expert_s, n_layers,
+                hits_s + missing_s, n_layers,
                 moments, distances, guessed, probability, absent, clock, pace, rest, piece, rows,
             )  # fmt: skip
             stall[step, layer] = _run_experts(
-                clock, log, pace, rest, piece, rows, layer, members, fates, first, end, row_of,
-                arrives, n_missing,
+                clock, log, pace, expert_s, rest, piece, rows, layer, members, fates, first, end,
+                row_of, arrives, n_missing,
             )  # fmt: skip
             if speaks_at_output:
                 ask_all(
@@ -256,7 +263,7 @@ def run_clock(
 
 @compiled
 def time_layer(
-    members, starts, fates, load, pace, missing, arrives, stall, spent, n_bytes, link_s
+    members, starts, fates, load, expert_s, pace, missing, arrives, stall, spent, n_bytes, link_s
 ):  # fmt: skip
     """Time every step of one layer that finds and leaves the link idle, as `run_clock` does.
 
@@ -267,6 +274,7 @@ def time_layer(
         starts: int32 [N+1], where each set begins.
         fates: int8 [T K], what becomes of each member.
         load: float64 [E, 2], seconds and bytes of each expert.
+        expert_s: float64 [E], seconds of each that is there.
         pace: as `run_clock` takes it.
         missing: int64, room for the experts that the widest step may miss.
         arrives: float64, as much room.
@@ -275,14 +283,16 @@ def time_layer(
         n_bytes: int64 [N], filled with the bytes that crossed.
         link_s: float64 [N], filled with the seconds that took.
     """
-    expert_s, miss_s = pace[EXPERT_S], pace[MISS_S]
+    miss_s = pace[MISS_S]
     for step in range(len(starts) - 1):
         now, link_free, waited, crossed, busy = pace[DENSE_LAYER_S], 0.0, 0.0, 0.0, 0.0
-        n_members, n_loads, n_missing = starts[step + 1] - starts[step], 0, 0
+        hits_s, n_loads, n_missing = 0.0, 0, 0
         for i in range(starts[step], starts[step + 1]):
             if fates[i] == LOAD:
                 missing[n_loads] = members[i]
                 n_loads += 1
+            elif fates[i] == HIT:
+                hits_s += expert_s[members[i]]
         n_missing = n_loads
         for i in range(starts[step], starts[step + 1]):
             if fates[i] == STREAM:
@@ -293,12 +303,12 @@ def time_layer(
             link_free = max(now, link_free) + load[missing[n], SECONDS]
             arrives[n] = link_free
             now += miss_s
-        now += (n_members - n_missing) * expert_s
+        now += hits_s
         for n in range(n_missing):
             busy += load[missing[n], SECONDS]
             crossed += load[missing[n], BYTES]
             waited += max(0.0, arrives[n] - now)
-            now = max(now, arrives[n]) + expert_s
+            now = max(now, arrives[n]) + expert_s[missing[n]]
             if n >= n_loads and n_asked < n_missing:
                 link_free = max(now, link_free) + load[missing[n_asked], SECONDS]
                 arrives[n_asked] = link_free

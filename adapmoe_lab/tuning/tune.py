@@ -106,7 +106,7 @@ def tune(
         model=TunedConfig.model_identity(trace.spec),
         compensation=compensation,
         plan=plan,
-        precision=trace.spec.dtype,
+        precision=trace.spec.precision,
         hardware=hardware,
     )
 

@@ -133,7 +133,7 @@ class Controls(OwningBox):
     def _tell_memory(self) -> None:
         spec = self._bench.trace.spec
         ahead = buffer_slots(spec) if self.ahead.value else 0
-        kept = (self.slots.value * spec.n_layers + ahead) * spec.stored_expert_bytes
+        kept = self.slots.value * int(spec.slot_bytes.sum()) + ahead * spec.stored_expert_bytes
         self.memory.value = (
             f"<small style='margin-left:136px'>of {spec.n_experts} per layer"
             f"{f', {ahead} ahead' if ahead else ''}: "

@@ -125,7 +125,7 @@ class Bench:
             compensation=self.compensation,
             plan=slots_plan(spec, draft.cache.slots_per_layer),
             prefetch=self._prefetch_table(draft.cache),
-            precision=spec.dtype,
+            precision=spec.precision,
             hardware=self.hardware,
         )
 

@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -29,7 +28,6 @@ def plan(outline, monkeypatch):
     """Return a planner for the demo (48 MiB of experts in float32) with so many MiB free."""
     formats = [[outline.expert_format(layer, "float32")] * 8 for layer in range(8)]
     spec = describe(outline, formats)
-    sizes = np.array([[layout.n_bytes for layout in layer] for layer in formats])
     needs = memory_needs(outline, spec.top_k, CPU, 256)
 
     def plan_with(device, device_mib, host_mib=10_000, **arguments):
@@ -37,7 +35,7 @@ def plan(outline, monkeypatch):
         host = type("Memory", (), {"available": host_mib * MIB})
         monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: host)
         monkeypatch.setattr(memory, "device_name", str)
-        return plan_memory(spec, needs, sizes, device, **arguments)
+        return plan_memory(spec, needs, device, **arguments)
 
     return plan_with
 

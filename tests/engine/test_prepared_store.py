@@ -81,7 +81,10 @@ def test_other_experts_between_the_same_routers_are_refused(tiny_checkpoint, pre
 
 
 def test_another_precision_is_refused(tiny_checkpoint, prepared):
-    expected = "holds experts as int4, asked for were int8; give its precision as expert_dtype"
+    expected = (
+        "holds experts as int4, asked for were int8; give its precision as expert_dtype, or name a "
+        r"new folder \(12 experts differ\)"
+    )
     with pytest.raises(CheckpointError, match=expected):
         load_with(tiny_checkpoint, prepared, expert_dtype="int8")
 

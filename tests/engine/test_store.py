@@ -85,7 +85,8 @@ def test_bytes_moved_are_those_of_each_expert(tiny_checkpoint):
     model = load(
         tiny_checkpoint, dtype="float32", expert_dtype=precisions, device="cpu", link="none"
     )
-    assert model.spec.dtype == "mixed"
+    assert model.spec.dtype == "3 x float32, 3 x int4, 3 x int8, 3 x mxfp4"
+    assert model.spec.all_experts_bytes == model.engine.store.n_bytes
     sizes = model.engine.store.expert_bytes
     assert (np.diff(sizes, axis=1) < 0).all()
     assert model.config.plan.slot_bytes.tolist() == [sizes[0, 0]] * L

@@ -102,6 +102,19 @@ def demo():
     return paced(model, bytes_per_s=2**29)
 
 
+@pytest.fixture(scope="module")
+def mixed():
+    """Return the demo with experts of two precisions, each computed in a time of its own."""
+    layout = [["float32", "int4"] * 4, ["int4", "int4", "float32", "int4"] * 2] * 4
+    model = load(
+        "demo", dtype="float32", expert_dtype=layout, device="cpu", link="none",
+        clock=VirtualClock(), announce=lambda _: None,
+    )  # fmt: skip
+    expert_s = tuple(tuple((1 + (3 * e + n) % 7) * 2**-13 for e in range(8)) for n in range(8))
+    model.engine.pace = replace(PACE, expert_s=expert_s)
+    return paced(model, bytes_per_s=2**29)
+
+
 def config_of(model, eviction, is_global, prefetch=None):
     """Return a gated config with zero to seven slots per layer, or as many in one pool."""
     spec = model.spec
@@ -182,7 +195,7 @@ def run_and_replay(model, config, run, **asking):
 
     `asking` is what that takes in the replay.
     """
-    engine, table = model.engine, config.prefetch
+    engine, table, pace = model.engine, config.prefetch, model.engine.pace
     prompts = [model.encode(text)[:16] for text in calibration_texts()[:3]]
     with model.running(config):
         engine.clock.spend(1.0)  # the link is idle by then
@@ -195,9 +208,9 @@ def run_and_replay(model, config, run, **asking):
     costs = StepCosts.of(
         engine.store.expert_bytes,
         engine.link.seconds,
-        dense_layer_s=PACE.dense_layer_s,
-        expert_s=PACE.expert_s,
-        head_s=PACE.head_s,
+        dense_layer_s=pace.dense_layer_s,
+        expert_s=np.array(pace.expert_s),
+        head_s=pace.head_s,
     )
     costs = replace(costs, **asking)
     timeline = run_timeline(replayed, costs, guesses, table.buffer_slots if table else 0)
@@ -268,3 +281,15 @@ def test_asking_takes_time_and_changes_no_decision(demo, monkeypatch, load_s, sp
 def test_fetching_ahead_leaves_every_policy_as_it_is(demo, eviction):
     config = config_of(demo, eviction, True, following(*EVERYBODY, buffer_slots=2))
     assert_equal_accounts(*run_and_replay(demo, config, decode_alone))
+
+
+@pytest.mark.parametrize("spoken", [None, EVERYBODY])
+@pytest.mark.parametrize("is_global", [False, True])
+@pytest.mark.parametrize("run", [decode_alone, decode_batch])
+def test_unlike_experts_are_counted_and_timed_alike(mixed, run, is_global, spoken):
+    if run is decode_batch and spoken is not None:
+        spoken = NEXT_THREE
+    table = following(*spoken) if spoken is not None else None
+    accounts = run_and_replay(mixed, config_of(mixed, "lru", is_global, table), run)
+    assert_equal_accounts(*accounts)
+    assert bool(accounts[0].prefetch_used.any()) == (spoken is not None)

@@ -12,7 +12,7 @@ from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.gating import fixed_k, score_ratio
-from adapmoe_lab.records import GatingTable
+from adapmoe_lab.records import GatingTable, IncomparableError, TunedConfig
 
 PROMPTS = [PROMPT, "def f(x):"]
 
@@ -127,10 +127,48 @@ def test_what_it_refuses(load_tiny, arguments, message):
         measure_latency(load_tiny(), **{"prompts": [PROMPT], **arguments})
 
 
-def test_unlike_conditions_are_not_compared(load_tiny):
+def measured(model, config=None):
+    return measure_latency(model, config, [PROMPT], new_tokens=4, repeats=1).decode
+
+
+def assert_only_differ_in(name, one, other):
+    with pytest.raises(IncomparableError, match=rf"unlike conditions \({name}: [^;]*\)"):
+        one.ratio_to(other)
+    assert np.isfinite(one.ratio_to(other, varied=(name,)))
+
+
+def test_configs_that_run_otherwise_are_not_compared(load_tiny):
     model = load_tiny()
-    wide = measure_latency(model, None, [PROMPT], new_tokens=4, repeats=1)
-    narrow = measure_latency(half_cached(model), None, [PROMPT], new_tokens=4, repeats=1)
-    with pytest.raises(ValueError, match="unlike conditions"):
-        wide.decode.ratio_to(narrow.decode)
-    assert np.isfinite(wide.decode.ratio_to(narrow.decode, varied=("slots",)))
+    wide, half = measured(model), half_cached(model).config
+    narrow = measured(model, half)
+    assert_only_differ_in("plan", wide, narrow)
+    assert_only_differ_in("eviction", narrow, measured(model, replace(half, eviction="lfu")))
+    gating = GatingTable.per_layer([0.7] * 3, 2)
+    assert_only_differ_in("gating", narrow, measured(model, replace(half, gating=gating)))
+    pins = [
+        replace(half, plan=replace(half.plan, pinned=((first, 3),) * 3), eviction="static")
+        for first in (0, 1)
+    ]
+    assert_only_differ_in("plan", *(measured(model, config) for config in pins))
+    assert measured(model, half).ratio_to(narrow) > 0
+
+
+def test_what_a_config_leaves_open_is_what_the_model_was_loaded_with(load_tiny):
+    wide, narrow = (load_tiny(expert_memory=size) for size in ("100%", "60%"))
+    untuned = TunedConfig.untuned(wide.spec)
+    assert_only_differ_in("plan", measured(wide, untuned), measured(narrow, untuned))
+    planned = replace(untuned, plan=narrow.memory.slots, precision=narrow.spec.precision)
+    assert measured(narrow, planned).ratio_to(measured(narrow, untuned)) > 0
+
+
+def test_times_in_other_precisions_are_not_compared(load_tiny):
+    mixed = [["int8", "int4", "int8", "int8"]] * 3
+    layouts = [mixed, [layer[::-1] for layer in mixed]]
+    one, other = (measured(load_tiny(expert_dtype=names, dtype="float32")) for names in layouts)
+    assert_only_differ_in("precision", one, other)
+    whole, half = (
+        measured(load_tiny(expert_dtype="int8", dtype=dtype)) for dtype in ("float32", "bfloat16")
+    )
+    expected = "compute_dtype: 'float32' against 'bfloat16'"
+    with pytest.raises(IncomparableError, match=expected):
+        whole.ratio_to(half)

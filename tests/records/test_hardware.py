@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from traces import make_spec
 
-from adapmoe_lab.records import HardwareProfile, RecordError, TunedConfig
+from adapmoe_lab.records import HardwareProfile, PrecisionPlan, RecordError, TunedConfig
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tuned_config_v1.json"
 SIZES = np.array([10_000, 100_000, 1_000_000])
@@ -146,3 +146,49 @@ def test_other_files_are_refused(tmp_path, content, message):
         HardwareProfile.load(path)
     with pytest.raises(FileNotFoundError, match="No hardware-profile at"):
         HardwareProfile.load(tmp_path / "none.json")
+
+
+ALONE = {"float32": 4e-5, "int8": 2e-5, "int4": 1e-5}
+MIXED = PrecisionPlan([["int4", "int8"], ["float32", "int4"]], [[1, 2], [4, 1]])
+
+
+def probed(conditions, alone=ALONE):
+    profile = HardwareProfile("cpu", "pcie", [100], [1.0], 0.1, 3e-5, conditions)
+    return replace(profile, expert_s_by_precision=alone)
+
+
+def test_an_expert_takes_what_its_precision_does_against_what_was_probed():
+    in_int8 = probed({"experts_by_precision": {"int8": 64}})
+    same = in_int8.expert_times(PrecisionPlan.uniform("int8", (2, 2)))
+    np.testing.assert_array_equal(same, np.full((2, 2), in_int8.expert_s))
+    expected = 3e-5 * np.array([[0.5, 1], [2, 0.5]])
+    np.testing.assert_allclose(in_int8.expert_times(MIXED), expected)
+    np.testing.assert_array_equal(probed({"dtype": "int8"}).expert_times(MIXED), expected)
+
+
+def test_experts_of_a_mixed_store_take_what_was_measured_on_average():
+    times = probed({"experts_by_precision": MIXED.counts}).expert_times(MIXED)
+    assert times.mean() == pytest.approx(3e-5)
+    assert times[1, 0] == pytest.approx(2 * times[0, 1]) == pytest.approx(4 * times[0, 0])
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        probed({"experts_by_precision": {"int8": 1}}, None),
+        probed({}),
+        probed({"dtype": "mixed"}),
+        probed({"experts_by_precision": {"int2": 3, "int8": 1}}),
+    ],
+    ids=["not timed", "not said", "said to be mixed", "timed in part"],
+)
+def test_what_is_not_known_of_the_probe_leaves_one_time_for_all(hardware):
+    np.testing.assert_array_equal(hardware.expert_times(MIXED), np.full((2, 2), 3e-5))
+
+
+def test_a_precision_or_layout_that_is_not_known_takes_what_was_measured():
+    hardware = probed({"experts_by_precision": {"int8": 64}})
+    times = hardware.expert_times(PrecisionPlan([["int2", "float32"]], [[1, 4]]))
+    np.testing.assert_allclose(times, [[3e-5, 6e-5]])
+    unknown = PrecisionPlan(None, [[4, 4]])
+    np.testing.assert_array_equal(hardware.expert_times(unknown), [[3e-5, 3e-5]])

@@ -1,7 +1,7 @@
 import io
 import json
 import zipfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,15 @@ from adapmoe_lab.records import (
     OFF,
     GatingTable,
     HardwareProfile,
+    PrecisionPlan,
     Predictors,
     PrefetchSource,
     PrefetchTable,
     RecordError,
+    Surrogates,
     TunedConfig,
 )
+from adapmoe_lab.records.config import NOT_RUN
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -30,7 +33,7 @@ def config():
         model=TunedConfig.model_identity(spec),
         gating=GatingTable.per_layer([0.7, OFF, 0.9], top_k=2),
         plan=slots_plan(spec, 4),
-        precision="bfloat16",
+        precision=spec.precision,
         hardware=HardwareProfile("cpu", "emulated:x", [1000], [0.01], 0.001, 0.0001),
         evidence={"predicted": {"ms_per_token": 3.0}},
     )
@@ -227,3 +230,71 @@ def test_files_of_every_version_can_still_be_read(path):
     assert config.gating.cuts[:, 0].tolist() == [0.75, OFF, 0.875]
     assert config.plan.slots.tolist() == [4, 4, 4]
     config.check_model(make_spec())
+
+
+def running(spec):
+    """Return a config in which every section is on."""
+    return replace(
+        prefetching(spec),
+        gating=GatingTable.per_layer([0.7] * 3, top_k=2),
+        compensation=Surrogates.scaling(spec, 0.5),
+        plan=slots_plan(spec, 4),
+        precision=spec.precision,
+        hardware=HardwareProfile("cpu", "emulated:x", [1000], [0.01], 0.001, 0.0001),
+        evidence={"predicted": {"ms_per_token": 3.0}},
+    )
+
+
+OTHERWISE = {
+    "gating": lambda config: GatingTable.per_layer([0.7, 0.7, 0.8], top_k=2),
+    "compensation": lambda config: Surrogates.scaling(make_spec(), 0.6),
+    "plan": lambda config: slots_plan(make_spec(), 3),
+    "eviction": lambda config: "lfu",
+    "prefetch": lambda config: replace(config.prefetch, buffer_slots=2),
+    "precision": lambda config: PrecisionPlan.uniform("float32", (3, 8), 2000),
+    "hardware": lambda config: replace(config.hardware, expert_s=2e-4),
+}
+"""Another value of every section that decides what runs."""
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(TunedConfig)])
+def test_every_field_is_in_the_fingerprint_or_said_to_change_nothing(name):
+    """A new field fails here until it is in one of the two."""
+    assert (name in OTHERWISE) != (name in NOT_RUN)
+    config = running(make_spec())
+    before = config.section_fingerprints()
+    assert None not in before.values()
+    if name in NOT_RUN:
+        assert name not in before
+        return
+    other = replace(config, **{name: OTHERWISE[name](config)})
+    after = other.section_fingerprints()
+    assert [section for section in before if before[section] != after[section]] == [name]
+    assert other.fingerprint() != config.fingerprint()
+
+
+def test_what_is_known_about_a_config_is_not_in_its_fingerprint(tmp_path):
+    config = running(make_spec())
+    plan = replace(config.plan, method="by hand", budget_bytes=1, expected_loads=[1.0] * 3)
+    same = replace(config, plan=plan, evidence={})
+    assert same.fingerprint() == config.fingerprint()
+    assert TunedConfig.load(config.save(tmp_path / "a.json")).fingerprint() == config.fingerprint()
+    another = replace(make_spec(), revision="weights:others")
+    assert (
+        TunedConfig.untuned(another).fingerprint() != TunedConfig.untuned(make_spec()).fingerprint()
+    )
+
+
+def test_times_of_the_machine_count_only_where_something_is_fetched_ahead():
+    config = replace(running(make_spec()), prefetch=None)
+    faster = replace(config.hardware, expert_s=1e-5)
+    assert replace(config, hardware=faster).fingerprint() == config.fingerprint()
+
+
+def test_pins_and_pools_tell_plans_apart():
+    plan = slots_plan(make_spec(), 2)
+    pinned = [replace(plan, pinned=((first, 5),) * 3) for first in (0, 1)]
+    pool = replace(plan, is_global=True)
+    plans = [plan, *pinned, pool, replace(plan, slots=[1, 2, 3])]
+    assert len({p.fingerprint() for p in plans}) == 5
+    assert replace(pool, slots=[1, 2, 3]).fingerprint() == pool.fingerprint()

@@ -9,6 +9,7 @@ from adapmoe_lab.policies.gating import kept_experts
 from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.records import (
     HardwareProfile,
+    PrecisionPlan,
     PrefetchSource,
     PrefetchTable,
     RecordError,
@@ -137,3 +138,21 @@ def test_all_resident_costs_only_computing():
     result = simulate(trace, TunedConfig.untuned(trace.spec), hardware, warmup_tokens=150)
     assert result.mean_hit_rate == 1.0
     assert result.ms_per_token == pytest.approx(1 + 3 * 2 * 0.5)
+
+
+def test_predictions_charge_every_precision_its_time_to_compute():
+    trace = make_trace()
+    shape = trace.spec.n_layers, trace.spec.n_experts
+    hardware = HardwareProfile(
+        "cpu", "pcie", [100], [0.0], 0.1, 3e-5, {"experts_by_precision": {"int8": 24}},
+        expert_s_by_precision={"float32": 4e-5, "int8": 2e-5, "int4": 1e-5},
+    )  # fmt: skip
+
+    def ms(name):
+        plan = PrecisionPlan.uniform(name, shape, 1)
+        config = replace(TunedConfig.untuned(trace.spec), precision=plan)
+        return simulate(trace, config, hardware).ms_per_token
+
+    n_run = trace.spec.n_layers * trace.spec.top_k
+    assert ms("float32") - ms("int8") == pytest.approx(1e3 * n_run * 3e-5)
+    assert ms("int4") == pytest.approx(1e3 * (0.1 + n_run * 1.5e-5))

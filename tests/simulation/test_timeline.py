@@ -45,6 +45,25 @@ def costs_of(n_layers=2, load_s=LOAD_S, expert_s=EXPERT_S):
     )
 
 
+def test_each_expert_takes_its_own_time():
+    """One layer, nothing missing: a step takes what its own experts take."""
+    rng = np.random.default_rng(0)
+    expert_s = rng.uniform(0.1, 2.0, (3, 8))
+    trace = make_trace(n_tokens=50)
+    replayed = replay(trace, np.ones(trace.weights.shape, bool), None)
+    timed = run_timeline(replayed, replace(costs_of(3, load_s=0.0), expert_s=expert_s))
+    layers = np.arange(3)[None, :, None]
+    expected = expert_s[layers, trace.expert_indices].sum(axis=(1, 2)) + 3 * DENSE_S
+    np.testing.assert_allclose(timed.step_s, expected, rtol=1e-9)
+    watched = run_timeline(
+        replayed, replace(costs_of(3, load_s=0.0), expert_s=expert_s), n_events=1000
+    )
+    kinds, at, experts, begin, end = watched.events.T
+    own = kinds == EVENT_KINDS.index("expert")
+    places = at[own].astype(int), experts[own].astype(int)
+    np.testing.assert_allclose((end - begin)[own], expert_s[places], rtol=1e-9)
+
+
 def layer_by_events(hits, loads, streamed, load_s, expert_s):
     """Walk through one layer's step: a link in order, two staging rows, one compute unit."""
     now, link_free, stream_done = hits * expert_s, 0.0, []
@@ -80,6 +99,7 @@ def test_layers_timed_by_themselves_take_what_the_whole_clock_says(wait_s):
     costs = costs_of(3, load_s=0.7, expert_s=0.3)
     wide = replace(
         costs,
+        expert_s=np.random.default_rng(0).uniform(0.1, 0.5, (3, 16)),
         rest=costs.rest.repeat(2, axis=1),
         piece=costs.piece.repeat(2, axis=1),
         head_s=1.1,
