@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from adapmoe_lab.engine.clock import Clock, StepPace
 from adapmoe_lab.engine.compensation import Compensation
 from adapmoe_lab.engine.device import on_host
 from adapmoe_lab.engine.expert_sum import GradientObserver, LayerRun, StreamedExpertSum
+from adapmoe_lab.engine.layer_pass import LayerPass, Observer
 from adapmoe_lab.engine.link import Link
 from adapmoe_lab.engine.prediction import Predictor
 from adapmoe_lab.engine.prefetching import Prefetcher
@@ -27,37 +25,6 @@ from adapmoe_lab.policies.gating import gated_weights, keep_by_cuts
 from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogates, Traffic
 from adapmoe_lab.records.files import digest
 from adapmoe_lab.records.routing import UNGATED
-
-
-@dataclass(frozen=True, eq=False)
-class LayerPass:
-    """What one layer did in one forward pass; what observers are shown.
-
-    Attributes:
-        layer: number of the MoE layer.
-        hidden: the experts' input [T, D].
-        indices: the router's choice, int64 [T, K]; E means no expert.
-        weights: the router's own weights, float32 [T, K], before gating.
-        keep: bool [T, K], which of them were run.
-        contributions: weighted expert outputs [T, K, D], zero where nothing was run.
-        output: their sum [T, D], compensated for what was not run, as the model goes on with it.
-    """
-
-    layer: int
-    hidden: torch.Tensor
-    indices: NDArray[np.int64]
-    weights: NDArray[np.float32]
-    keep: NDArray[np.bool_]
-    contributions: torch.Tensor
-    output: torch.Tensor
-
-
-class Observer(Protocol):
-    """Is shown every layer's pass; must not change it."""
-
-    def __call__(self, layer_pass: LayerPass) -> None:
-        """Take note of one layer's pass."""
-        ...
 
 
 class OffloadEngine:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-import threading
-import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import BinaryIO
 
 import torch
 from transformers import PreTrainedModel
@@ -35,6 +32,7 @@ from adapmoe_lab.models.number_formats import (
     Mxfp4Matrix,
     dequantise_fp8,
 )
+from adapmoe_lab.models.open_files import OpenFiles
 from adapmoe_lab.models.shard_file import CheckpointError, TensorEntry
 from adapmoe_lab.models.shards import ShardIndex
 
@@ -97,9 +95,8 @@ class ExpertReader:
         self._outline = outline
         self._layers = layers
         self._fp8_blocks = fp8_blocks
-        self._files: dict[str, BinaryIO] = {}
-        self._lock = threading.Lock()
-        self.close = weakref.finalize(self, _close_all, self._files)
+        self._files = OpenFiles(index.folder)
+        self.close = self._files.close
         mapping = get_model_conversion_mapping(outline)
         self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
@@ -164,7 +161,7 @@ class ExpertReader:
                 middle = source.n_bytes // 2
                 n_bytes = min(SAMPLE_BYTES, source.n_bytes - middle)
                 sample = torch.empty(n_bytes, dtype=torch.uint8)
-                self._read_bytes(source.entry, source.offset(expert) + middle, sample)
+                self._files.read_into(source.entry, source.offset(expert) + middle, sample)
                 sha.update(sample.numpy().tobytes())
         return sha.hexdigest()
 
@@ -289,7 +286,7 @@ class ExpertReader:
         flat, start = out.view(-1).view(torch.uint8), 0
         for source in sources:
             end = start + source.n_bytes
-            self._read_bytes(source.entry, source.offset(expert), flat[start:end])
+            self._files.read_into(source.entry, source.offset(expert), flat[start:end])
             start = end
         return out
 
@@ -332,36 +329,5 @@ class ExpertReader:
         """Return what an expert takes of a tensor, as the file has it."""
         entry = source.entry
         buffer = torch.empty(source.n_bytes, dtype=torch.uint8)
-        self._read_bytes(entry, source.offset(expert), buffer)
+        self._files.read_into(entry, source.offset(expert), buffer)
         return buffer.view(TORCH_DTYPES[entry.dtype]).view(source.shape)
-
-    def _read_bytes(self, entry: TensorEntry, offset: int, out: torch.Tensor) -> None:
-        """Fill `out` uint8 [n] from where it lies in a tensor's file."""
-        n_bytes = out.numel()
-        with self._lock:
-            if entry.file not in self._files:
-                self._files[entry.file] = (self.index.folder / entry.file).open("rb", buffering=0)
-            file = self._files[entry.file]
-            file.seek(offset)
-            n_read = _read_all(file, memoryview(out.numpy()))
-        if n_read != n_bytes:
-            raise CheckpointError(
-                f"{entry.file} ended after {n_read} of the {n_bytes} bytes of {entry.name}: it "
-                "was cut short while in use; restore it and load again."
-            )
-
-
-def _close_all(files: dict[str, BinaryIO]) -> None:
-    while files:
-        files.popitem()[1].close()
-
-
-def _read_all(file: BinaryIO, target: memoryview) -> int:
-    """Fill a buffer from an unbuffered file, which may hand out less than asked for at a time."""
-    n_read = 0
-    while n_read < len(target):
-        n_more = file.readinto(target[n_read:])  # pyright: ignore[reportAttributeAccessIssue]
-        if not n_more:
-            break
-        n_read += n_more
-    return n_read

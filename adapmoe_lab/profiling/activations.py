@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.expert_sum import LayerGradient
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.engine.offload import LayerPass
+from adapmoe_lab.engine.layer_pass import LayerPass
 from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.profiling.backward import backpropagate
 

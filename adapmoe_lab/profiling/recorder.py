@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.engine.offload import LayerPass
+from adapmoe_lab.engine.layer_pass import LayerPass
 from adapmoe_lab.engine.prediction import Predictor, likeliest
 from adapmoe_lab.models.families import (
     check_each_runs_once,

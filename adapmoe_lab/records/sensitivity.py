@@ -17,6 +17,7 @@ from adapmoe_lab.records.files import (
     save_arrays,
 )
 from adapmoe_lab.records.gating_table import OFF
+from adapmoe_lab.records.spec import MoESpec
 
 KIND = "sensitivity-profile"
 SCHEMA_VERSION = 4
@@ -119,6 +120,14 @@ class SensitivityProfile:
     def n_layers(self) -> int:
         """L, the number of layers."""
         return len(self.cost)
+
+    def check_model(self, spec: MoESpec) -> None:
+        """Raise RecordError unless it was measured on this model's weights."""
+        spec.check_made_for(
+            self.model_fingerprint,
+            "The sensitivity was measured on a model",
+            "Measure the sensitivity of it.",
+        )
 
     def increase(self, cuts: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the predicted loss increase of each layer [L] at one cut per layer [L].

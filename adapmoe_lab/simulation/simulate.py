@@ -85,8 +85,12 @@ def simulate(
         warmup_tokens: tokens replayed to fill the cache and not counted.
 
     Raises:
+        RecordError: config or sensitivity are of another model than the trace.
         ValueError: the sensitivity was measured with something else in place of skipped experts.
     """
+    config.check_model(trace.spec)
+    if sensitivity is not None:
+        sensitivity.check_model(trace.spec)
     keep = kept_experts(trace, config.gating)
     counted = slice(min(warmup_tokens, trace.n_tokens // 2), None)
     replayed, timeline = replayed_and_timed(trace, config, keep, hardware)

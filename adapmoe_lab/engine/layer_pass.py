@@ -1,0 +1,41 @@
+"""What one layer did in one forward pass, as observers are shown it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPass:
+    """What one layer did in one forward pass; what observers are shown.
+
+    Attributes:
+        layer: number of the MoE layer.
+        hidden: the experts' input [T, D].
+        indices: the router's choice, int64 [T, K]; E means no expert.
+        weights: the router's own weights, float32 [T, K], before gating.
+        keep: bool [T, K], which of them were run.
+        contributions: weighted expert outputs [T, K, D], zero where nothing was run.
+        output: their sum [T, D], compensated for what was not run, as the model goes on with it.
+    """
+
+    layer: int
+    hidden: torch.Tensor
+    indices: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    keep: NDArray[np.bool_]
+    contributions: torch.Tensor
+    output: torch.Tensor
+
+
+class Observer(Protocol):
+    """Is shown every layer's pass; must not change it."""
+
+    def __call__(self, layer_pass: LayerPass) -> None:
+        """Take note of one layer's pass."""
+        ...
