@@ -1,22 +1,23 @@
 """Compiling loops over arrays with numba, once per machine. Importing it takes a third of a second.
 
-Machine code is kept in the user's cache folder, under a name made of the sources it comes from,
-so that a new process does not compile again and a changed rule is never answered by old code.
+Machine code is kept in the user's cache folder, under a name made of all that it comes from, so
+that a new process does not compile again and a changed rule is never answered by old code.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import update_wrapper
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numba
 from numba.core import config
 
-from adapmoe_lab import policies, records, simulation
-from adapmoe_lab.records.files import cache_folder, digest
+from adapmoe_lab.records.files import cache_folder
+from adapmoe_lab.simulation.code_digest import UnknownSourceError, code_digest
 
 _SETTINGS: Any = config
 _UNCOUNTED: Any = {"_nrt": False}
@@ -33,34 +34,60 @@ called: Callable[..., Any] = numba.njit(**_UNWRAPPED)
 long to compile."""
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function when it is first called, or take it from the cache folder.
+_CHANGING_SETTINGS = Lock()
+"""Held while numba's settings, which all of a process share, are not as its user left them."""
 
-    It may call inlined functions and read constants of records, policies and simulation, whose
-    sources its code is known by. It makes no arrays, and holds no lock while it runs.
+
+class CompiledFunction:
+    """A function compiled when it is first called, or taken from the cache folder.
+
+    It may call inlined functions and read constants, of any module; its code is known by theirs.
+    What it reads must be there by the first call, and is not read again after it. It makes no
+    arrays, and holds no lock while it runs.
+
+    Attributes:
+        dispatcher: numba's own object.
     """
-    folder = cache_folder() / "compiled" / _sources()
-    dispatcher = numba.njit(nogil=True, **_UNCOUNTED)(function)
-    if _can_write(folder):  # else every process compiles for itself
-        elsewhere, _SETTINGS.CACHE_DIR = _SETTINGS.CACHE_DIR, str(folder)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        """Take the function; nothing is compiled yet."""
+        update_wrapper(self, function)
+        self.dispatcher: Any = numba.njit(nogil=True, **_UNCOUNTED)(function)
+        self._has_looked = False
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it on arrays and numbers."""
+        if not self._has_looked:
+            self._look_for_kept_code()
+        return self.dispatcher(*args)
+
+    def _look_for_kept_code(self) -> None:
+        """Let numba read and keep code where all that it comes from is the same.
+
+        Where nothing can be kept, or it cannot be told what has changed, every process compiles
+        for itself.
+        """
+        with _CHANGING_SETTINGS:
+            if self._has_looked:
+                return
+            folder = self._folder()
+            if folder is not None:
+                elsewhere, _SETTINGS.CACHE_DIR = _SETTINGS.CACHE_DIR, str(folder)
+                try:
+                    self.dispatcher.enable_caching()
+                finally:
+                    _SETTINGS.CACHE_DIR = elsewhere
+            self._has_looked = True
+
+    def _folder(self) -> Path | None:
+        """Return a folder that can be written, or None if there is none."""
         try:
-            dispatcher.enable_caching()
-        finally:
-            _SETTINGS.CACHE_DIR = elsewhere
-    return dispatcher
+            folder = cache_folder() / "compiled" / code_digest(self.dispatcher)
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, UnknownSourceError):
+            return None
+        return folder if os.access(folder, os.W_OK) else None
 
 
-@cache
-def _sources() -> str:
-    """Identify all that compiled code can come from."""
-    folders = [folder for floor in (records, policies, simulation) for folder in floor.__path__]
-    files = sorted(path for folder in folders for path in Path(folder).glob("*.py"))
-    return digest(*(path.read_bytes() for path in files))
-
-
-def _can_write(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+compiled = CompiledFunction
+"""Makes a function that Python code calls."""

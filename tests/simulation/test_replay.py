@@ -179,7 +179,8 @@ trace = make_trace(n_tokens=20)
 keep = np.ones(trace.weights.shape, dtype=bool)
 adapmoe_lab.simulation.replay.replay(trace, keep, None)
 from adapmoe_lab.simulation.replay_loops import replay_pool
-print(sum(replay_pool.stats.cache_hits.values()), replay_pool.stats.cache_path)
+stats = replay_pool.dispatcher.stats
+print(sum(stats.cache_hits.values()), stats.cache_path)
 """
 
 
