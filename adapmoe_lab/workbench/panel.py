@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import ipywidgets
 
 from adapmoe_lab.engine.hardware import probe_hardware
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.evaluation.texts import calibration_texts
+from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity as measure_sensitivity
 from adapmoe_lab.records import (
@@ -48,7 +48,7 @@ class Workbench(ipywidgets.VBox):
         hardware: HardwareProfile | None = None,
         *,
         compensation: Surrogates | None = None,
-        texts: Sequence[str] | None = None,
+        texts: Texts | None = None,
     ) -> None:
         """Build the panel for a model; what is not given is measured first.
 
@@ -64,12 +64,13 @@ class Workbench(ipywidgets.VBox):
         """
         shipped = calibration_texts()
         half = len(shipped) // 2
+        held = shipped[half:] if texts is None else as_texts(texts)
         trace = profile(model, shipped[:half]) if trace is None else trace
         if sensitivity is None:
             sensitivity = measure_sensitivity(model, shipped[:half], compensation=compensation)
         hardware = probe_hardware(model) if hardware is None else hardware
         self._bench = Bench(trace, sensitivity, hardware, compensation)
-        self._measuring = Measuring(model, shipped[half:] if texts is None else texts)
+        self._measuring = Measuring(model, held)
         self._measured: dict[tuple[bytes, Cache], dict[str, Any]] = {}
         self._worker: LatestWins[Draft] = LatestWins(self._recompute, self._show_error)
         self.controls = Controls(self._bench, self._moved)
