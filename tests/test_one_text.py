@@ -111,6 +111,7 @@ def test_it_is_drawn_and_shown_as_not_known(load_tiny, tmp_path):
 
 def test_every_command_that_reads_texts(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("adapmoe_lab.bench.calibration_texts", lambda: TEXT * 2)
     (tmp_path / "one.txt").write_text(TEXT[0])
     model = (str(tiny_checkpoint), "--link", "none", "--texts", "one.txt")
     assert main(["profile", *model, "--out", "trace.npz"]) == 0

@@ -118,13 +118,11 @@ def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}: expected a JSON object with one of "
-                f"{', '.join(TEXT_FIELDS)}, but it is no JSON: {error}."
+                f"{path}, line {number}: expected a JSON object, but it is no JSON: {error}."
             ) from error
         if not isinstance(record, dict):
             raise ValueError(
-                f"{path}, line {number}: expected a JSON object with one of "
-                f"{', '.join(TEXT_FIELDS)}, got {described(record)}."
+                f"{path}, line {number}: expected a JSON object, got {described(record)}."
             )
         records.append((number, record))
     return records

@@ -96,7 +96,10 @@ def test_an_unknown_task_is_named_with_close_ones(monkeypatch):
     ):
         pass
     assert "hellaswag" not in str(refused.value)
-    with pytest.raises(ValueError, match="no task 'zzzz'. Try 'minimal_pairs'"), open_tasks("zzzz"):
+    with (
+        pytest.raises(ValueError, match=r"no task 'zzzz'\. Try 'minimal_pairs'"),
+        open_tasks("zzzz"),
+    ):
         pass
 
 
