@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,14 +15,17 @@ from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.link import NO_LINK
 from adapmoe_lab.engine.loading import known_targets, link_target
 from adapmoe_lab.evaluation.latency import measure_latency
-from adapmoe_lab.evaluation.loss import evaluate_loss
-from adapmoe_lab.evaluation.texts import calibration_texts
+from adapmoe_lab.evaluation.loss import evaluate_loss, token_sequences
+from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
 from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.thresholds import check_method, check_skipped_fraction
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity
 from adapmoe_lab.records import LatencyReport, LinkTarget, Measurement, TunedConfig
+from adapmoe_lab.records.arguments import strings, whole_number
 from adapmoe_lab.records.files import save_json
-from adapmoe_lab.tuning.tune import tune
+from adapmoe_lab.records.standard_error import error_text
+from adapmoe_lab.tuning.tune import check_skippable, tune
 
 Say = Callable[[str], None]
 
@@ -43,7 +46,7 @@ class BenchRow:
         decode_speedup: time per output token without skipping over that with it, medians of runs.
         loads_ratio: experts loaded per token, with skipping over without.
         loss_increase_nats: measured loss increase per token.
-        loss_increase_se: its standard error over texts.
+        loss_increase_se: its standard error over texts; None if not known, as with one text.
     """
 
     link: str
@@ -54,7 +57,7 @@ class BenchRow:
     decode_speedup: float
     loads_ratio: float
     loss_increase_nats: float
-    loss_increase_se: float
+    loss_increase_se: float | None
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class BenchReport:
     def save(self, path: str | Path) -> Path:
         """Write the report as JSON, whole or not at all, and return its path."""
         path = Path(path)
-        save_json(path, asdict(self))
+        save_json(path, asdict(self), allow_nan=False)
         return path
 
     def table(self) -> str:
@@ -85,7 +88,7 @@ class BenchReport:
                 f"| {row.link} | {ratio} | {row.asked_fraction:.1%} | {row.skipped_fraction:.1%} | "
                 f"{row.experts_per_token:.2f} | {row.decode_speedup:.2f}x | "
                 f"{row.loads_ratio:.2f}x | "
-                f"{row.loss_increase_nats:+.4f} ± {row.loss_increase_se:.4f} |"
+                f"{row.loss_increase_nats:+.4f} {error_text(row.loss_increase_se, '.4f')} |"
             )
         return "\n".join(lines)
 
@@ -93,11 +96,11 @@ class BenchReport:
 def run_bench(
     model: LabModel,
     *,
-    targets: Sequence[str] | None = None,
-    skipped_fractions: Sequence[float] = (0.125, 0.25),
+    targets: str | Iterable[str] | None = None,
+    skipped_fractions: float | Sequence[float] = (0.125, 0.25),
     slots_per_layer: int | None = None,
     method: str = "uniform",
-    texts: Sequence[str] | None = None,
+    texts: Texts | None = None,
     new_tokens: int = 48,
     rounds: int = 3,
     say: Say = print,
@@ -121,20 +124,30 @@ def run_bench(
         say: told what is being done.
 
     Raises:
-        ValueError: a target is unknown, or named where the link is real.
+        ValueError: an argument is out of range or unknown, or a target is named where the link is
+            real; nothing was measured.
     """
+    new_tokens = whole_number("new_tokens", new_tokens, at_least=2)
+    rounds = whole_number("rounds", rounds, at_least=1)
     links = _links(model, targets)
+    check_method(method)
+    check_skippable(model.spec)
+    fractions = [float(one) for one in np.ravel(skipped_fractions)]
+    for fraction in fractions:
+        check_skipped_fraction(fraction, model.spec.top_k)
     calibration = calibration_texts()
     fit, held = calibration[: len(calibration) // 2], calibration[len(calibration) // 2 :]
-    texts = held if texts is None else texts
+    texts = held if texts is None else as_texts(texts)
+    token_sequences(model, texts)  # refuses what is too short
     n_slots = model.spec.n_experts // 2 if slots_per_layer is None else slots_per_layer
+    n_slots = whole_number("slots_per_layer", n_slots, at_least=0)
     plain = replace(TunedConfig.untuned(model.spec), plan=slots_plan(model.spec, n_slots))
     say(f"Calibrating on {len(fit)} texts, measuring loss on {len(texts)} others.")
     trace = profile(model, fit)
     measured = sensitivity(model, fit)
     configs = [
         replace(plain, gating=tune(trace, measured, skipped_fraction=f, method=method).gating)
-        for f in skipped_fractions
+        for f in fractions
     ]
     baseline = evaluate_loss(model, plain, texts)
     losses = [evaluate_loss(model, c, texts).increase_over(baseline) for c in configs]
@@ -150,7 +163,7 @@ def run_bench(
                 {"link": model.engine.link.name, "decode_s": report.decode.samples.tolist()}
                 for report in reports
             ]
-            for asked, report, loss in zip(skipped_fractions, reports[1:], losses, strict=True):
+            for asked, report, loss in zip(fractions, reports[1:], losses, strict=True):
                 rows.append(_row(model, load_ratio, asked, reports[0], report, loss))
     conditions = {
         **{name: kept for name, kept in measurement_conditions(model).items() if name != "link"},
@@ -165,13 +178,13 @@ def run_bench(
     return BenchReport(tuple(rows), conditions, tuple(samples))
 
 
-def _links(model: LabModel, names: Sequence[str] | None) -> list[LinkTarget | None]:
+def _links(model: LabModel, names: str | Iterable[str] | None) -> list[LinkTarget | None]:
     """Return the targets to emulate; None is a GPU's real link, and no link on a CPU."""
     device = model.engine.device
     if names is None:
         names = known_targets() if device.type == "cpu" else []
         return [link_target(name, device) for name in names] or [None]
-    return [link_target(name, device) for name in names]
+    return [link_target(name, device) for name in strings("targets", names)]
 
 
 def _in_turns(
@@ -212,7 +225,7 @@ def _row(
     asked_fraction: float,
     plain: LatencyReport,
     gated: LatencyReport,
-    loss_increase: tuple[float, float],
+    loss_increase: tuple[float, float | None],
 ) -> BenchRow:
     skipped = gated.decode_traffic.skipped_fraction
     return BenchRow(

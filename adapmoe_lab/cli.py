@@ -6,8 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from adapmoe_lab.cli_values import check_output, count, number, standard_input
 
 PROGRAM = "adapmoe-lab"
 
@@ -35,15 +38,17 @@ def _lab(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    prompt = standard_input() if options.prompt == "-" else options.prompt
     model = _load(options)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     print(model.generate(prompt, options.max_new_tokens, options.temperature, options.seed))
 
 
 def _profile(options: argparse.Namespace) -> None:
     from adapmoe_lab.profiling.routing import profile
 
-    trace = profile(_load(options), _texts(options), reuse=not options.again, progress=_progress)
+    texts = _texts(options)
+    check_output(options.out)
+    trace = profile(_load(options), texts, reuse=not options.again, progress=_progress)
     if options.out is not None:
         print(f"Wrote {trace.save(options.out)}.")
 
@@ -51,14 +56,24 @@ def _profile(options: argparse.Namespace) -> None:
 def _tune(options: argparse.Namespace) -> None:
     from adapmoe_lab.engine.hardware import probe_hardware
     from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
+    from adapmoe_lab.policies.thresholds import check_method, check_skipped_fraction
     from adapmoe_lab.profiling.predictability import fit_predictors
+    from adapmoe_lab.profiling.project import check_project
     from adapmoe_lab.profiling.routing import profile
     from adapmoe_lab.profiling.sensitivity import sensitivity
     from adapmoe_lab.profiling.surrogates import fit_surrogates
-    from adapmoe_lab.tuning.tune import tune
+    from adapmoe_lab.tuning.tune import check_skippable, tune
 
-    model, texts = _load(options), _texts(options)
-    uniform_plan(model.spec, budget_bytes(options.budget, model.spec))  # refuse before long work
+    # What can be refused is refused before long work.
+    texts = _texts(options)
+    check_method(options.method)
+    check_output(options.out)
+    check_project()
+    model = _load(options)
+    check_skippable(model.spec)
+    if options.skipped_fraction is not None:
+        check_skipped_fraction(options.skipped_fraction, model.spec.top_k)
+    uniform_plan(model.spec, budget_bytes(options.budget, model.spec))
     half = len(texts) // 2 or 1
     calibration, surrogates = texts[:half], None
     if options.surrogate_memory is not None:
@@ -85,33 +100,40 @@ def _tune(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from adapmoe_lab.evaluation.harness import evaluate
+    from adapmoe_lab.evaluation.harness import evaluate, open_tasks
     from adapmoe_lab.evaluation.loss import evaluate_loss
 
-    model = _load(options)
-    if options.texts is not None or not options.tasks:
-        report = evaluate_loss(model, None, _texts(options), progress=_progress)
-        skipped = report.skipped_fraction
-        print(
-            f"loss {report.nats_per_token:.4f} nats/token "
-            f"over {report.n_predicted.sum():,} tokens; "
-            f"{(1 - skipped) * model.spec.top_k:.3f} experts/token, {skipped:.1%} skipped"
-        )
-    if options.tasks:
-        results = evaluate(model, None, options.tasks, limit=options.limit)
-        print(json.dumps(results, indent=2))
+    texts = _texts(options) if options.texts is not None or not options.tasks else None
+    with ExitStack() as stack:
+        tasks = stack.enter_context(open_tasks(options.tasks)) if options.tasks else None
+        model = _load(options)
+        if texts is not None:
+            print(_loss_line(model, evaluate_loss(model, None, texts, progress=_progress)))
+        if tasks is not None:
+            print(json.dumps(evaluate(model, None, tasks, limit=options.limit), indent=2))
+
+
+def _loss_line(model: Any, report: Any) -> str:
+    skipped = report.skipped_fraction
+    return (
+        f"loss {report.nats_per_token:.4f} nats/token "
+        f"over {report.n_predicted.sum():,} tokens; "
+        f"{(1 - skipped) * model.spec.top_k:.3f} experts/token, {skipped:.1%} skipped"
+    )
 
 
 def _bench(options: argparse.Namespace) -> None:
     from adapmoe_lab.bench import run_bench
 
+    texts = None if options.texts is None else _texts(options)
+    check_output(options.out)
     report = run_bench(
         _load(options),
         targets=options.targets,
         skipped_fractions=options.skipped_fraction,
         slots_per_layer=options.slots_per_layer,
         method=options.method,
-        texts=None if options.texts is None else _texts(options),
+        texts=texts,
         new_tokens=options.new_tokens,
         rounds=options.rounds,
     )
@@ -211,8 +233,8 @@ def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="continue a prompt")
     _add_model(generate, config=True)
     generate.add_argument("prompt", help="text to continue; - reads it from standard input")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T")
+    generate.add_argument("--max-new-tokens", type=count(0), default=64, metavar="N")
+    generate.add_argument("--temperature", type=number, default=0.0, metavar="T")
     generate.add_argument("--seed", type=int, default=0, metavar="N")
     generate.set_defaults(run=_generate)
 
@@ -234,8 +256,10 @@ def _add_tune(commands: Any) -> None:
     tune.add_argument(
         "--budget", default="50%", metavar="SIZE", help="memory for experts: 40%%, 8GiB"
     )
-    tune.add_argument("--skipped-fraction", type=float, metavar="F", help="experts to skip, 0 to 1")
-    tune.add_argument("--max-loss-increase-nats", type=float, default=0.01, metavar="NATS")
+    tune.add_argument(
+        "--skipped-fraction", type=number, metavar="F", help="experts to skip, 0 to 1"
+    )
+    tune.add_argument("--max-loss-increase-nats", type=number, default=0.01, metavar="NATS")
     tune.add_argument("--method", default="uniform", help="uniform, adapmoe or curve")
     tune.add_argument(
         "--surrogate-memory", metavar="SIZE", help="device memory for stand-ins, such as 2%%"
@@ -253,7 +277,7 @@ def _add_evaluate(commands: Any) -> None:
     _add_model(evaluate, config=True)
     _add_texts(evaluate)
     evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="minimal_pairs, blimp, ...")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="examples per task")
+    evaluate.add_argument("--limit", type=count(1), metavar="N", help="examples per task")
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -267,11 +291,13 @@ def _add_bench(commands: Any) -> None:
         metavar="LINK",
         help="links to emulate, none for no link (default: all)",
     )
-    bench.add_argument("--skipped-fraction", type=float, nargs="+", default=[0.125, 0.25])
-    bench.add_argument("--slots-per-layer", type=int, metavar="N", help="default: half the experts")
+    bench.add_argument("--skipped-fraction", type=number, nargs="+", default=[0.125, 0.25])
+    bench.add_argument(
+        "--slots-per-layer", type=count(0), metavar="N", help="default: half the experts"
+    )
     bench.add_argument("--method", default="uniform", help="uniform, adapmoe or curve")
-    bench.add_argument("--new-tokens", type=int, default=48, metavar="N")
-    bench.add_argument("--rounds", type=int, default=5, metavar="N")
+    bench.add_argument("--new-tokens", type=count(2), default=48, metavar="N")
+    bench.add_argument("--rounds", type=count(1), default=5, metavar="N")
     bench.add_argument("--out", type=Path, metavar="FILE", help="write all samples as JSON")
     bench.set_defaults(run=_bench)
 

@@ -28,6 +28,7 @@ from adapmoe_lab.policies.allocation import slots_plan
 from adapmoe_lab.policies.thresholds import UniformCut
 from adapmoe_lab.records import GatingTable, LossReport, Surrogates, TunedConfig
 from adapmoe_lab.records.files import save_json
+from adapmoe_lab.records.standard_error import error_text
 
 SKIPPED_FRACTIONS = (0.125, 0.25, 0.5)
 TIMED_FRACTION = 0.25
@@ -68,7 +69,7 @@ class Losses:
         increase, error = report.increase_over(self.baseline)
         print(
             f"{name:54} skipped {report.skipped_fraction:5.1%}: "
-            f"{1e3 * increase:+7.1f} ± {1e3 * error:.1f} millinats",
+            f"{1e3 * increase:+7.1f} {error_text(error, '.1f', 1e3)} millinats",
             flush=True,
         )
         return {

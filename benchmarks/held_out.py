@@ -5,12 +5,12 @@ Nothing here was trained on, and nothing that is evaluated on is calibrated with
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from adapmoe_lab.evaluation.texts import read_texts
 
 DOMAINS = ("books_children_en", "books_fiction_en", "python_stdlib", "novels_de")
 TEXTS_PER_DOMAIN = 24
@@ -23,8 +23,7 @@ PIECE_CHARACTERS = 2100
 
 def documents(folder: Path, domain: str) -> list[str]:
     """Return the held-out documents of one domain."""
-    with gzip.open(folder / domain / "valid.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+    return read_texts(folder / domain / "valid.jsonl.gz")
 
 
 def held_out_texts(folder: Path) -> list[str]:

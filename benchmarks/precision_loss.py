@@ -21,6 +21,7 @@ from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.packed import PackedMatrix
 from adapmoe_lab.engine.quantise import quantise
 from adapmoe_lab.records.files import save_json
+from adapmoe_lab.records.standard_error import error_text
 
 PRECISIONS = ("bfloat16", "int8", "int4", "mxfp4", "int3", "int2")
 
@@ -72,7 +73,7 @@ def main() -> int:
             )
             print(
                 f"{precision:9} {solver:8} {bits:5.2f} bits/weight: "
-                f"{1e3 * increase:+8.2f} ± {1e3 * error:.2f} millinats",
+                f"{1e3 * increase:+8.2f} {error_text(error, '.2f', 1e3)} millinats",
                 flush=True,
             )
     document = {

@@ -25,6 +25,7 @@ from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.records import RoutingTrace
 from adapmoe_lab.records.files import save_json
+from adapmoe_lab.records.standard_error import error_text
 from adapmoe_lab.simulation.predictability import recall_and_precision, with_baselines
 
 CALIBRATION_TOKENS = 18_000
@@ -82,8 +83,9 @@ def line_of(row: dict[str, Any], top_k: int) -> str:
     first = next(value for value in exact["recall"] if value is not None)
     reference = row["reference_recall"]
     return (
-        f"{row['predictor']:16} +{row['distance']}: recall {exact['mean_recall'][0]:.3f} ± "
-        f"{exact['mean_recall'][1]:.3f}, first layer predicted {first:.3f}, one candidate more "
+        f"{row['predictor']:16} +{row['distance']}: recall {exact['mean_recall'][0]:.3f} "
+        f"{error_text(exact['mean_recall'][1], '.3f')}, first layer predicted {first:.3f}, "
+        "one candidate more "
         f"{wider['mean_recall'][0]:.3f}" + (f"; before {reference:.3f}" if reference else "")
     )
 

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it, on a small checkpoint."""
 
+import io
 import json
 import subprocess
 import sys
@@ -126,6 +127,100 @@ def test_errors_are_one_line_and_say_what_to_do(arguments, message, capsys, tmp_
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.fixture
+def no_load(tmp_path, monkeypatch):
+    """Refuse to load any model, in a folder that has a file in the way."""
+
+    def load(_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("adapmoe_lab.cli._load", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "five.jsonl").write_text('{"text": 5}')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("profile", "demo", "--out", "file/trace.npz"), "trace.npz cannot be written: "),
+        (("tune", "demo", "--out", "file/tuned.json"), "file is no folder. Name another place."),
+        (("tune", "demo", "--out", "."), "is a folder; name a file to write"),
+        (("tune", "demo", "--method", "magic"), "method='magic' is unknown; expected one of"),
+        (("tune", "demo", "--texts", "five.jsonl"), "line 1: its text must be one string, got 5"),
+        (("bench", "demo", "--out", "file/bench.json"), "bench.json cannot be written: "),
+        (("bench", "demo", "--texts", "none.txt"), "No text file at none.txt"),
+        (("evaluate", "demo", "--texts", "five.jsonl"), "its text must be one string"),
+        (("evaluate", "demo", "--tasks", "blimp"), "blimp task needs blimp/blimp.jsonl.gz"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_the_model_is_loaded(
+    no_load, arguments, message, capsys, monkeypatch
+):
+    monkeypatch.delenv("ADAPMOE_LAB_DATA", raising=False)
+    assert run(*arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_project_in_the_way_is_found_before_tuning(no_load, monkeypatch, capsys):
+    monkeypatch.setenv("ADAPMOE_LAB_PROJECT", "file/project")
+    assert run("tune", "demo") == 1
+    assert "Pass project=, or set $ADAPMOE_LAB_PROJECT" in capsys.readouterr().err
+
+
+def test_an_unknown_task_is_one_line_with_close_names(no_load, capsys):
+    assert run("evaluate", "demo", "--tasks", "hellaswagg") == 1
+    error = capsys.readouterr().err
+    assert "evaluate: lm-eval knows no task 'hellaswagg'. Close to it: hellaswag" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("generate", "demo", "x", "--max-new-tokens", "-3"),
+            "whole number of at least 0, got '-3'",
+        ),
+        (("generate", "demo", "x", "--max-new-tokens", "2.5"), "at least 0, got '2.5'"),
+        (("generate", "demo", "x", "--temperature", "nan"), "a number of at least 0, got 'nan'"),
+        (("generate", "demo", "x", "--temperature", "-1"), "a number of at least 0, got '-1'"),
+        (("evaluate", "demo", "--limit", "0"), "whole number of at least 1, got '0'"),
+        (("bench", "demo", "--new-tokens", "1"), "whole number of at least 2, got '1'"),
+        (("bench", "demo", "--rounds", "x"), "whole number of at least 1, got 'x'"),
+        (("tune", "demo", "--max-loss-increase-nats", "inf"), "a number of at least 0, got 'inf'"),
+    ],
+)
+def test_a_number_out_of_range_is_wrong_usage(no_load, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["Héllo", "\ufeffHéllo"])
+def test_a_prompt_may_come_in_as_a_file_would(tiny_checkpoint, content, monkeypatch, capsys):
+    generate = ("generate", tiny_checkpoint, "-", "--max-new-tokens", 0, "--link", "none")
+    stream = io.TextIOWrapper(io.BytesIO(content.encode()), encoding="ascii")
+    monkeypatch.setattr("sys.stdin", stream)
+    assert run(*generate) == 0
+    assert capsys.readouterr().out == "Héllo\n"
+
+
+def test_a_prompt_that_is_no_text_is_refused(no_load, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ok\n\xff"), encoding="ascii"))
+    assert run("generate", "demo", "-") == 1
+    assert "standard input, line 2: not UTF-8" in capsys.readouterr().err
+
+
+def test_evaluate_prints_standard_errors(tiny_checkpoint, capsys):
+    common = (tiny_checkpoint, "--link", "none")
+    assert run("evaluate", *common, "--tasks", "minimal_pairs", "--limit", 8) == 0
+    out = capsys.readouterr().out
+    scores = json.loads(out[out.index("{") :])["minimal_pairs"]
+    assert scores["acc_stderr"] == pytest.approx((scores["acc"] * (1 - scores["acc"]) / 7) ** 0.5)
 
 
 def test_wrong_usage_exits_with_2(capsys):

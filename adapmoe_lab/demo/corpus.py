@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapmoe_lab.evaluation.texts import read_lines, read_records
 from adapmoe_lab.models.demo_architecture import END_OF_TEXT
+from adapmoe_lab.records.arguments import one_string, strings
 
 DEMO_DOMAINS = (
     "books_children_en",
@@ -64,7 +64,7 @@ class Domain:
         return sum(len(text.encode()) for text in self.training)
 
 
-def read_corpus(folder: Path, names: Iterable[str] | None = None) -> tuple[Domain, ...]:
+def read_corpus(folder: Path, names: str | Iterable[str] | None = None) -> tuple[Domain, ...]:
     """Read the domains of a text folder: its sub-folders, or the folder itself where it has none.
 
     `names` chooses among them. Left out, it is the demo's own seven if all are there, else every
@@ -80,7 +80,7 @@ def read_corpus(folder: Path, names: Iterable[str] | None = None) -> tuple[Domai
         found = {folder.name: folder}
     if names is None:
         names = DEMO_DOMAINS if set(DEMO_DOMAINS) <= set(found) else tuple(found)
-    names = tuple(names)
+    names = strings("names", names)
     missing = [name for name in names if name not in found]
     if missing or not names:
         raise ValueError(
@@ -138,21 +138,23 @@ def _distinct(documents: Iterable[Document]) -> list[Document]:
 
 def _read_files(files: Iterable[Path]) -> Iterator[Document]:
     for file in files:
-        with gzip.open(file, "rt", encoding="utf-8") as stream:
-            if file.name.endswith(".jsonl.gz"):
-                yield from (_from_record(json.loads(line), file) for line in stream if line.strip())
-            else:
-                yield from (Document(text, text) for text in _cut(stream.read()))
+        if file.name.endswith(".jsonl.gz"):
+            for line, record in read_records(file):
+                yield _from_record(record, f"{file}, line {line}")
+        else:
+            yield from (Document(text, text) for text in _cut("\n".join(read_lines(file))))
 
 
-def _from_record(record: dict[str, object], file: Path) -> Document:
+def _from_record(record: Mapping[str, object], place: str) -> Document:
     if "question" in record and "answer" in record:
-        return Document(f"{record['question']}\n{record['answer']}", key=str(record["question"]))
+        question, answer = (
+            one_string(f"{place}: its {name}", record[name]) for name in ("question", "answer")
+        )
+        return Document(f"{question}\n{answer}", key=question)
     if "text" in record:
-        return Document(str(record["text"]), key=str(record["text"]))
-    raise ValueError(
-        f"{file}: a record has neither text nor question and answer: {sorted(record)}."
-    )
+        text = one_string(f"{place}: its text", record["text"])
+        return Document(text, key=text)
+    raise ValueError(f"{place}: has neither text nor question and answer: {sorted(record)}.")
 
 
 def _cut(text: str) -> Iterator[str]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from adapmoe_lab.demo.losses import compute_weights, next_token_loss
+from adapmoe_lab.evaluation.texts import read_records
 from adapmoe_lab.models.demo_architecture import END_OF_TEXT, DemoModel
+from adapmoe_lab.records.arguments import one_string
 
 BATCH_SENTENCES = 256
 
@@ -37,11 +38,20 @@ class PairsScore:
 
 
 def read_pairs(path: Path) -> list[MinimalPair]:
-    """Read .jsonl or .jsonl.gz records {paradigm or UID, good, bad}."""
-    opener = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as stream:
-        records = [json.loads(line) for line in stream]
-    return [MinimalPair(r.get("paradigm") or r["UID"], r["good"], r["bad"]) for r in records]
+    """Read .jsonl or .jsonl.gz records {paradigm or UID, good, bad}.
+
+    Raises:
+        ValueError: a line is no such record; the error says which.
+    """
+    return [_pair(record, f"{path}, line {line}") for line, record in read_records(path)]
+
+
+def _pair(record: Mapping[str, Any], place: str) -> MinimalPair:
+    fields = ("paradigm" if record.get("paradigm") else "UID", "good", "bad")
+    missing = [field for field in fields if field not in record]
+    if missing:
+        raise ValueError(f"{place}: lacks {', '.join(missing)}.")
+    return MinimalPair(*(one_string(f"{place}: its {field}", record[field]) for field in fields))
 
 
 def score_pairs(model: DemoModel, tokenizer: Tokenizer, pairs: Sequence[MinimalPair]) -> PairsScore:

@@ -29,13 +29,8 @@ from adapmoe_lab.models.residual_stream import (
     layer_outputs_observed_by,
     token_ids_observed_by,
 )
-from adapmoe_lab.records import (
-    LinkTarget,
-    MoESpec,
-    Predictors,
-    PrefetchTable,
-    TunedConfig,
-)
+from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, PrefetchTable, TunedConfig
+from adapmoe_lab.records.arguments import finite_number, one_string, whole_number
 from adapmoe_lab.records.prefetch import Moment
 
 
@@ -257,8 +252,13 @@ class LabModel:
         return link
 
     def encode(self, text: str) -> torch.Tensor:
-        """Return the token ids of a text, int64 [T]."""
-        return torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.long)
+        """Return the token ids of a text, int64 [T].
+
+        Raises:
+            ValueError: it is not one text.
+        """
+        ids = self.tokenizer(one_string("text", text))["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
 
     def generate(
         self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
@@ -266,12 +266,18 @@ class LabModel:
         """Return the prompt continued by the model.
 
         Args:
-            prompt: text to continue; must not be empty.
+            prompt: text to continue, one; must not be empty.
             max_new_tokens: at most this many tokens are added.
             temperature: 0 takes the likeliest token, higher samples more freely.
-            seed: makes sampling repeatable.
+            seed: makes sampling repeatable; any integer of 64 bits.
+
+        Raises:
+            ValueError: the prompt is empty or not one text, or a number is out of range.
         """
-        ids = self.encode(prompt)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, at_least=0)
+        temperature = finite_number("temperature", temperature, at_least=0)
+        seed = whole_number("seed", seed, at_least=-(2**63), at_most=2**64 - 1)
+        ids = self.encode(one_string("prompt", prompt))
         if not len(ids):
             raise ValueError("The prompt is empty; give at least one word to continue.")
         stop = self.hf.generation_config.eos_token_id

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -10,8 +10,9 @@ from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.offload import OffloadEngine
-from adapmoe_lab.evaluation.texts import calibration_texts
+from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
 from adapmoe_lab.records import LatencyReport, Measurement, Traffic, TunedConfig
+from adapmoe_lab.records.arguments import whole_number
 
 Progress = Callable[[int, int, str], None]
 
@@ -67,7 +68,7 @@ class _Stopwatch:
 def measure_latency(
     model: LabModel,
     config: TunedConfig | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Texts | None = None,
     *,
     new_tokens: int = 32,
     repeats: int = 3,
@@ -92,10 +93,17 @@ def measure_latency(
         progress: called with (done, total, text); what it raises stops the run.
         was_disturbed: asked after every run whether something else used the machine meanwhile;
             such a run is thrown away and taken again.
+
+    Raises:
+        ValueError: there is no prompt, an empty one, or something else; or a count is too small.
+        RuntimeError: every run was disturbed.
     """
-    if new_tokens < 2 or repeats < 1:
-        raise ValueError("Latency needs new_tokens of at least 2 and at least one repeat.")
-    texts = calibration_texts()[:N_DEFAULT_PROMPTS] if prompts is None else prompts
+    new_tokens = whole_number("new_tokens", new_tokens, at_least=2)
+    repeats = whole_number("repeats", repeats, at_least=1)
+    max_prompt_tokens = whole_number("max_prompt_tokens", max_prompt_tokens, at_least=1)
+    texts = (
+        calibration_texts()[:N_DEFAULT_PROMPTS] if prompts is None else as_texts(prompts, "prompts")
+    )
     encoded = [model.encode(text)[:max_prompt_tokens] for text in texts]
     if not encoded or any(not len(ids) for ids in encoded):
         raise ValueError("Latency needs at least one prompt, none of them empty.")

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.evaluation.texts import calibration_texts
+from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
 from adapmoe_lab.records import LossReport, TunedConfig
+from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.files import digest
 
 Progress = Callable[[int, int, str], None]
+
+MAX_TOKENS = 512
 
 
 def evaluate_loss(
     model: LabModel,
     config: TunedConfig | None = None,
-    texts: Sequence[str] | None = None,
+    texts: Texts | None = None,
     *,
-    max_tokens: int = 512,
+    max_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
 ) -> LossReport:
     """Measure the summed next-token loss of each text, in nats.
@@ -33,6 +36,9 @@ def evaluate_loss(
         texts: one sequence each; the shipped calibration texts if None.
         max_tokens: longer texts are cut to this many tokens.
         progress: called with (done, total, text); what it raises stops the run.
+
+    Raises:
+        ValueError: there is no text, one too short to predict anything, or something else.
     """
     sequences = token_sequences(model, texts, max_tokens)
     nats = []
@@ -60,14 +66,15 @@ def evaluate_loss(
 
 
 def token_sequences(
-    model: LabModel, texts: Sequence[str] | None, max_tokens: int
+    model: LabModel, texts: Texts | None, max_tokens: int = MAX_TOKENS
 ) -> list[torch.Tensor]:
     """Return texts as token ids int64 [T], cut to `max_tokens`; calibration texts if None.
 
     Raises:
-        ValueError: there is no text, or one too short to predict anything.
+        ValueError: there is no text, one too short to predict anything, or something else.
     """
-    texts = calibration_texts() if texts is None else texts
+    max_tokens = whole_number("max_tokens", max_tokens, at_least=2)
+    texts = calibration_texts() if texts is None else as_texts(texts)
     sequences = [model.encode(text)[:max_tokens] for text in texts]
     short = [i for i, ids in enumerate(sequences) if len(ids) < 2]
     if short or not sequences:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adapmoe_lab.records import OFF, GatingTable, RoutingTrace, SensitivityProfile
+from adapmoe_lab.records.arguments import finite_number
 
 N_BISECTIONS = 20
 MARGIN = 1e-6
@@ -131,6 +132,22 @@ def largest_skipped_fraction(
     return low
 
 
+def check_method(method: str) -> None:
+    """Raise ValueError unless a rule has this name."""
+    if method not in RULES:
+        raise ValueError(f"method={method!r} is unknown; expected one of {', '.join(RULES)}.")
+
+
+def check_skipped_fraction(skipped_fraction: float, top_k: int) -> None:
+    """Raise ValueError if no number, or more than can be skipped with one expert kept."""
+    limit = (top_k - 1) / top_k
+    if not 0 <= finite_number("skipped_fraction", skipped_fraction) <= limit:
+        raise ValueError(
+            f"skipped_fraction must lie in 0..{limit:g} for top-{top_k} routing (one "
+            f"expert is always kept), got {skipped_fraction:g}."
+        )
+
+
 def adapmoe_cut(threshold: float, sensitivity: ArrayLike) -> NDArray[np.float64]:
     """Cuts on the share [L] of AdapMoE's rule for one threshold T; T = 0 skips nothing."""
     sensitivity = np.asarray(sensitivity, dtype=np.float64)
@@ -165,17 +182,8 @@ class _Size:
         return cls(trace.weights.size, trace.spec.n_layers, trace.spec.top_k)
 
     def n_dropped(self, skipped_fraction: float) -> int:
-        """Return how many activations a fraction of T L K is.
-
-        Raises:
-            ValueError: more than can be skipped with one expert kept.
-        """
-        limit = (self.top_k - 1) / self.top_k
-        if not 0 <= skipped_fraction <= limit:
-            raise ValueError(
-                f"skipped_fraction must lie in 0..{limit:g} for top-{self.top_k} routing (one "
-                f"expert is always kept), got {skipped_fraction:g}."
-            )
+        """Return how many activations a fraction of T L K is; see `check_skipped_fraction`."""
+        check_skipped_fraction(skipped_fraction, self.top_k)
         return round(skipped_fraction * self.n_activations)
 
     def table(self, cuts: NDArray[np.float64]) -> GatingTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,9 +103,11 @@ def recorded_activations(
 
     Raises:
         UnsupportedModelError: some layers run several times for each token.
+        OSError: the temporary folder has no room for that much.
     """
     check_each_runs_once(model.layers)
     with tempfile.TemporaryDirectory(prefix="adapmoe-lab-") as folder:
+        _check_room(model, sum(map(len, sequences)), 2 if gradients else 1, Path(folder))
         activations = Activations(Path(folder), model.spec.n_layers)
         with model.engine.reading_store():
             for done, ids in enumerate(sequences):
@@ -115,6 +118,18 @@ def recorded_activations(
                 else:
                     _record(model, ids, activations)
         yield activations
+
+
+def _check_room(model: LabModel, n_tokens: int, n_kinds: int, folder: Path) -> None:
+    """Refuse to begin what the disk has no room for."""
+    per_token = model.spec.n_layers * model.spec.hidden_size * model.hf.dtype.itemsize
+    needed, free = n_kinds * n_tokens * per_token, shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"Recording {n_tokens:,} tokens takes {needed / 2**20:,.0f} MiB in {folder.parent}, "
+            f"where {free / 2**20:,.0f} MiB are free. Give fewer or shorter texts, or set "
+            "TMPDIR to a folder with more room."
+        )
 
 
 def _record(model: LabModel, ids: torch.Tensor, activations: Activations) -> None:

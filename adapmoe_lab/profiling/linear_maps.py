@@ -54,12 +54,13 @@ class _Regression:
         self._mean = x.mean(dim=0)
         self._centred = x - self._mean
         self._squares, self._axes = torch.linalg.eigh(self._centred.T @ self._centred)
+        self._scale = self._squares.mean().clamp(min=torch.finfo(x.dtype).tiny)
 
     def maps(self, outputs: torch.Tensor, ridges: torch.Tensor) -> list[torch.Tensor]:
         """Return the maps [D+1, E] to outputs [T, E] at relative ridges [n]."""
         along = self._axes.T @ (self._centred.T @ outputs)  # [D, E]
         maps = []
-        for ridge in (ridges.to(along) * self._squares.mean()).tolist():
+        for ridge in (ridges.to(along) * self._scale).tolist():
             slopes = self._axes @ (along / (self._squares + ridge)[:, None])
             constant = outputs.mean(dim=0) - self._mean @ slopes
             maps.append(torch.cat([slopes, constant[None]]))

@@ -11,23 +11,30 @@ from numpy.typing import NDArray
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.prediction import MAX_DISTANCE, TokenEmbedding, predictors_of
 from adapmoe_lab.evaluation.loss import token_sequences
+from adapmoe_lab.evaluation.texts import Texts
 from adapmoe_lab.models.families import router_logits, router_scores
 from adapmoe_lab.models.residual_stream import last_hidden_observed_by
 from adapmoe_lab.profiling.activations import Activations, recorded_activations
 from adapmoe_lab.profiling.linear_maps import fit_gate, fit_ridges
 from adapmoe_lab.records import Predictors, TunedConfig
+from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.files import digest
 from adapmoe_lab.simulation.token_means import means_by_token
 
 Progress = Callable[[int, int, str], None]
 
 HELD_OUT_EVERY = 4
-"""Of so many texts one is held out to choose how strongly a fit is held back."""
+"""Of so many texts one is held out to choose how strongly a fit is held back.
+
+Of a single text, so large a part at its end.
+"""
+FEWEST_TOKENS = 3
+"""One held out, one to fit to, and one before them both."""
 
 
 def fit_predictors(
     model: LabModel,
-    texts: Sequence[str],
+    texts: Texts,
     *,
     max_distance: int = MAX_DISTANCE,
     max_tokens: int = 512,
@@ -40,20 +47,21 @@ def fit_predictors(
 
     Args:
         model: the model; its configuration plays no part.
-        texts: calibration texts, one sequence each; at least two.
+        texts: calibration texts, one sequence each; of a single one the end is held out.
         max_distance: layers ahead that are fitted.
         max_tokens: longer texts are cut to this many tokens.
         progress: called with (done, total, text); what it raises stops the run.
 
     Raises:
         UnsupportedModelError: the routers read something else than the experts' input.
-        ValueError: there are fewer than two texts, or one is too short.
+        ValueError: there is no text, one is too short or something else.
     """
+    max_distance = whole_number("max_distance", max_distance, at_least=0)
     sequences = token_sequences(model, texts, max_tokens)
-    if len(sequences) < 2:
+    if len(sequences) == 1 and len(sequences[0]) < FEWEST_TOKENS:
         raise ValueError(
-            "Predictors are fitted on some texts and held back by others; give at least two, got "
-            f"{len(sequences)}."
+            "Predictors are fitted to some tokens and held back by others; a single text needs at "
+            f"least {FEWEST_TOKENS} tokens, got {len(sequences[0])}. Give more text."
         )
     states: list[torch.Tensor] = []
     with (
@@ -93,6 +101,8 @@ class _Tokens:
         numbers = np.repeat(np.arange(len(lengths)), lengths)
         self.ids = np.concatenate([ids.numpy() for ids in sequences])
         is_held_out = numbers % HELD_OUT_EVERY == 1
+        if len(lengths) == 1:
+            is_held_out[-max(1, lengths[0] // HELD_OUT_EVERY) :] = True
         is_first = np.diff(numbers, prepend=-1) > 0
         self.is_held_out = torch.from_numpy(is_held_out).to(device)
         self.is_first = torch.from_numpy(is_first).to(device)

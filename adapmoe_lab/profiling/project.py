@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from adapmoe_lab.records.files import check_writable
+
 FOLDER_VARIABLE = "ADAPMOE_LAB_PROJECT"
 DEFAULT_FOLDER = "adapmoe-lab-project"
+TRACES = "traces"
 
 
 def project_folder(folder: str | Path | None = None) -> Path:
@@ -15,6 +18,16 @@ def project_folder(folder: str | Path | None = None) -> Path:
     The one given, else `$ADAPMOE_LAB_PROJECT`, else `adapmoe-lab-project` here.
     """
     return Path(folder or os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER)
+
+
+def check_project(folder: str | Path | None = None) -> None:
+    """Raise OSError, which names the remedy, unless files can be kept in the project folder."""
+    try:
+        check_writable(project_folder(folder) / TRACES / "trace.npz")
+    except OSError as error:
+        raise type(error)(
+            f"What is learnt cannot be kept: {error} Pass project=, or set ${FOLDER_VARIABLE}."
+        ) from error
 
 
 def say(note: str) -> None:

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import token_sequences
+from adapmoe_lab.evaluation.texts import Texts
 from adapmoe_lab.profiling.estimators import ESTIMATORS, MEASURED, OF_ALL
 from adapmoe_lab.profiling.gradient_terms import GradientTerms, gradient_terms
 from adapmoe_lab.profiling.loss_change import LossChanges, loss_changes
 from adapmoe_lab.records import OFF, GatingTable, SensitivityProfile, Surrogates, TunedConfig
+from adapmoe_lab.records.arguments import strings
 from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
 from adapmoe_lab.simulation.jackknife import jackknife
 
@@ -34,7 +36,7 @@ TINY = 1e-15
 
 def sensitivity(
     model: LabModel,
-    texts: Sequence[str],
+    texts: Texts,
     *,
     estimator: str = "directional",
     renormalise: bool = False,
@@ -65,8 +67,8 @@ def sensitivity(
         progress: called with (done, total, text); what it raises stops the run.
 
     Raises:
-        ValueError: the estimator is unknown, a text is too short, or there is both `renormalise`
-            and `compensation`.
+        ValueError: the estimator is unknown, there is no text, one is too short or something else,
+            or there is both `renormalise` and `compensation`.
     """
     return sensitivities(
         model,
@@ -82,8 +84,8 @@ def sensitivity(
 
 def sensitivities(
     model: LabModel,
-    texts: Sequence[str],
-    estimators: Iterable[str] = (*ESTIMATORS, *MEASURED),
+    texts: Texts,
+    estimators: str | Iterable[str] = (*ESTIMATORS, *MEASURED),
     *,
     renormalise: bool = False,
     compensation: Surrogates | None = None,
@@ -92,7 +94,7 @@ def sensitivities(
     progress: Progress | None = None,
 ) -> dict[str, SensitivityProfile]:
     """Measure the sensitivity in several ways on the same texts; see `sensitivity`."""
-    names = list(estimators)
+    names = list(dict.fromkeys(strings("estimators", estimators)))
     known = (*ESTIMATORS, *MEASURED)
     for name in names:
         if name not in known:
@@ -231,7 +233,8 @@ class _Assembly:
             factor=(loss - first_order) / sums,
             joint_error=np.ones(len(sums)),
         )
-        independent = np.array([profile.total_increase(some)[1] for some in cuts])
+        errors = [profile.total_increase(some)[1] for some in cuts]
+        independent = np.array(errors, dtype=np.float64)  # None, not known, is NaN
         return replace(profile, joint_error=loss_se / np.maximum(independent, TINY))
 
     def _table(self, cuts: Floats) -> GatingTable:

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.sources import StoredExperts
 from adapmoe_lab.evaluation.loss import token_sequences
+from adapmoe_lab.evaluation.texts import Texts
 from adapmoe_lab.models.experts import run_expert
 from adapmoe_lab.policies.allocation import budget_bytes as bytes_of
 from adapmoe_lab.policies.ranks import affordable_ranks, ranks_by_worth
 from adapmoe_lab.profiling.activations import LayerActivations, recorded_activations
 from adapmoe_lab.profiling.low_rank import LowRankMap, OutputMetric, fit_low_rank
 from adapmoe_lab.records import Surrogates, TunedConfig
+from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.files import digest
 
 Progress = Callable[[int, int, str], None]
@@ -32,7 +34,7 @@ TOKENS_AT_ONCE = 1024
 
 def fit_surrogates(
     model: LabModel,
-    texts: Sequence[str],
+    texts: Texts,
     *,
     rank: int | None = None,
     budget_bytes: str | float | None = None,
@@ -96,8 +98,7 @@ def _ranks_wanted(model: LabModel, rank: int | None, budget: str | float | None)
         n_ranks = affordable_ranks(model.spec, n_bytes, model.hf.dtype.itemsize)
         return n_ranks, min(MOST_TIMES_EVEN * -(-n_ranks // n_layers), width)
     rank = DEFAULT_RANK if rank is None else rank
-    if not 0 <= rank <= width:
-        raise ValueError(f"rank must lie in 0..{width} (the width of an expert), got {rank}.")
+    rank = whole_number("rank", rank, at_least=0, at_most=width)
     return n_layers * rank, rank
 
 

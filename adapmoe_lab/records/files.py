@@ -29,6 +29,32 @@ class RecordError(ValueError):
     """A file or value is not the record it was expected to be."""
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise OSError unless a file can be put at `path`; leaves nothing behind.
+
+    For before long work whose result is to be kept there. Folders that are not there yet are made
+    when the file is written, so the nearest one that is there is tried.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file to write.")
+    folder = path.absolute().parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(
+            f"{path} cannot be written: {folder} is no folder. Name another place."
+        )
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{path} cannot be written: {folder} takes no files ({error.strerror}). Name another "
+            "place."
+        ) from error
+
+
 @contextmanager
 def written_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` that replaces it only if the block ends well."""

@@ -40,8 +40,10 @@ class LossReport:
         """Mean loss over predicted tokens."""
         return float(self.nats.sum() / self.n_predicted.sum())
 
-    def increase_over(self, baseline: LossReport) -> tuple[float, float]:
+    def increase_over(self, baseline: LossReport) -> tuple[float, float | None]:
         """Return the loss increase in nats per token and its standard error, paired by sequence.
+
+        One sequence has no standard error: None, not known.
 
         Raises:
             RecordError: the two reports are on different texts.
@@ -56,7 +58,7 @@ class LossReport:
         mean = float((weights * differences).sum())
         n = len(differences)
         if n < 2:
-            return mean, float("nan")
+            return mean, None
         variance = float((weights**2 * (differences - mean) ** 2).sum() * n / (n - 1))
         return mean, variance**0.5
 

@@ -51,6 +51,8 @@ RENORMALISED = "renormalised"
 class SensitivityProfile:
     """What skipping costs, layer by layer, with standard errors over sequences.
 
+    One sequence has no standard error; arrays of errors then hold NaN.
+
     Attributes:
         model_fingerprint: the model it was measured on.
         estimator: name of the estimator, see `profiling.estimators`.
@@ -132,18 +134,20 @@ class SensitivityProfile:
     def increase(self, cuts: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the predicted loss increase of each layer [L] at one cut per layer [L].
 
-        In nats per token; the second value is its standard errors.
+        In nats per token; the second value is its standard errors, NaN where not known.
         """
         mean, error, _ = self._completed(cuts)
         return mean, error
 
-    def total_increase(self, cuts: ArrayLike) -> tuple[float, float]:
+    def total_increase(self, cuts: ArrayLike) -> tuple[float, float | None]:
         """Return the predicted loss increase of all layers at one cut per layer [L].
 
-        In nats per token, with its standard error.
+        In nats per token, with its standard error; None if that is not known.
         """
         mean, error, joint_error = self._completed(cuts)
-        return float(mean.sum()), joint_error * float(np.sqrt((error**2).sum()))
+        independent = float(np.sqrt((error**2).sum()))
+        total_error = joint_error * independent if independent != 0 else 0.0
+        return float(mean.sum()), total_error if np.isfinite(total_error) else None
 
     def first_order_increase(self, cuts: ArrayLike) -> NDArray[np.float64]:
         """Return the first-order part [L] of the increase that the curves leave out."""

@@ -35,7 +35,7 @@ class Predictability:
         recall_se: float64 [L].
         precision: float64 [L], share of the predicted experts that were needed.
         precision_se: float64 [L].
-        mean_recall: over all layers that are predicted, with its standard error.
+        mean_recall: over all layers that are predicted, with its standard error; None if not known.
         mean_precision: likewise.
     """
 
@@ -43,8 +43,8 @@ class Predictability:
     recall_se: Floats
     precision: Floats
     precision_se: Floats
-    mean_recall: tuple[float, float]
-    mean_precision: tuple[float, float]
+    mean_recall: tuple[float, float | None]
+    mean_precision: tuple[float, float | None]
 
 
 def recall_and_precision(
@@ -93,9 +93,13 @@ def recall_and_precision(
         recall_se=recall_se[:-1],
         precision=precision[:-1],
         precision_se=precision_se[:-1],
-        mean_recall=(float(recall[-1]), float(recall_se[-1])),
-        mean_precision=(float(precision[-1]), float(precision_se[-1])),
+        mean_recall=(float(recall[-1]), _known(recall_se[-1])),
+        mean_precision=(float(precision[-1]), _known(precision_se[-1])),
     )
+
+
+def _known(error: float) -> float | None:
+    return float(error) if np.isfinite(error) else None
 
 
 def hit_probability(

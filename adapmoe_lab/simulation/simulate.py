@@ -38,7 +38,7 @@ class Simulation:
             hardware.
         ms_per_token: predicted mean milliseconds per output token; None without hardware.
         loss_increase_nats: predicted loss increase per token; None without a sensitivity.
-        loss_increase_se: its standard error.
+        loss_increase_se: its standard error; None if not known, as from a single text.
     """
 
     experts_per_token: NDArray[np.float64]

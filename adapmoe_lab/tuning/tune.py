@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import evaluate_loss
+from adapmoe_lab.evaluation.texts import Texts, as_texts
 from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
-from adapmoe_lab.policies.thresholds import RULES, largest_skipped_fraction
+from adapmoe_lab.policies.thresholds import (
+    RULES,
+    check_method,
+    check_skipped_fraction,
+    largest_skipped_fraction,
+)
 from adapmoe_lab.records import (
     HardwareProfile,
     MoESpec,
@@ -21,6 +25,7 @@ from adapmoe_lab.records import (
     Surrogates,
     TunedConfig,
 )
+from adapmoe_lab.records.arguments import finite_number
 from adapmoe_lab.simulation.prefetch_tables import (
     NOBODY,
     best_prefetch,
@@ -51,7 +56,7 @@ def tune(
     prefetch: bool = True,
     predictors: Predictors | None = None,
     model: LabModel | None = None,
-    texts: Sequence[str] | None = None,
+    texts: Texts | None = None,
 ) -> TunedConfig:
     """Choose cuts, slots and eviction for a memory budget.
 
@@ -82,16 +87,19 @@ def tune(
         The config, with what it is predicted (and measured) to do as evidence.
 
     Raises:
-        ValueError: the method is unknown, trace and sensitivity are of different models, or the
-            router chooses a single expert.
+        ValueError: the method is unknown, trace and sensitivity are of different models, the router
+            chooses a single expert, or an argument is out of range.
     """
-    if method not in RULES:
-        raise ValueError(f"method={method!r} is unknown; expected one of {', '.join(RULES)}.")
+    check_method(method)
     if sensitivity.model_fingerprint != trace.spec.fingerprint():
         raise ValueError(
             "The trace and the sensitivity were recorded on different models; record both on one."
         )
     check_skippable(trace.spec)
+    if skipped_fraction is not None:
+        check_skipped_fraction(skipped_fraction, trace.spec.top_k)
+    finite_number("max_loss_increase_nats", max_loss_increase_nats, at_least=0)
+    texts = as_texts(texts) if texts is not None else None
     rule = RULES[method](trace, sensitivity)
     is_fixed = skipped_fraction is not None
     if skipped_fraction is None:
@@ -190,7 +198,7 @@ def _verified(
         fraction *= 0.95 * (max(allowed, 0.0) / increase) ** 0.5
     return config, {
         "loss_increase_nats": increase,
-        "loss_increase_se": error if np.isfinite(error) else None,
+        "loss_increase_se": error,
         "skipped_fraction": report.skipped_fraction,
         "n_tokens": int(report.n_predicted.sum()),
         "texts": report.texts,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
+from adapmoe_lab.evaluation.texts import Texts, as_texts
 from adapmoe_lab.records import LossReport, TunedConfig
 
 N_PROMPTS = 3
@@ -21,10 +22,10 @@ Progress = Callable[..., None]
 class Measuring:
     """Runs a model under configs, on texts that nothing was chosen by."""
 
-    def __init__(self, model: LabModel, texts: Sequence[str]) -> None:
+    def __init__(self, model: LabModel, texts: Texts) -> None:
         """Bind the model and the texts; the start of the first few are the prompts."""
         self._model = model
-        self._texts = list(texts)
+        self._texts = as_texts(texts)
         self._baseline: LossReport | None = None
         self._touched = 0.0
 

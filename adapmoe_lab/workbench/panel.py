@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from IPython.core.getipython import get_ipython
 
 from adapmoe_lab.engine.hardware import probe_hardware
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.evaluation.texts import calibration_texts
+from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity as measure_sensitivity
 from adapmoe_lab.records import (
@@ -48,7 +47,7 @@ class Workbench:
         hardware: HardwareProfile | None = None,
         *,
         compensation: Surrogates | None = None,
-        texts: Sequence[str] | None = None,
+        texts: Texts | None = None,
     ) -> None:
         """Build the panel for a model; what is not given is measured first.
 
@@ -66,11 +65,12 @@ class Workbench:
         self._close_earlier()
         shipped = calibration_texts()
         half = len(shipped) // 2
+        held = shipped[half:] if texts is None else as_texts(texts)
         trace = profile(model, shipped[:half]) if trace is None else trace
         if sensitivity is None:
             sensitivity = measure_sensitivity(model, shipped[:half], compensation=compensation)
         hardware = probe_hardware(model) if hardware is None else hardware
-        measuring = Measuring(model, shipped[half:] if texts is None else texts)
+        measuring = Measuring(model, held)
         panel = Panel(Bench(trace, sensitivity, hardware, compensation), measuring, repr(model))
         # The one reference to the panel, which knows nothing of the workbench: whichever way it
         # is closed, and if the workbench is dropped, it goes, and what it holds with it.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapmoe_lab.records.standard_error import error_text
 from adapmoe_lab.simulation.simulate import Simulation
 
 NOT_MEASURED = "not measured"
@@ -66,8 +67,9 @@ def tiles(prediction: Simulation, measured: Mapping[str, Any]) -> list[Tile]:
         Tile(
             "Loss, millinats",
             "–" if nats is None else f"{1e3 * nats:+.1f}",
-            "" if error is None else f"± {1e3 * error:.1f}",
-            loss and f"{1e3 * loss['increase_nats']:+.1f} ± {1e3 * loss['increase_se']:.1f}",
+            "" if nats is None else error_text(error, ".1f", 1e3),
+            loss
+            and f"{1e3 * loss['increase_nats']:+.1f} {error_text(loss['increase_se'], '.1f', 1e3)}",
         ),
     ]
 

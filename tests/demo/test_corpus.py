@@ -183,3 +183,44 @@ def test_a_record_without_text_is_refused(tmp_path):
         ValueError, match=r"neither text nor question and answer: \['body', 'title'"
     ):
         read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"text": 5}, r"line 2: its text must be one string, got 5 \(int\)"),
+        ({"text": None}, "line 2: its text must be one string, got None"),
+        ({"question": "1 + 1?", "answer": 2}, "line 2: its answer must be one string, got 2"),
+        (["a"], r"line 2: expected a JSON object, got \['a'\]"),
+    ],
+)
+def test_a_value_that_is_no_text_is_refused_with_its_line(tmp_path, record, told):
+    write_records(tmp_path / "stories" / "train.jsonl.gz", [{"text": "a"}, record])
+    with pytest.raises(ValueError, match=told):
+        read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["unix", "windows", "mac"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_documents_are_those_of_the_plain_file(tmp_path, end, encoding):
+    lines = "".join(f"{json.dumps({'text': text})}\n" for text in STORIES[:40])
+    paragraphs = "\n".join(STORIES[40:90])
+    for name, content in (("records/a.jsonl.gz", lines), ("plain/a.txt.gz", paragraphs)):
+        for folder, changed in (
+            ("unix", content.encode()),
+            ("other", content.replace("\n", end).encode(encoding)),
+        ):
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress(changed))
+    read = [
+        [(d.name, d.training, d.development, d.held_out) for d in read_corpus(tmp_path / folder)]
+        for folder in ("unix", "other")
+    ]
+    assert read[0] == read[1]
+
+
+def test_one_name_is_one_domain(tmp_path):
+    write_texts(tmp_path / "stories" / "train.jsonl.gz", STORIES[:3])
+    (domain,) = read_corpus(tmp_path, "stories")
+    assert domain.name == "stories"

@@ -145,6 +145,22 @@ def test_a_missing_text_folder_is_named(tmp_path, capsys):
     assert not out.exists()
 
 
+def test_pairs_are_read_as_from_the_plain_file_or_refused_with_the_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pair = '{"UID": "a", "good": "He runs.", "bad": "He run."}'
+    path.write_bytes(f"\ufeff{pair}\r\n\r\n{pair}\r\n".encode())
+    assert [(p.paradigm, p.good, p.bad) for p in read_pairs(path)] == [
+        ("a", "He runs.", "He run.")
+    ] * 2
+    for line, told in (
+        ('{"good": "He runs."}', "line 2: lacks UID, bad"),
+        ('{"UID": "a", "good": "He runs.", "bad": 5}', "line 2: its bad must be one string, got 5"),
+    ):
+        path.write_text(f"{pair}\n{line}\n")
+        with pytest.raises(ValueError, match=told):
+            read_pairs(path)
+
+
 def test_the_shipped_file_is_seed_0_less_what_the_training_text_holds():
     shipped = read_pairs(data_folder() / "evaluation" / "minimal_pairs.jsonl")
     missing = set(PAIRS) - set(shipped)

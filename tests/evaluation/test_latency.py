@@ -116,8 +116,11 @@ def test_a_run_that_is_always_disturbed_gives_up(load_tiny):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"new_tokens": 1}, "new_tokens of at least 2"),
-        ({"repeats": 0}, "at least one repeat"),
+        ({"new_tokens": 1}, "new_tokens must be a whole number of at least 2, got 1"),
+        ({"repeats": 0}, "repeats must be a whole number of at least 1, got 0"),
+        ({"repeats": 1.5}, "repeats must be a whole number of at least 1, got 1.5"),
+        ({"max_prompt_tokens": -3}, "max_prompt_tokens must be a whole number of at least 1"),
+        ({"prompts": [PROMPT, 5]}, r"prompts\[1\] must be one string, got 5"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": [""]}, "none of them empty"),
     ],

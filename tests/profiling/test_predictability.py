@@ -1,6 +1,7 @@
 """Fitted predictors against numpy's least squares, counting, and the unmodified model's states."""
 
 import itertools
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -210,13 +211,42 @@ def test_a_kept_trace_is_found_again_only_with_the_same_predictors(checkpoint, t
     assert again.fingerprint() == traces[2].fingerprint()
 
 
+def test_inputs_that_are_all_alike_give_the_mean_and_no_slope():
+    logits = torch.tensor([[1.0, 3.0], [3.0, 5.0], [2.0, 4.0], [2.0, 0.0]])
+    held_out = torch.tensor([False, False, False, True])
+    chosen = torch.ones((4, 1), dtype=torch.long)
+    (fitted,) = fit_ridges(torch.full((4, 3), 0.5), [(logits, chosen)], held_out)
+    np.testing.assert_allclose(fitted[:-1], 0)
+    np.testing.assert_allclose(fitted[-1], [2.0, 3.0])
+
+
+def test_of_one_text_the_end_is_held_out(checkpoint):
+    model = opened(checkpoint)
+    fitted = fit_predictors(model, TEXTS[:1])
+    assert fitted.n_tokens == len(model.encode(TEXTS[0]))
+    assert all(np.isfinite(maps).all() for maps in fitted.ridge.values())
+    assert np.isfinite(fitted.last_hidden).all()
+    assert fit_predictors(model, TEXTS[:1], max_tokens=3).n_tokens == 3
+
+
+def test_a_disk_without_room_is_found_before_the_model_is_run(checkpoint, monkeypatch):
+    model, seen = opened(checkpoint), []
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"Recording .* tokens takes .* MiB in .* set TMPDIR"):
+        fit_predictors(model, TEXTS, progress=lambda *told: seen.append(told))
+    assert not seen
+
+
 def test_what_cannot_be_fitted_or_recorded_is_refused(checkpoint, tmp_path):
     model = opened(checkpoint)
-    with pytest.raises(ValueError, match="held back by others; give at least two, got 1"):
-        fit_predictors(model, TEXTS[:1])
+    with pytest.raises(ValueError, match="a single text needs at least 3 tokens, got 2"):
+        fit_predictors(model, TEXTS[:1], max_tokens=2)
     n_experts = model.spec.n_experts
     for n_candidates in (0, n_experts + 1):
-        with pytest.raises(ValueError, match=rf"must lie in 1\.\.{n_experts} .*got {n_candidates}"):
+        with pytest.raises(
+            ValueError, match=rf"must be a whole number in 1\.\.{n_experts}, got {n_candidates}"
+        ):
             profile(model, TEXTS, n_candidates=n_candidates, project=tmp_path)
     other = replace(fit_predictors(model, TEXTS[:2]), model_fingerprint="another")
     with pytest.raises(RecordError, match="fitted to a model of fingerprint another"):

@@ -80,6 +80,48 @@ def test_the_project_folder_may_be_named_by_the_environment(
     assert list((tmp_path / "mine" / "traces").glob("*.npz"))
 
 
+def test_texts_may_come_by_their_labels(load_tiny, tmp_path):
+    trace = profile(load_tiny(), {"story": "Once upon", "code": "x = 1"}, project=tmp_path)
+    assert trace.labels == ("story", "code")
+    assert np.diff([*trace.sequence_starts, trace.n_tokens]).tolist() == [9, 5]
+
+
+@pytest.mark.parametrize("labels", ["abc", ["a", "b"]])
+def test_labels_that_do_not_fit_are_refused_before_the_work(load_tiny, tmp_path, labels):
+    seen = []
+    with pytest.raises(ValueError, match="3 texts need as many labels, got"):
+        profile(
+            load_tiny(), ["x", "y", "z"], labels=labels, project=tmp_path,
+            progress=lambda *told: seen.append(told),
+        )  # fmt: skip
+    assert not seen
+
+
+def test_a_project_that_cannot_be_written_is_found_before_the_work(load_tiny, texts, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    seen = []
+    with pytest.raises(NotADirectoryError, match=r"cannot be kept: .*file is no folder.* project="):
+        profile(
+            load_tiny(), texts, project=tmp_path / "file" / "project",
+            progress=lambda *told: seen.append(told),
+        )  # fmt: skip
+    assert not seen
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_trace_that_cannot_be_kept_after_all_is_returned_with_a_note(
+    load_tiny, texts, tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RoutingTrace, "save", full)
+    trace = profile(load_tiny(), texts, project=tmp_path)
+    assert trace.n_tokens == sum(map(len, texts))
+    assert "not kept" in (told := capsys.readouterr().out)
+    assert "No space left on device" in told
+
+
 def test_padded_batches_are_refused(load_tiny):
     model = load_tiny()
     with (

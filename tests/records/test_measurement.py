@@ -35,6 +35,14 @@ def test_loss_increase_is_paired_by_sequence():
     assert error == pytest.approx(0.0, abs=1e-12)
 
 
+def test_one_sequence_tells_no_error():
+    baseline = LossReport([10.0], [5], 0.0, "same")
+    assert LossReport([11.0], [5], 0.2, "same").increase_over(baseline) == (
+        pytest.approx(0.2),
+        None,
+    )
+
+
 def test_loss_on_other_texts_is_not_compared():
     with pytest.raises(RecordError, match="on the same texts"):
         LossReport([1.0], [1], 0.0, "a").increase_over(LossReport([1.0], [1], 0.0, "b"))

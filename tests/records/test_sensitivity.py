@@ -49,6 +49,19 @@ def test_an_increase_is_its_first_order_part_and_a_factor_of_the_curves(anchored
     assert anchored.first_order_increase(cuts) == pytest.approx(first)
 
 
+def test_an_error_that_no_curve_has_is_none_and_of_nothing_skipped_is_none_to_have(anchored):
+    unsure = replace(
+        anchored,
+        increase_se=np.full_like(anchored.increase_se, np.nan),
+        joint_error=np.full_like(anchored.joint_error, np.nan),
+    )
+    cuts = np.full(anchored.n_layers, 0.6)
+    total, error = unsure.total_increase(cuts)
+    assert total == anchored.total_increase(cuts)[0]
+    assert error is None
+    assert unsure.total_increase(np.full(anchored.n_layers, 2.0)) == (0, 0)
+
+
 def test_reads_back_equal(anchored, tmp_path):
     again = SensitivityProfile.load(anchored.save(tmp_path / "profile.npz"))
     for name in ("increase_nats", "first_order", "anchors", "factor", "joint_error", "fisher"):

@@ -55,7 +55,7 @@ def test_one_text_leaves_the_error_unknown():
     figure = figures.plot_sensitivity_shares(
         figures.sensitivity_shares_info({"divergence": unsure})
     )
-    assert figure.layout.annotations[0].text == "<b>divergence</b>  error unknown"
+    assert figure.layout.annotations[0].text == "<b>divergence</b>  ± not known"
     assert np.isfinite(figure.layout.yaxis.range).all()
 
 

@@ -89,7 +89,7 @@ def estimator_agreement_info(
         judge.total_increase(rule.table(skipped_fraction).cuts[:, 0])
         for rule in (*rules, UniformCut(trace))
     ]
-    cost, error = 1e3 * np.array(judged).T
+    cost, error = 1e3 * np.array(judged, dtype=np.float64).T
     return EstimatorAgreementInfo(
         names=tuple(profiles),
         references=tuple(references),
@@ -213,10 +213,9 @@ def _costs(info: EstimatorAgreementInfo) -> go.Bar:
         orientation="h",
         xaxis="x2",
         yaxis="y2",
-        customdata=info.cost_se_millinats,
+        customdata=theme.error_texts(info.cost_se_millinats, ".2f"),
         error_x=theme.error_bars(info.cost_se_millinats),
         marker={"color": theme.GREEN},
         showlegend=False,
-        hovertemplate="cuts by %{y}<br><b>%{x:.2f}</b> ± %{customdata:.2f} millinats"
-        "<extra></extra>",
+        hovertemplate="cuts by %{y}<br><b>%{x:.2f}</b> %{customdata} millinats<extra></extra>",
     )

@@ -28,7 +28,7 @@ class RuleLoss:
     Attributes:
         skipped: float64 [N], fraction of all expert activations.
         predicted: float64 [N], loss increase.
-        predicted_se: float64 [N], its standard error.
+        predicted_se: float64 [N], its standard error; NaN, here and below, if not known.
         measured_skipped: float64 [M], what was skipped where it was measured.
         measured: float64 [M], loss increase.
         measured_se: float64 [M], its standard error, paired by text.
@@ -102,14 +102,19 @@ def _of_rule(
     baseline: LossReport,
 ) -> RuleLoss:
     tables = [rule.table(fraction) for fraction in fractions.tolist()]
-    predicted = np.array([sensitivity.total_increase(table.cuts[:, 0]) for table in tables])
-    measured = np.array([report.increase_over(baseline) for report in reports]).reshape(-1, 2)
+    predicted = [sensitivity.total_increase(table.cuts[:, 0]) for table in tables]
+    measured = [report.increase_over(baseline) for report in reports]
     return RuleLoss(
         fractions,
-        *(1e3 * predicted.T),
+        *_millinats(predicted),
         np.array([report.skipped_fraction for report in reports]),
-        *(1e3 * measured.T),
+        *_millinats(measured),
     )
+
+
+def _millinats(values: Sequence[tuple[float, float | None]]) -> NDArray[np.float64]:
+    """Return values [N] and their errors [N], NaN where an error is not known, as [2, N]."""
+    return 1e3 * np.array(values, dtype=np.float64).reshape(-1, 2).T
 
 
 def plot_loss_by_rule(info: LossByRuleInfo) -> go.Figure:
@@ -148,12 +153,11 @@ def _predicted(name: str, rule: RuleLoss, colour: str) -> go.Scatter:
     return go.Scatter(
         x=rule.skipped,
         y=rule.predicted,
-        customdata=rule.predicted_se,
+        customdata=theme.error_texts(rule.predicted_se, ".1f"),
         mode="lines",
         name=name,
         line={"color": colour, "width": 2},
-        hovertemplate="%{x:.1%} skipped<br><b>%{y:+.1f}</b> ± %{customdata:.1f} millinats "
-        "predicted",
+        hovertemplate="%{x:.1%} skipped<br><b>%{y:+.1f}</b> %{customdata} millinats predicted",
     )
 
 
@@ -161,12 +165,14 @@ def _measured(name: str, rule: RuleLoss, colour: str, beside: float) -> go.Scatt
     return go.Scatter(
         x=rule.measured_skipped + beside,
         y=rule.measured,
-        customdata=np.stack([rule.measured_skipped, rule.measured_se], axis=1),
+        customdata=np.stack(
+            [rule.measured_skipped, theme.error_texts(rule.measured_se, ".1f")], axis=1
+        ),
         error_y={**theme.error_bars(rule.measured_se, colour), "thickness": 1.5},
         mode="markers",
         name=name,
         showlegend=False,
         marker={"color": colour, "size": 10, "symbol": "diamond"},
-        hovertemplate="%{customdata[0]:.1%} skipped<br><b>%{y:+.1f}</b> ± %{customdata[1]:.1f} "
+        hovertemplate="%{customdata[0]:.1%} skipped<br><b>%{y:+.1f}</b> %{customdata[1]} "
         "millinats measured",
     )

@@ -33,7 +33,7 @@ class PredictabilityInfo:
     Attributes:
         names: of the predictors, with the distance they look.
         recall: float64 [P, L], share of the needed experts foreseen; NaN where none is predicted.
-        recall_se: float64 [P, L], standard error over texts.
+        recall_se: float64 [P, L], standard error over texts; NaN if not known.
         precision: float64 [P, L], share of the foreseen experts that are needed.
         mean_recall: float64 [P], over the layers that are predicted.
         n_candidates: experts that count as foreseen; None for what a gating would keep.
@@ -97,9 +97,9 @@ def plot_predictability(info: PredictabilityInfo) -> go.Figure:
         zmin=0,
         zmax=1,
         colorscale=theme.SEQUENTIAL,
-        customdata=np.stack([info.recall_se, info.precision], axis=2),
+        customdata=np.stack([theme.error_texts(info.recall_se, ".3f"), info.precision], axis=2),
         hoverongaps=False,
-        hovertemplate="%{y}<br>layer %{x}<br>recall <b>%{z:.3f}</b> ± %{customdata[0]:.3f}<br>"
+        hovertemplate="%{y}<br>layer %{x}<br>recall <b>%{z:.3f}</b> %{customdata[0]}<br>"
         "precision %{customdata[1]:.3f}<extra></extra>",
         colorbar=theme.colour_bar("share of needed experts foreseen", tickformat=".0%"),
     )

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from adapmoe_lab.records import SensitivityProfile
+from adapmoe_lab.records.standard_error import error_text
 from adapmoe_lab.simulation.layer_costs import layer_costs, shares_of_total
 from adapmoe_lab.views.figures import theme
 
@@ -137,7 +138,7 @@ def _shares(info: SensitivitySharesInfo, panel: int) -> dict[str, Any]:
 
 def _heading(info: SensitivitySharesInfo, panel: int) -> str:
     error = info.error[panel]
-    known = f"± {error:.0%}" if np.isfinite(error) else "error unknown"
+    known = error_text(error, ".0%")
     if np.isnan(info.share[panel]).any():
         known = "sum is not above zero"
     return f"<b>{info.names[panel]}</b>  {known}"
@@ -156,12 +157,12 @@ def _estimate(info: SensitivitySharesInfo, panel: int, place: dict[str, str]) ->
     line = go.Scatter(
         x=layers,
         y=share,
-        customdata=error,
+        customdata=theme.error_texts(error, ".1%"),
         mode="lines+markers" if len(layers) <= MARKERS_UP_TO else "lines",
         line={"color": theme.BLUE, "width": 1.5},
         marker={"size": 6},
-        hovertemplate=f"{info.names[panel]}, layer %{{x}}<br><b>%{{y:.1%}}</b> ± "
-        "%{customdata:.1%}<extra></extra>",
+        hovertemplate=f"{info.names[panel]}, layer %{{x}}<br><b>%{{y:.1%}}</b> "
+        "%{customdata}<extra></extra>",
         **place,
     )
     return [theme.band(layers, share - error, share + error, **place), line]

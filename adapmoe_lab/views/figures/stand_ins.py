@@ -22,7 +22,8 @@ class StandInsInfo:
     Attributes:
         names: of the stand-ins; the first is what the others are compared with.
         increase: float64 [N], over nothing skipped.
-        increase_se: float64 [N], its standard error, paired by text.
+        increase_se: float64 [N], its standard error, paired by text; NaN, here and below, if not
+            known.
         difference: float64 [N], over the first stand-in.
         difference_se: float64 [N], its standard error, paired by text.
         skipped_fraction: skipped expert activations over all the router chose, the mean of all.
@@ -51,8 +52,8 @@ def stand_ins_info(reports: Mapping[str, LossReport], baseline: LossReport) -> S
     if not reports:
         raise ValueError("There is no loss to compare; measure at least one stand-in.")
     first = next(iter(reports.values()))
-    increase, increase_se = np.array([r.increase_over(baseline) for r in reports.values()]).T
-    difference, difference_se = np.array([r.increase_over(first) for r in reports.values()]).T
+    increase, increase_se = _increases(reports, baseline)
+    difference, difference_se = _increases(reports, first)
     return StandInsInfo(
         names=tuple(reports),
         increase=1e3 * increase,
@@ -62,6 +63,12 @@ def stand_ins_info(reports: Mapping[str, LossReport], baseline: LossReport) -> S
         skipped_fraction=float(np.mean([r.skipped_fraction for r in reports.values()])),
         n_tokens=int(baseline.n_predicted.sum()),
     )
+
+
+def _increases(reports: Mapping[str, LossReport], baseline: LossReport) -> NDArray[np.float64]:
+    """Return increases [N] and their standard errors [N], NaN if not known, as [2, N]."""
+    found = [report.increase_over(baseline) for report in reports.values()]
+    return np.array(found, dtype=np.float64).T
 
 
 def plot_stand_ins(info: StandInsInfo) -> go.Figure:
@@ -103,10 +110,10 @@ def _increase(info: StandInsInfo) -> go.Bar:
         x=info.increase,
         y=info.names,
         orientation="h",
-        customdata=info.increase_se,
+        customdata=theme.error_texts(info.increase_se, ".1f"),
         error_x=theme.error_bars(info.increase_se),
         marker={"color": theme.GREEN},
-        hovertemplate="%{y}<br><b>%{x:+.1f}</b> ± %{customdata:.1f} millinats<extra></extra>",
+        hovertemplate="%{y}<br><b>%{x:+.1f}</b> %{customdata} millinats<extra></extra>",
     )
 
 
@@ -116,9 +123,9 @@ def _difference(info: StandInsInfo) -> go.Scatter:
         y=info.names,
         xaxis="x2",
         yaxis="y2",
-        customdata=info.difference_se,
+        customdata=theme.error_texts(info.difference_se, ".1f"),
         error_x={**theme.error_bars(info.difference_se, theme.GREEN), "thickness": 1.5},
         mode="markers",
         marker={"color": theme.GREEN, "size": 10, "symbol": "diamond"},
-        hovertemplate="%{y}<br><b>%{x:+.1f}</b> ± %{customdata:.1f} millinats<extra></extra>",
+        hovertemplate="%{y}<br><b>%{x:+.1f}</b> %{customdata} millinats<extra></extra>",
     )

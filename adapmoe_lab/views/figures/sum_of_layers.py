@@ -98,12 +98,12 @@ def _line(name: str, sums: LayerSums, colour: str) -> go.Scatter:
     return go.Scatter(
         x=sums.measured_millinats,
         y=sums.ratio,
-        customdata=sums.ratio_se,
+        customdata=theme.error_texts(sums.ratio_se, ".2f"),
         error_y=theme.error_bars(sums.ratio_se, colour),
         mode="lines+markers",
         name=name,
         line={"color": colour, "width": 2},
         marker={"size": 7},
-        hovertemplate=f"{name}, %{{x:.2g}} millinats measured<br><b>×%{{y:.2f}}</b> ± "
-        "%{customdata:.2f}<extra></extra>",
+        hovertemplate=f"{name}, %{{x:.2g}} millinats measured<br><b>×%{{y:.2f}}</b> "
+        "%{customdata}<extra></extra>",
     )

@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike, NDArray
 from plotly.colors import sample_colorscale
 
+from adapmoe_lab.records.standard_error import error_text
+
 FONT_FAMILY = (
     "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
 )
@@ -132,7 +134,7 @@ def log_axis(values: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def band(x: ArrayLike, low: ArrayLike, high: ArrayLike, **settings: Any) -> go.Scatter:
-    """Return the filled region between two lines over the same places."""
+    """Return the filled region between two lines over the same places; NaN leaves gaps."""
     x, low, high = np.asarray(x), np.asarray(low), np.asarray(high)
     looks = {
         "fillcolor": BAND,
@@ -152,6 +154,13 @@ def band(x: ArrayLike, low: ArrayLike, high: ArrayLike, **settings: Any) -> go.S
 def error_bars(errors: NDArray[np.float64], colour: str = INK) -> dict[str, Any]:
     """Return thin bars of standard errors around bars or markers."""
     return {"array": errors, "color": colour, "thickness": 1, "width": 3}
+
+
+def error_texts(errors: ArrayLike, form: str) -> NDArray[np.object_]:
+    """Return standard errors in words, of the same shape, for the text that follows a pointer."""
+    values = np.asarray(errors, dtype=np.float64)
+    texts = [error_text(error, form) for error in values.ravel().tolist()]
+    return np.array(texts, dtype=object).reshape(values.shape)
 
 
 def ordered(n: int) -> list[str]:

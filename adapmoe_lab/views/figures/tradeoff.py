@@ -22,14 +22,14 @@ class MeasuredPoint:
         ms_per_token: median milliseconds per output token.
         ms_spread: first and third quartile of it.
         loss_increase_nats: measured loss increase per token.
-        loss_increase_se: its standard error.
+        loss_increase_se: its standard error; None if not known.
         label: what was run.
     """
 
     ms_per_token: float
     ms_spread: tuple[float, float]
     loss_increase_nats: float
-    loss_increase_se: float
+    loss_increase_se: float | None
     label: str
 
 
@@ -41,7 +41,7 @@ class TradeoffInfo:
         skipped_fraction: float64 [N], skipped expert activations over all the router chose.
         ms_per_token: float64 [N], predicted milliseconds per output token.
         loss_millinats: float64 [N], predicted loss increase per token.
-        loss_se_millinats: float64 [N], its standard error.
+        loss_se_millinats: float64 [N], its standard error; NaN if not known.
         current: predicted (skipped fraction, ms per token, millinats) of the current choice.
         measured: configs that were run.
         budget_millinats: loss increase that is still allowed.
@@ -73,7 +73,8 @@ def tradeoff_info(
     Raises:
         ValueError: a prediction lacks its time or its loss.
     """
-    fractions, times, losses, errors = np.array([_point(s) for s in curve]).reshape(-1, 4).T
+    points = np.array([_point(s) for s in curve], dtype=np.float64).reshape(-1, 4)
+    fractions, times, losses, errors = points.T
     here = None
     if current is not None:
         fraction, time, loss, _ = _point(current)
@@ -89,14 +90,14 @@ def tradeoff_info(
     )
 
 
-def _point(simulation: Simulation) -> tuple[float, float, float, float]:
+def _point(simulation: Simulation) -> tuple[float, float, float, float | None]:
     time, loss = simulation.ms_per_token, simulation.loss_increase_nats
     if time is None or loss is None:
         raise ValueError(
             "A trade-off needs predicted time and loss; pass `hardware` and `sensitivity` to "
             "`simulate`."
         )
-    return simulation.skipped_fraction, time, loss, simulation.loss_increase_se or 0.0
+    return simulation.skipped_fraction, time, loss, simulation.loss_increase_se
 
 
 def plot_tradeoff(info: TradeoffInfo) -> go.Figure:
@@ -169,6 +170,7 @@ def _current(info: TradeoffInfo) -> go.Scatter:
 
 def _measured(info: TradeoffInfo) -> go.Scatter:
     points = info.measured
+    errors = np.array([p.loss_increase_se for p in points], dtype=np.float64)
     bars = {"color": theme.GREEN, "thickness": 1.5, "width": 4}
     return go.Scatter(
         x=[p.ms_per_token for p in points],
@@ -178,11 +180,13 @@ def _measured(info: TradeoffInfo) -> go.Scatter:
             "arrayminus": [p.ms_per_token - p.ms_spread[0] for p in points],
             **bars,
         },
-        error_y={"array": [1e3 * p.loss_increase_se for p in points], **bars},
+        error_y={"array": 1e3 * errors, **bars},
+        customdata=theme.error_texts(1e3 * errors, ".1f"),
         text=[html.escape(p.label) for p in points],
         mode="markers",
         name="measured",
         showlegend=bool(points),
         marker={"size": 10, "symbol": "diamond", "color": theme.GREEN},
-        hovertemplate="%{text}<br><b>%{x:.2f} ms</b>, %{y:+.1f} millinats<extra>measured</extra>",
+        hovertemplate="%{text}<br><b>%{x:.2f} ms</b>, %{y:+.1f} %{customdata} millinats"
+        "<extra>measured</extra>",
     )
