@@ -91,10 +91,7 @@ def tune(
             chooses a single expert, or an argument is out of range.
     """
     check_method(method)
-    if sensitivity.model_fingerprint != trace.spec.fingerprint():
-        raise ValueError(
-            "The trace and the sensitivity were recorded on different models; record both on one."
-        )
+    sensitivity.check_model(trace.spec)
     check_skippable(trace.spec)
     if skipped_fraction is not None:
         check_skipped_fraction(skipped_fraction, trace.spec.top_k)
