@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from adapmoe_lab.models.configuration import (
+    QuantisationClaim,
     check_against_files,
+    one_line,
     quantisation_found,
     read_config,
+    read_generation_config,
+    settings_digest,
 )
 from adapmoe_lab.models.expert_reader import ExpertReader
 from adapmoe_lab.models.families import MoELayer
@@ -23,10 +27,11 @@ from adapmoe_lab.models.identity import weights_identity
 from adapmoe_lab.models.number_formats import TORCH_DTYPES
 from adapmoe_lab.models.outline import DTYPES, ModelOutline, outline_of
 from adapmoe_lab.models.shard_file import CheckpointError
-from adapmoe_lab.models.shards import ShardIndex, read_index
+from adapmoe_lab.models.shards import ShardIndex, read_index, weight_files
 from adapmoe_lab.models.skeleton import load_skeleton
 from adapmoe_lab.models.support import check_family
 from adapmoe_lab.models.tokenizer import read_tokenizer
+from adapmoe_lab.records.files import digest
 from adapmoe_lab.records.precision import SHORT_NAMES
 
 HFModel = PreTrainedModel
@@ -45,12 +50,14 @@ class Checkpoint:
         index: where every tensor lies in its files.
         model: the outline of the model it makes.
         fp8_blocks: rows and columns that share a scale in float8, if the configuration says so.
+        generation: the settings of generation that lie beside it.
     """
 
     folder: Path
     index: ShardIndex
     model: ModelOutline
     fp8_blocks: tuple[int, int] | None = None
+    generation: GenerationConfig | None = None
 
     def reader(self) -> ExpertReader:
         """Return what reads experts out of the files."""
@@ -60,7 +67,7 @@ class Checkpoint:
         """Load everything but the experts, on the CPU, out of the files that experts come from."""
         with closing(self.reader()) as reader:
             weights = reader.other_tensors(DTYPES[self.model.dtype])
-        return load_skeleton(self.folder, self.model, weights)
+        return load_skeleton(self.folder, self.model, weights, self.generation)
 
     def load_tokenizer(self) -> Any:
         """Load the tokenizer that lies beside the weights; no code that comes with it is run.
@@ -71,8 +78,11 @@ class Checkpoint:
         return read_tokenizer(self.folder)
 
     def identity(self) -> str:
-        """Return what tells the weights from all others; the first time all files are read."""
-        return weights_identity(self.index)
+        """Return what tells the model from all others: its weights, and what is made of them.
+
+        The first time, all files are read.
+        """
+        return f"model:{digest(weights_identity(self.index), settings_digest(self.folder))}"
 
 
 def open_checkpoint(
@@ -93,14 +103,7 @@ def open_checkpoint(
     dtype = _known_dtype(dtype)
     config, claim = read_config(config_folder(name, revision))
     check_family(config.model_type)
-    folder = local_folder(name, revision)
-    index = read_index(folder)
-    is_own, found = dtype == "auto", quantisation_found(index)
-    check_against_files(claim, _named_dtype(config) if is_own else None, index)
-    if is_own:
-        dtype = _own_dtype(config, index)
-    blocks = claim.fp8_blocks if claim is not None else None
-    return Checkpoint(folder, index, outline_of(str(name), config, dtype, found), blocks)
+    return _checkpoint_of(name, local_folder(name, revision), config, claim, dtype)
 
 
 def look_at_model(
@@ -108,11 +111,16 @@ def look_at_model(
 ) -> ModelOutline:
     """Return a model's outline from its configuration; of a hub model no weight is downloaded.
 
+    Where the files are there, what their headers say holds, as it does for `open_checkpoint`.
+
     Raises: as `open_checkpoint`.
     """
     dtype = _known_dtype(dtype)
-    config, claim = read_config(config_folder(name, revision))
+    folder = config_folder(name, revision)
+    config, claim = read_config(folder)
     check_family(config.model_type)
+    if all((folder / file).is_file() for file in weight_files(folder)):
+        return _checkpoint_of(name, folder, config, claim, dtype).model
     if dtype == "auto":
         dtype = _named_dtype(config) or "bfloat16"
     return outline_of(str(name), config, dtype, claim.method if claim is not None else None)
@@ -143,6 +151,9 @@ def routed_weights(hf: PreTrainedModel, layers: list[MoELayer]) -> torch.Tensor:
     """Return the router weights [T, K] that the first layer's experts receive for a few tokens.
 
     The forward pass ends there: no expert is needed.
+
+    Raises:
+        CheckpointError: the model cannot run.
     """
 
     def receive(_: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -154,9 +165,33 @@ def routed_weights(hf: PreTrainedModel, layers: list[MoELayer]) -> torch.Tensor:
         hf(ids, use_cache=False)
     except _RoutedError as seen:
         return seen.args[0]
+    except Exception as error:  # whatever a configuration raises that fits no forward pass
+        raise CheckpointError(
+            f"transformers cannot run the {hf.config.model_type} model that config.json of "
+            f"{hf.name_or_path} describes: {one_line(error)} Correct config.json, or download the "
+            "model again."
+        ) from error
     finally:
         handle.remove()
     raise CheckpointError(f"No token reached the experts of {layers[0].path}.")
+
+
+def _checkpoint_of(
+    name: str | Path,
+    folder: Path,
+    config: PreTrainedConfig,
+    claim: QuantisationClaim | None,
+    dtype: str,
+) -> Checkpoint:
+    """Return the checkpoint in a folder whose configuration was read."""
+    index, generation = read_index(folder), read_generation_config(folder)
+    is_own, found = dtype == "auto", quantisation_found(index)
+    check_against_files(claim, _named_dtype(config) if is_own else None, index)
+    if is_own:
+        dtype = _own_dtype(config, index)
+    blocks = claim.fp8_blocks if claim is not None else None
+    model = outline_of(str(name), config, dtype, found)
+    return Checkpoint(folder, index, model, blocks, generation)
 
 
 def _known_dtype(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -9,16 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from adapmoe_lab.models.number_formats import FP8, MXFP4_PARTS, TORCH_DTYPES
 from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.models.shards import CONFIG_NAME, ShardIndex
 from adapmoe_lab.models.support import UnsupportedModelError, supported
+from adapmoe_lab.records.files import digest
 
 DEQUANTISED = ("mxfp4", "fp8")
 """Quantised checkpoints that can be read here."""
+
+
+WITHOUT_EFFECT = frozenset(
+    {
+        "_name_or_path", "name_or_path", "transformers_version", "transformers_weights",
+        "architectures", "auto_map", "dtype", "torch_dtype", "attn_implementation",
+        "_attn_implementation", "experts_implementation", "_experts_implementation", "use_cache",
+        "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "initializer_range",
+        "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+        "router_aux_loss_coef", "attention_dropout", "hidden_dropout",
+    }
+)  # fmt: skip
+"""Fields of a configuration that change nothing of what given weights compute."""
 
 
 class ConfigDisagreementWarning(UserWarning):
@@ -59,6 +74,41 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, QuantisationClaim | Non
             claim = _claim(folder, quantisation)
             del part.quantization_config
     return config, claim
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Read the settings of generation that lie beside a model; None if there are none.
+
+    Raises:
+        CheckpointError: the file cannot be understood.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a field of the wrong form raises, by its class
+        raise CheckpointError(
+            f"{path} cannot be understood by transformers {transformers.__version__}: "
+            f"{one_line(error)} Correct it, take it away, or download the model again."
+        ) from error
+
+
+def settings_digest(folder: Path) -> str:
+    """Identify what a configuration makes of given weights: all its fields but those of no effect.
+
+    Taken from the file as it stands, so that it is the same under every transformers.
+    """
+    settings = json.loads((folder / CONFIG_NAME).read_bytes())
+    return digest(json.dumps(_with_effect(settings), sort_keys=True))
+
+
+def _with_effect(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _with_effect(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if value is not None and name not in WITHOUT_EFFECT
+    }
 
 
 def quantisation_found(index: ShardIndex) -> str | None:

@@ -7,7 +7,8 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import prod
 from types import MappingProxyType
 
 import torch
@@ -35,34 +36,12 @@ from adapmoe_lab.models.number_formats import (
 from adapmoe_lab.models.open_files import OpenFiles
 from adapmoe_lab.models.shard_file import CheckpointError, TensorEntry
 from adapmoe_lab.models.shards import ShardIndex
+from adapmoe_lab.models.source_tensor import SourceTensor
 
 SAMPLE_BYTES = 512
 """Bytes of each expert that tell one checkpoint's experts from another's."""
 
 EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A checkpoint tensor that an expert is made of, and which converter takes it."""
-
-    entry: TensorEntry
-    pattern: str | None
-    is_fused: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Axes of what one expert takes of it."""
-        return self.entry.shape[self.is_fused :]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of what one expert takes of it."""
-        return self.entry.n_bytes // (self.entry.shape[0] if self.is_fused else 1)
-
-    def offset(self, expert: int) -> int:
-        """Bytes from the start of the file to what an expert takes of it."""
-        return self.entry.offset + self.is_fused * expert * self.n_bytes
 
 
 class ExpertReader:
@@ -184,13 +163,13 @@ class ExpertReader:
         }
         mapped = MappedFiles(self.index.folder)
         return {
-            name: self._read(_Source(entry, None, is_fused=False), 0, dtype)
-            if entry.dtype == FP8 and name + FP8_SCALE in self.index
+            name: self._read(SourceTensor(entry, None, is_fused=False), 0, dtype)
+            if entry.dtype == FP8
             else mapped.tensor(entry)
             for name, entry in others.items()
         }
 
-    def _plan(self) -> list[list[dict[str, list[_Source]]]]:
+    def _plan(self) -> list[list[dict[str, list[SourceTensor]]]]:
         """Return per layer and expert what each parameter is made of."""
         wanted = {
             f"{layer.path}.{name}{suffix}": (number, name + suffix)
@@ -200,7 +179,7 @@ class ExpertReader:
         }
         state = self._outline.state_dict()
         plan = [
-            [defaultdict[str, list[_Source]](list) for _ in range(layer.n_experts)]
+            [defaultdict[str, list[SourceTensor]](list) for _ in range(layer.n_experts)]
             for layer in self._layers
         ]
         for key in self.index.names:
@@ -211,7 +190,6 @@ class ExpertReader:
                 continue
             number, target = wanted[new]
             entry = self.index.entry(key)
-            self._check_readable(entry)
             match = EXPERT_NUMBER.search(key)
             if match is not None:
                 if int(match[1]) >= self._layers[number].n_experts:
@@ -220,7 +198,7 @@ class ExpertReader:
                         f"the configuration in {self.index.folder} gives a layer; config.json and "
                         "the files are of different models."
                     )
-                plan[number][int(match[1])][target].append(_Source(entry, pattern, False))
+                plan[number][int(match[1])][target].append(self._source(entry, pattern, False))
                 continue
             n_experts = self._layers[number].n_experts
             if not entry.shape or entry.shape[0] != n_experts:
@@ -228,8 +206,9 @@ class ExpertReader:
                     f"{key} has the shape {entry.shape}, which cannot be cut into the "
                     f"{n_experts} experts of {self._layers[number].path}."
                 )
+            fused = self._source(entry, pattern, True)
             for expert in range(n_experts):
-                plan[number][expert][target].append(_Source(entry, pattern, True))
+                plan[number][expert][target].append(fused)
         return [[dict(expert) for expert in layer] for layer in plan]
 
     def _check_complete(self) -> None:
@@ -248,7 +227,7 @@ class ExpertReader:
                         )
 
     def _converted(
-        self, layer: int, expert: int, target: str, sources: list[_Source], dtype: torch.dtype
+        self, layer: int, expert: int, target: str, sources: list[SourceTensor], dtype: torch.dtype
     ) -> torch.Tensor:
         """Run transformers' converter on the tensors of one expert, as if there were no other."""
         assert sources[0].pattern is not None  # noqa: S101 only converted tensors come here
@@ -262,7 +241,9 @@ class ExpertReader:
         value = made[full_name]
         return (value[0] if isinstance(value, list) else value)[0]
 
-    def _are_its_bytes(self, sources: list[_Source], dtype: torch.dtype, shape: torch.Size) -> bool:
+    def _are_its_bytes(
+        self, sources: list[SourceTensor], dtype: torch.dtype, shape: torch.Size
+    ) -> bool:
         """Whether a tensor's bytes are those of its sources, one after the other."""
         if any(TORCH_DTYPES.get(source.entry.dtype) != dtype for source in sources):
             return False
@@ -282,7 +263,7 @@ class ExpertReader:
         ]
         return found == wanted and [s.pattern for s in sources] == rule.source_patterns
 
-    def _filled(self, out: torch.Tensor, sources: list[_Source], expert: int) -> torch.Tensor:
+    def _filled(self, out: torch.Tensor, sources: list[SourceTensor], expert: int) -> torch.Tensor:
         flat, start = out.view(-1).view(torch.uint8), 0
         for source in sources:
             end = start + source.n_bytes
@@ -293,25 +274,51 @@ class ExpertReader:
     def _rule(self, pattern: str) -> WeightConverter:
         return next(rule for rule in self._converters if pattern in rule.source_patterns)
 
-    def _read(self, source: _Source, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    def _read(self, source: SourceTensor, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor, or one expert's part of a fused one, in the precision asked for."""
         name, tensor = source.entry.name, self._raw(source, expert)
         if source.entry.dtype != FP8:
             return tensor.to(dtype)
-        scales = replace(source, entry=self.index.entry(name + FP8_SCALE))
         try:
-            scaled = dequantise_fp8(tensor, self._raw(scales, expert), self._fp8_blocks)
+            scales = self._raw(self._scales_of(source), expert)
+            scaled = dequantise_fp8(tensor, scales, self._fp8_blocks)
         except ValueError as error:
             raise CheckpointError(
                 f"{name} in {self.index.folder} cannot be dequantised: {error}."
             ) from error
         return scaled.to(dtype)
 
-    def _check_readable(self, entry: TensorEntry) -> None:
-        """Refuse a tensor of an expert whose values cannot be told from what its header says."""
+    def _scales_of(self, source: SourceTensor) -> SourceTensor:
+        """Return what scales a float8 tensor: experts' own scales, or one for all of them.
+
+        Raises:
+            CheckpointError: there is nothing to scale it by, or scales that fit no expert.
+        """
+        name = source.entry.name
+        if name + FP8_SCALE not in self.index:
+            raise CheckpointError(
+                f"{name} in {self.index.folder} is stored as float8, and there is no "
+                f"{name + FP8_SCALE} to scale it by; give the checkpoint in another format."
+            )
+        scales = self.index.entry(name + FP8_SCALE)
+        is_shared = prod(scales.shape) == 1
+        if source.is_fused and not is_shared and scales.shape[:1] != source.entry.shape[:1]:
+            raise CheckpointError(
+                f"{scales.name} in {self.index.folder} has the shape {scales.shape}; expected one "
+                f"number, or scales for each of the {source.entry.shape[0]} experts."
+            )
+        return replace(source, entry=scales, is_fused=source.is_fused and not is_shared)
+
+    def _source(self, entry: TensorEntry, pattern: str | None, is_fused: bool) -> SourceTensor:
+        """Return a tensor that experts are made of, refused if its header does not tell its values.
+
+        Raises:
+            CheckpointError: it is quantised in a way that cannot be read.
+        """
+        source = SourceTensor(entry, pattern, is_fused)
         dtype = TORCH_DTYPES.get(entry.dtype)
         if dtype is not None and entry.name.endswith(MXFP4_PARTS) and dtype.itemsize == 1:
-            return
+            return source
         if dtype is None or not dtype.is_floating_point:
             raise CheckpointError(
                 f"{entry.name} in {self.index.folder} is stored as {entry.dtype}, and the weights "
@@ -319,13 +326,11 @@ class ExpertReader:
                 "another way. Give the original checkpoint and quantise it while loading with "
                 "expert_dtype='int8'."
             )
-        if entry.dtype == FP8 and entry.name + FP8_SCALE not in self.index:
-            raise CheckpointError(
-                f"{entry.name} in {self.index.folder} is stored as float8, and there is no "
-                f"{entry.name + FP8_SCALE} to scale it by; give the checkpoint in another format."
-            )
+        if entry.dtype == FP8:
+            self._scales_of(source)
+        return source
 
-    def _raw(self, source: _Source, expert: int) -> torch.Tensor:
+    def _raw(self, source: SourceTensor, expert: int) -> torch.Tensor:
         """Return what an expert takes of a tensor, as the file has it."""
         entry = source.entry
         buffer = torch.empty(source.n_bytes, dtype=torch.uint8)

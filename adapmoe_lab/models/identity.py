@@ -51,24 +51,25 @@ def _file_digests(
     descriptor = os.open(folder / file.name, os.O_RDONLY)
 
     def of_tensor(entry: TensorEntry) -> str:
-        sha, end = hashlib.sha256(), entry.offset + entry.n_bytes
-        for start in range(entry.offset, end, READ_BYTES):
-            wanted = min(READ_BYTES, end - start)
-            content = os.pread(descriptor, wanted, start)
-            if len(content) != wanted:
+        sha, start, end = hashlib.sha256(), entry.offset, entry.offset + entry.n_bytes
+        while start < end:
+            content = os.pread(descriptor, min(READ_BYTES, end - start), start)
+            if not content:
                 raise CheckpointError(
                     f"{folder / file.name} was cut short while it was read; restore it and load "
                     "again."
                 )
             sha.update(content)
-            advance(wanted)
+            advance(len(content))
+            start += len(content)
         return sha.hexdigest()[:DIGEST_LENGTH]
 
+    pool = ThreadPoolExecutor(min(N_THREADS, os.cpu_count() or 1))
     try:
-        with ThreadPoolExecutor(min(N_THREADS, os.cpu_count() or 1)) as pool:
-            digests = pool.map(of_tensor, file.entries)
-            return {entry.name: found for entry, found in zip(file.entries, digests, strict=True)}
+        digests = pool.map(of_tensor, file.entries)
+        return {entry.name: found for entry, found in zip(file.entries, digests, strict=True)}
     finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest of the file
         os.close(descriptor)
 
 

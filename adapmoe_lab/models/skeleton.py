@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,15 @@ from adapmoe_lab.models.outline import DTYPES, ModelOutline
 from adapmoe_lab.models.shard_file import CheckpointError
 
 
+class UnusedTensorsWarning(UserWarning):
+    """A checkpoint holds tensors that its model has no place for."""
+
+
 def load_skeleton(
-    folder: Path, model: ModelOutline, weights: dict[str, torch.Tensor]
+    folder: Path,
+    model: ModelOutline,
+    weights: dict[str, torch.Tensor],
+    generation: GenerationConfig | None,
 ) -> PreTrainedModel:
     """Load everything but the experts, on the CPU; experts modules hold empty parameters.
 
@@ -26,6 +34,7 @@ def load_skeleton(
         folder: the checkpoint's folder.
         model: the outline of the model in it, which tells what experts are.
         weights: the checkpoint's tensors outside the experts.
+        generation: the settings of generation beside it.
 
     Raises:
         CheckpointError: the checkpoint lacks weights that the model needs.
@@ -42,8 +51,8 @@ def load_skeleton(
             local_files_only=True,
         )
     hf.name_or_path = hf.config.name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if generation is not None:
+        hf.generation_config = generation
     for name, stored, made in sorted(report["mismatched_keys"]):
         raise CheckpointError(
             f"{folder} holds {name} as {tuple(stored)}, its configuration makes it {tuple(made)}; "
@@ -54,6 +63,16 @@ def load_skeleton(
         raise CheckpointError(
             f"{folder} lacks {len(missing)} weights that {model.config.model_type} needs, such as "
             f"{missing[0]}; download the checkpoint again."
+        )
+    own_parts = {name for name, _ in hf.named_children()}  # not towers beside a text model
+    unused = sorted(n for n in report["unexpected_keys"] if n.partition(".")[0] in own_parts)
+    if unused:
+        warnings.warn(
+            f"{folder} holds {len(unused)} tensors that {model.config.model_type} has no place "
+            f"for, such as {unused[0]}; they are not used. If they should be, config.json is of "
+            "another model.",
+            UnusedTensorsWarning,
+            stacklevel=3,
         )
     for layer, found in zip(model.layers, find_moe_layers(hf), strict=True):
         for name in layer.parameter_names:

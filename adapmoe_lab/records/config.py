@@ -281,8 +281,10 @@ class TunedConfig:
                 with tensors beside it that are missing or not those that were saved.
         """
         path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"No tuned config at {path}.")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"No tuned config at {path}; give a file that config.save wrote."
+            )
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

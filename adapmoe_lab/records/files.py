@@ -104,7 +104,7 @@ def load_arrays(
         FileNotFoundError: there is no such file.
         RecordError: the file is truncated, of another kind, or of an unknown schema version.
     """
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"No {kind} at {path}.")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:

@@ -291,7 +291,7 @@ class HardwareProfile:
             RecordError: cut short, of another kind or version, or with wrong values.
         """
         path = Path(path)
-        if not path.exists():
+        if not path.is_file():
             raise FileNotFoundError(f"No {KIND} at {path}.")
         try:
             document = json.loads(path.read_text(encoding="utf-8"))

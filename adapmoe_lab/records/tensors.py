@@ -66,7 +66,7 @@ def loaded_tensors(
         FileNotFoundError: there is no such file.
         RecordError: damaged, changed, or of another kind or version.
     """
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"No {kind} at {path}.")
     with path.open("rb") as content:
         found = file_digest(content, "sha256").hexdigest()

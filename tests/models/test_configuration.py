@@ -20,6 +20,7 @@ from adapmoe_lab.engine.loading import load
 from adapmoe_lab.models.checkpoint import look_at_model
 from adapmoe_lab.models.configuration import ConfigDisagreementWarning
 from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.models.skeleton import UnusedTensorsWarning
 from adapmoe_lab.models.support import UnsupportedModelError
 
 IDS = torch.randint(1, VOCABULARY_SIZE, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -226,3 +227,48 @@ def test_a_config_may_name_attention_of_transformers_itself(tmp_path):
     folder = save_tiny("qwen3_moe", tmp_path)
     change(folder, attn_implementation="eager")
     assert load(folder, device="cpu", link="none").hf.config._attn_implementation == "eager"
+
+
+def test_tensors_without_a_place_in_the_model_are_told(tmp_path):
+    folder = save_tiny("mixtral", tmp_path)
+    tensors = read_tensors(folder)
+    write_tensors(folder, {**tensors, "model.layers.0.self_attn.q_norm.weight": torch.ones(16)})
+    with pytest.warns(UnusedTensorsWarning, match=r"1 tensors that mixtral .*q_norm\.weight"):
+        load(folder, device="cpu", link="none")
+
+
+def test_float8_outside_the_experts_is_not_taken_unscaled(tmp_path):
+    folder = save_tiny("mixtral", tmp_path)
+    tensors = read_tensors(folder)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    write_tensors(folder, tensors)
+    with (
+        pytest.warns(ConfigDisagreementWarning),
+        pytest.raises(CheckpointError, match=r"q_proj\.weight .* no .*q_proj\.weight_scale_inv"),
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{bad"])
+def test_settings_of_generation_that_cannot_be_read_are_told_first(tmp_path, content):
+    folder = save_tiny("mixtral", tmp_path / "model")
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be understood"):
+        load(folder, store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_configuration_with_which_no_token_can_be_run_is_told(tmp_path):
+    folder = save_tiny("deepseek_v3", tmp_path)
+    change(folder, n_group=None)
+    with pytest.raises(CheckpointError, match=r"cannot run the deepseek_v3 model"):
+        load(folder)
+
+
+def test_a_folder_is_looked_at_as_it_is_loaded(tmp_path):
+    folder = save_tiny("qwen3_moe", tmp_path)
+    change(folder, dtype=None, quantization_config={"quant_method": "mxfp4"})
+    with pytest.warns(ConfigDisagreementWarning):
+        seen = look_at_model(folder)
+    assert (seen.dtype, seen.stored_as) == ("float32", "float32")

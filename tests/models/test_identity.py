@@ -14,6 +14,7 @@ from checkpoints import save_tiny_mixtral
 from safetensors.torch import load_file, save_file
 
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.models.checkpoint import open_checkpoint
 from adapmoe_lab.models.identity import weights_identity
 from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.models.shards import read_index
@@ -138,6 +139,35 @@ def test_an_edited_expert_gets_no_store_config_or_trace_of_the_original(checkpoi
     again = profile(other, ["Once upon a time"], project=tmp_path / "project")
     assert again.spec.fingerprint() != trace.spec.fingerprint()
     assert not np.array_equal(again.weights, trace.weights)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "is_another"),
+    [
+        ("rope_parameters", {"rope_theta": 5.0, "rope_type": "default"}, True),
+        ("sliding_window", 3, True),
+        ("rms_norm_eps", 0.1, True),
+        ("transformers_version", "9.9", False),
+        ("dtype", "float32", False),
+        ("eos_token_id", [0, 1], False),
+        ("sliding_window", None, False),
+    ],
+)
+def test_the_same_weights_made_another_model_by_their_configuration(
+    checkpoint, field, value, is_another
+):
+    before = open_checkpoint(checkpoint).identity()
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    assert (open_checkpoint(checkpoint).identity() != before) == is_another
+
+
+def test_what_a_file_system_reads_piece_by_piece_is_no_damage(checkpoint, monkeypatch):
+    first = weights_identity(read_index(checkpoint))
+    shutil.rmtree(Path(os.environ["ADAPMOE_LAB_CACHE"]))
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, n, at: pread(file, min(n, 100), at))
+    assert weights_identity(read_index(checkpoint)) == first
 
 
 def test_what_0_1_saved_says_that_it_knows_a_part_only(tmp_path):

@@ -1,6 +1,7 @@
 """Checkpoints that come quantised: the same numbers as their dequantised weights give."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from tiny_models import VOCABULARY_SIZE, save_tiny
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.models.configuration import ConfigDisagreementWarning
 from adapmoe_lab.models.number_formats import dequantise_fp8
+from adapmoe_lab.models.shard_file import CheckpointError
 
 IDS = torch.randint(1, VOCABULARY_SIZE, (2, 20), generator=torch.Generator().manual_seed(3))
 
@@ -85,6 +88,40 @@ def test_fp8_with_one_scale_per_matrix_is_read_as_transformers_reads_it(tmp_path
     )
     model = load(folder, dtype="float32", device="cpu", link="none")
     torch.testing.assert_close(model.hf(IDS).logits, plain(IDS).logits, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(), (1,), (8,), (8, 1, 1)])
+def test_fused_fp8_experts_have_a_scale_each_or_one_for_all(tmp_path, shape):
+    folder = save_tiny("gpt_oss", tmp_path / "plain")
+    tensors = read_tensors(folder)
+    packed = shutil.copytree(folder, tmp_path / "packed")
+    quantised = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        codes = (tensors[name] * 40).to(torch.float8_e4m3fn)
+        scales = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.01
+        each = scales.expand(1) if scales.numel() == 1 else scales
+        tensors[name] = codes.float() * each.reshape(-1, 1, 1)
+        quantised[name], quantised[f"{name}_scale_inv"] = codes, scales
+    write_tensors(folder, tensors)
+    write_tensors(packed, quantised)
+    with pytest.warns(ConfigDisagreementWarning):
+        model = load(packed, dtype="float32", device="cpu", link="none")
+    torch.testing.assert_close(model.hf(IDS).logits, logits(folder), rtol=0, atol=2e-5)
+
+
+def test_scales_that_fit_no_expert_are_refused(tmp_path):
+    folder = save_tiny("gpt_oss", tmp_path)
+    tensors = read_tensors(folder)
+    name = next(name for name in tensors if name.endswith("down_proj"))
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(3)
+    write_tensors(folder, tensors)
+    with (
+        pytest.warns(ConfigDisagreementWarning),
+        pytest.raises(CheckpointError, match=r"has the shape \(3,\); expected one number, or"),
+    ):
+        load(folder)
 
 
 @torch.no_grad()

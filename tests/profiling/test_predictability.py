@@ -249,5 +249,5 @@ def test_what_cannot_be_fitted_or_recorded_is_refused(checkpoint, tmp_path):
         ):
             profile(model, TEXTS, n_candidates=n_candidates, project=tmp_path)
     other = replace(fit_predictors(model, TEXTS[:2]), model_fingerprint="another")
-    with pytest.raises(RecordError, match="fitted to a model of fingerprint another"):
+    with pytest.raises(RecordError, match="fitted to a model, fingerprint another"):
         profile(model, TEXTS, predictors=other, project=tmp_path)

@@ -1,5 +1,6 @@
 """Two processes that write to one path: whoever reads meanwhile finds one or the other, whole."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,14 @@ for _ in range({N_SAVES}):
 @pytest.fixture
 def written(tmp_path):
     """Let two processes write to a folder at once, and return it with the processes."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    tests = Path(__file__).parent.parent
+    paths = os.pathsep.join((str(tests.parent), str(tests)))
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "env": {**os.environ, "PYTHONPATH": paths},
+    }
     runs = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(seed), str(tmp_path)], **pipes)
         for seed in range(2)
