@@ -98,7 +98,7 @@ class Measurement:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON gives it back: mappings as dicts with text keys, sequences as lists."""
+    """Return a value as JSON gives it back: dicts with text keys, lists, plain numbers."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):

@@ -59,6 +59,6 @@ def test_the_first_number_that_is_not_finite_is_named(tmp_path, document, place)
 
 
 def test_what_is_no_json_for_another_reason_stays_an_error_of_json():
-    with pytest.raises(ValueError, match="Out of range|Circular") as caught:
+    with pytest.raises(ValueError, match="Out of range") as caught:
         json_bytes({float("nan"): 1}, allow_nan=False)
     assert caught.type is ValueError
