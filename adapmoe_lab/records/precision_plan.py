@@ -161,12 +161,10 @@ class PrecisionPlan:
         """
         found = known_values(values, source, ("experts", "bytes"), later=("bytes",))
         names, sizes = found["experts"], found.get("bytes")
-        tables = (
-            None if names == NOT_KNOWN else _spread(names, *shape, source),
-            None if sizes is None else _spread(sizes, *shape, source),
-        )
+        of_each = None if names == NOT_KNOWN else _spread(names, *shape, source)
+        bytes_of_each = None if sizes is None else _spread(sizes, *shape, source)
         try:
-            return cls(*tables)
+            return cls(of_each, None if bytes_of_each is None else _whole_numbers(bytes_of_each))
         except RecordError as error:
             raise RecordError(f"{source} cannot be used: {error}") from error
 
