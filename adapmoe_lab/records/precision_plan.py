@@ -181,7 +181,7 @@ def _precisions(names: Any) -> tuple[tuple[str, ...], ...]:
         raise RecordError(str(error)) from error
 
 
-def _whole_numbers(sizes: Any) -> NDArray[np.integer]:
+def _whole_numbers(sizes: Any) -> NDArray[Any]:
     """Return bytes as an array; what numpy would cut to whole numbers is refused."""
     try:
         array = np.asarray(sizes)

@@ -160,7 +160,7 @@ def _run(entry: Any, evaluation: str) -> PublishedRun:
     return PublishedRun(run["threshold"], run["accuracy"], run["per_layer"])
 
 
-def _gated_slots(allocations: Mapping[str, Any]) -> dict[int, list[int]]:
+def _gated_slots(allocations: Mapping[str, Any]) -> dict[int, NDArray[np.int64]]:
     """Return the published slots [L] of the allocations with gating, by their sum."""
     read = {
         name: known_values(entry, f"allocation {name!r}", STORED_OF_ALLOCATION)
@@ -169,7 +169,7 @@ def _gated_slots(allocations: Mapping[str, Any]) -> dict[int, list[int]]:
     gated = [
         entry["published_slots"] for name, entry in read.items() if name.endswith(GATED_SUFFIX)
     ]
-    return {sum(slots): slots for slots in gated}
+    return {sum(slots): np.array(slots) for slots in gated}
 
 
 def published_adapmoe() -> PublishedAdapMoE:
