@@ -133,6 +133,8 @@ def run_bench(
     check_method(method)
     check_skippable(model.spec)
     fractions = [float(one) for one in np.ravel(skipped_fractions)]
+    if not fractions:
+        raise ValueError("run_bench needs at least one skipped fraction, such as 0.25.")
     for fraction in fractions:
         check_skipped_fraction(fraction, model.spec.top_k)
     calibration = calibration_texts()
@@ -143,7 +145,8 @@ def run_bench(
     n_slots = whole_number("slots_per_layer", n_slots, at_least=0)
     plain = replace(TunedConfig.untuned(model.spec), plan=slots_plan(model.spec, n_slots))
     say(f"Calibrating on {len(fit)} texts, measuring loss on {len(texts)} others.")
-    trace = profile(model, fit)
+    with model.running(TunedConfig.untuned(model.spec)):
+        trace = profile(model, fit)
     measured = sensitivity(model, fit)
     configs = [
         replace(plain, gating=tune(trace, measured, skipped_fraction=f, method=method).gating)
@@ -184,7 +187,12 @@ def _links(model: LabModel, names: str | Iterable[str] | None) -> list[LinkTarge
     if names is None:
         names = known_targets() if device.type == "cpu" else []
         return [link_target(name, device) for name in names] or [None]
-    return [link_target(name, device) for name in strings("targets", names)]
+    listed = strings("targets", names)
+    if not listed:
+        raise ValueError(
+            f"run_bench needs at least one target, such as {NO_LINK!r}; leave targets out for all."
+        )
+    return [link_target(name, device) for name in listed]
 
 
 def _in_turns(

@@ -21,7 +21,7 @@ from adapmoe_lab.models.outline import ModelOutline, configured_top_k
 from adapmoe_lab.models.support import family_class, find_family
 from adapmoe_lab.policies.allocation import N_STAGING
 from adapmoe_lab.records import PRECISIONS
-from adapmoe_lab.records.files import fields_of, known_values
+from adapmoe_lab.records.files import RecordError, fields_of, known_values
 
 PACKAGES = ("adapmoe-lab", "torch", "transformers", "jupyterlab", "ipywidgets", "plotly", "lm-eval")
 BFLOAT16_BYTES = 2
@@ -87,14 +87,19 @@ def read_known_models(path: Path) -> list[KnownModel]:
     """Return the models of a file.
 
     Raises:
-        RecordError: a value is unknown or missing; the text names it.
+        RecordError: the file is not a list of models, or a value is unknown or missing.
     """
-    document = json.loads(path.read_text(encoding="utf-8"))
-    models = known_values(document, str(path), ("about", "models"))["models"]
-    return [
-        KnownModel(**fields_of(KnownModel, model, f"{path}, model {number},"))
-        for number, model in enumerate(models, start=1)
-    ]
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        models = known_values(document, str(path), ("about", "models"))["models"]
+        return [
+            KnownModel(**fields_of(KnownModel, model, f"{path}, model {number},"))
+            for number, model in enumerate(models, start=1)
+        ]
+    except RecordError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise RecordError(f"{path} is not a list of known models: {error!r}.") from error
 
 
 def report(machine: Machine) -> str:

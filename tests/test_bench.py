@@ -1,9 +1,13 @@
 """The comparison of `adapmoe-lab bench`: which link each row ran on, and what is left of it."""
 
+from dataclasses import replace
+
 import pytest
 
 from adapmoe_lab import bench
 from adapmoe_lab.engine.loading import known_targets
+from adapmoe_lab.profiling.routing import profile
+from adapmoe_lab.records import GatingTable, TunedConfig
 
 QUICKLY = {"new_tokens": 4, "rounds": 1, "skipped_fractions": (0.25,), "say": lambda _: None}
 
@@ -54,3 +58,34 @@ def test_an_unknown_link_is_refused_before_the_work(model, monkeypatch):
     monkeypatch.setattr(bench, "profile", lambda *_: pytest.fail("the work had begun"))
     with pytest.raises(ValueError, match="link='pcie9' is unknown; expected one of"):
         bench.run_bench(model, targets=["none", "pcie9"], **QUICKLY)
+
+
+@pytest.mark.parametrize(
+    ("nothing", "told"),
+    [
+        ({"targets": []}, r"run_bench needs at least one target, such as 'none'; leave targets"),
+        (
+            {"skipped_fractions": ()},
+            r"run_bench needs at least one skipped fraction, such as 0\.25",
+        ),
+    ],
+)
+def test_nothing_to_compare_is_refused_before_the_work(model, monkeypatch, nothing, told):
+    monkeypatch.setattr(bench, "profile", lambda *_: pytest.fail("the work had begun"))
+    with pytest.raises(ValueError, match=told):
+        bench.run_bench(model, **{**QUICKLY, **nothing})
+
+
+def test_a_model_that_skips_is_profiled_with_nothing_skipped(model, monkeypatch):
+    untuned = TunedConfig.untuned(model.spec)
+    model.apply(replace(untuned, gating=GatingTable.per_layer([0.6] * model.spec.n_layers, 2)))
+    before, traces = state(model), []
+
+    def kept(*given):
+        traces.append(profile(*given))
+        return traces[-1]
+
+    monkeypatch.setattr(bench, "profile", kept)
+    bench.run_bench(model, targets=["none"], **QUICKLY)
+    assert [trace.recorded_under for trace in traces] == ["ungated"]
+    assert state(model) == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,8 +16,10 @@ from typing import Any
 from adapmoe_lab.assets import TEXT_VARIABLE, data_folder, text_folder
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.texts import read_records
+from adapmoe_lab.models.configuration import one_line
 from adapmoe_lab.records import TunedConfig
 from adapmoe_lab.records.arguments import strings, whole_number
+from adapmoe_lab.records.standard_error import none_if_unknown
 
 MINIMAL_PAIRS = "minimal_pairs"
 BLIMP = "blimp"
@@ -126,14 +127,9 @@ def _check_opens(manager: Any, name: str, spec: str | dict[str, Any]) -> None:
         opened([spec])
     except Exception as error:  # whatever the task's own code and its data's reader raise
         raise ValueError(
-            f"lm-eval cannot open the task {name!r}: {type(error).__name__}: {_one_line(error)} "
+            f"lm-eval cannot open the task {name!r}: {one_line(error)} "
             "Its data must be in the cache of Hugging Face datasets, or the hub within reach."
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if text.endswith(".") else f"{text}."
 
 
 def _spec(name: str, folder: Path) -> str | dict[str, Any]:
@@ -194,10 +190,8 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float | None]:
     }
     metrics = Counter(key.split(",")[0] for key in entries)
     return {
-        metric if metrics[metric := key.split(",")[0]] == 1 else key: _finite(value)
+        metric if metrics[metric := key.split(",")[0]] == 1 else key: none_if_unknown(
+            value if isinstance(value, Real) else None
+        )
         for key, value in entries.items()
     }
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, Real) and math.isfinite(value) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,15 +33,22 @@ def as_texts(texts: Texts, name: str = "texts") -> list[str]:
     """Return texts as a list; of a mapping the values are texts, the keys labels.
 
     Every function that takes texts takes them through here. A string alone is refused: it would be
-    gone through letter by letter, and may be a text as well as the name of a file of them.
+    gone through letter by letter, and may be a text as well as the name of a file of them. So is a
+    path, since what is in a file is read by `read_texts`.
 
     Raises:
-        ValueError: it is one string, or holds something else than strings; the error says where.
+        ValueError: it is one string or a path, or holds something else than strings; the error
+            says where.
     """
     if isinstance(texts, str):
         raise ValueError(
             f"{name} must be several texts, got one string, {described(texts)}. Put a text in a "
             f"list, {name}=[text]; those of a file come from lab.read_texts(path)."
+        )
+    if isinstance(texts, os.PathLike):
+        raise ValueError(
+            f"{name} must be several texts, got a path, {described(texts)}. Those of a file come "
+            f"from lab.read_texts(path): {name}=lab.read_texts({os.fspath(texts)!r})."
         )
     if isinstance(texts, Mapping):
         return [one_string(f"{name}[{label!r}]", text) for label, text in texts.items()]

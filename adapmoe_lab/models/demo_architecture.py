@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +26,6 @@ from transformers import (
 )
 
 END_OF_TEXT = "<|endoftext|>"
-TRANSFORMERS_VERSION = transformers.__version__
 DemoModel = PreTrainedModel
 DemoTokenizer = PreTrainedTokenizerBase
 

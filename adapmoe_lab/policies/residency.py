@@ -52,11 +52,6 @@ class StepPlan:
     loads: tuple[Load, ...]
     streamed: tuple[int, ...]
 
-    @property
-    def n_misses(self) -> int:
-        """Experts that must cross the link."""
-        return len(self.loads) + len(self.streamed)
-
 
 class ExpertCache:
     """Residency of experts: who lies in which slot, and who leaves next.

@@ -18,6 +18,7 @@ from adapmoe_lab.profiling.loss_change import LossChanges, loss_changes
 from adapmoe_lab.records import OFF, GatingTable, SensitivityProfile, Surrogates, TunedConfig
 from adapmoe_lab.records.arguments import strings
 from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
+from adapmoe_lab.records.standard_error import nan_if_unknown
 from adapmoe_lab.simulation.jackknife import jackknife
 
 Progress = Callable[[int, int, str], None]
@@ -234,8 +235,8 @@ class _Assembly:
             joint_error=np.ones(len(sums)),
         )
         errors = [profile.total_increase(some)[1] for some in cuts]
-        independent = np.array(errors, dtype=np.float64)  # None, not known, is NaN
-        return replace(profile, joint_error=loss_se / np.maximum(independent, TINY))
+        independent = np.maximum(nan_if_unknown(errors), TINY)
+        return replace(profile, joint_error=loss_se / independent)
 
     def _table(self, cuts: Floats) -> GatingTable:
         return GatingTable.per_layer(cuts, self._spec.top_k, self._renormalise)

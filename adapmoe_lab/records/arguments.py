@@ -7,6 +7,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 
 def whole_number(
     name: str, value: Any, at_least: int | None = None, at_most: int | None = None
@@ -36,7 +38,7 @@ def finite_number(
         ValueError: it is no finite number, or out of range.
     """
     try:
-        if isinstance(value, bool | str | bytes):
+        if isinstance(value, bool | np.bool_ | str | bytes):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -322,7 +322,9 @@ class TunedConfig:
                 hardware=read("hardware", HardwareProfile.from_json),
                 evidence=document["evidence"] or {},
             )
-        except (TypeError, KeyError, AttributeError) as error:
+        except RecordError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise RecordError(f"{path} has a section of the wrong form: {error!r}.") from error
 
 

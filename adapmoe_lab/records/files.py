@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import zipfile
@@ -73,8 +74,34 @@ def written_atomically(path: Path) -> Iterator[IO[bytes]]:
 
 
 def json_bytes(document: Any, allow_nan: bool = True) -> bytes:
-    """Return a document as the JSON text that records are kept in: indented, one last newline."""
-    return (json.dumps(document, indent=1, allow_nan=allow_nan) + "\n").encode()
+    """Return a document as the JSON text that records are kept in: indented, one last newline.
+
+    Raises:
+        RecordError: a number is not finite, and `allow_nan` is off; the text says which.
+    """
+    try:
+        return (json.dumps(document, indent=1, allow_nan=allow_nan) + "\n").encode()
+    except ValueError as error:
+        place, number = next(_not_finite(document), (None, None))
+        if number is None:
+            raise
+        raise RecordError(
+            f"{place} is {number}, and only finite numbers can be saved as JSON. Correct it, or "
+            "measure it again."
+        ) from error
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Yield where a document holds numbers that are not finite, and which: `a.b[2]`, nan."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    if isinstance(value, Mapping):
+        parts = [(f"{place}.{name}" if place else str(name), part) for name, part in value.items()]
+    else:
+        listed = value if isinstance(value, list | tuple) else ()
+        parts = [(f"{place}[{number}]", part) for number, part in enumerate(listed)]
+    for name, part in parts:
+        yield from _not_finite(part, name)
 
 
 def save_json(path: Path, document: Any, allow_nan: bool = True) -> None:

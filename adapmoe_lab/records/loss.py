@@ -29,8 +29,15 @@ class LossReport:
     texts: str
 
     def __post_init__(self) -> None:
-        """Freeze the arrays."""
+        """Freeze the arrays and refuse a loss that is not finite."""
         nats = frozen_array("nats", self.nats, np.float64, (None,))
+        wrong = np.flatnonzero(~np.isfinite(nats))
+        if len(wrong):
+            raise RecordError(
+                f"The loss of {len(wrong)} of {len(nats)} texts is not finite, first that of text "
+                f"{wrong[0]}, {nats[wrong[0]]}. Compute in wider numbers, as with "
+                'lab.load(..., dtype="float32"), or leave the text out.'
+            )
         object.__setattr__(self, "nats", nats)
         counts = frozen_array("n_predicted", self.n_predicted, np.int64, nats.shape)
         object.__setattr__(self, "n_predicted", counts)

@@ -25,7 +25,8 @@ class Measurement:
         samples: float64 [n], in the order they were taken, warm-up left out.
         unit: unit of the samples, such as `s` or `nats`.
         warmup: samples taken before and not kept.
-        conditions: everything that must be alike for a comparison to mean something.
+        conditions: everything that must be alike for a comparison to mean something; kept as plain
+            JSON values, so that what was saved compares with what was not.
     """
 
     samples: NDArray[np.float64]
@@ -39,7 +40,7 @@ class Measurement:
         if not len(samples) or not np.isfinite(samples).all():
             raise RecordError("A measurement needs at least one sample, all of them finite.")
         object.__setattr__(self, "samples", samples)
-        object.__setattr__(self, "conditions", MappingProxyType(dict(self.conditions)))
+        object.__setattr__(self, "conditions", MappingProxyType(_plain(self.conditions)))
 
     @property
     def median(self) -> float:
@@ -94,3 +95,12 @@ class Measurement:
             RecordError: a value is unknown, missing or wrong; the text names `source`.
         """
         return cls(**fields_of(cls, values, source))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON gives it back: dicts with text keys, lists, plain numbers."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

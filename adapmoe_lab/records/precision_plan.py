@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adapmoe_lab.records.arguments import described
 from adapmoe_lab.records.expert_format import ExpertFormat
 from adapmoe_lab.records.files import RecordError, digest, frozen_array, known_values
 from adapmoe_lab.records.precision import precision_named
@@ -43,7 +44,7 @@ class PrecisionPlan:
                     f"A precision plan names a precision per expert, [L][E], got {self.names!r}; "
                     "PrecisionPlan.uniform gives all experts one."
                 )
-            names = tuple(tuple(precision_named(n).name for n in layer) for layer in self.names)
+            names = _precisions(self.names)
             object.__setattr__(self, "names", names)
             if len({len(layer) for layer in names}) != 1 or not names[0]:
                 raise RecordError(
@@ -52,7 +53,8 @@ class PrecisionPlan:
                 )
         if self.expert_bytes is not None:
             shape = (None, None) if self.names is None else (len(self.names), len(self.names[0]))
-            sizes = frozen_array("expert_bytes", self.expert_bytes, np.int64, shape)
+            given = _whole_numbers(self.expert_bytes)
+            sizes = frozen_array("expert_bytes", given, np.int64, shape)
             if not sizes.size or sizes.min() < 1:
                 raise RecordError("Every expert of a precision plan takes at least one byte.")
             object.__setattr__(self, "expert_bytes", sizes)
@@ -159,10 +161,38 @@ class PrecisionPlan:
         """
         found = known_values(values, source, ("experts", "bytes"), later=("bytes",))
         names, sizes = found["experts"], found.get("bytes")
-        return cls(
-            None if names == NOT_KNOWN else _spread(names, *shape, source),
-            None if sizes is None else np.array(_spread(sizes, *shape, source)),
+        of_each = None if names == NOT_KNOWN else _spread(names, *shape, source)
+        bytes_of_each = None if sizes is None else _spread(sizes, *shape, source)
+        try:
+            return cls(of_each, None if bytes_of_each is None else _whole_numbers(bytes_of_each))
+        except RecordError as error:
+            raise RecordError(f"{source} cannot be used: {error}") from error
+
+
+def _precisions(names: Any) -> tuple[tuple[str, ...], ...]:
+    """Return the full names of precisions [L][E]."""
+    try:
+        return tuple(tuple(precision_named(name).name for name in layer) for layer in names)
+    except TypeError as error:
+        raise RecordError(
+            f"A precision plan names a precision per expert, [L][E], got {described(names)}."
+        ) from error
+    except ValueError as error:
+        raise RecordError(str(error)) from error
+
+
+def _whole_numbers(sizes: Any) -> NDArray[Any]:
+    """Return bytes as an array; what numpy would cut to whole numbers is refused."""
+    try:
+        array = np.asarray(sizes)
+    except ValueError:  # rows of several lengths
+        array = np.empty(0, dtype=object)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise RecordError(
+            "The bytes of a precision plan must be whole numbers, one per expert, [L][E], got "
+            f"{described(sizes)}."
         )
+    return array
 
 
 def _known(sizes: NDArray[np.int64] | None) -> NDArray[np.int64]:

@@ -13,9 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.assets import data_folder
-from adapmoe_lab.records.files import RecordError, frozen_array
+from adapmoe_lab.records.files import RecordError, frozen_array, known_values
 
 SENSITIVITY_PREFIX = "sensitivity_"
+STORED = (
+    "source",
+    "notes",
+    "sensitivity_8x7b",
+    "sensitivity_8x22b",
+    "mmlu_8x7b",
+    "single_expert_ratio_8x7b",
+    "prefetch_accuracy_8x7b",
+    "allocations",
+)
+STORED_OF_RUN = ("threshold", "accuracy", "single_ratio", "per_layer", "avg_activated_experts")
+STORED_OF_ALLOCATION = ("published_slots", "published_cost", "optimal_cost", "uniform_cost")
 GATED_SUFFIX = "adaptive_gating=true"
 N_MMLU_QUESTIONS = 14_042
 """Questions of MMLU's test split; every published accuracy is a whole number of them over this."""
@@ -116,7 +128,8 @@ class PublishedAdapMoE:
             RecordError: the file does not hold them.
         """
         try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            stored = known_values(document, "the file", STORED)
             return cls(
                 source=stored["source"],
                 sensitivity={
@@ -125,25 +138,38 @@ class PublishedAdapMoE:
                     if name.startswith(SENSITIVITY_PREFIX)
                 },
                 mmlu={
-                    evaluation: tuple(_run(entry) for entry in entries)
+                    evaluation: tuple(_run(entry, evaluation) for entry in entries)
                     for evaluation, entries in stored["mmlu_8x7b"].items()
                 },
                 single_expert_ratio=stored["single_expert_ratio_8x7b"],
                 prefetch_accuracy=stored["prefetch_accuracy_8x7b"],
-                slots={
-                    sum(entry["published_slots"]): entry["published_slots"]
-                    for name, entry in stored["allocations"].items()
-                    if name.endswith(GATED_SUFFIX)
-                },
+                slots=_gated_slots(stored["allocations"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except RecordError as error:
+            raise RecordError(
+                f"{path} does not hold AdapMoE's published numbers: {error}"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordError(
                 f"{path} does not hold AdapMoE's published numbers: {error!r}."
             ) from error
 
 
-def _run(entry: Mapping[str, Any]) -> PublishedRun:
-    return PublishedRun(entry["threshold"], entry["accuracy"], entry["per_layer"])
+def _run(entry: Any, evaluation: str) -> PublishedRun:
+    run = known_values(entry, f"a run of {evaluation}", STORED_OF_RUN)
+    return PublishedRun(run["threshold"], run["accuracy"], run["per_layer"])
+
+
+def _gated_slots(allocations: Mapping[str, Any]) -> dict[int, NDArray[np.int64]]:
+    """Return the published slots [L] of the allocations with gating, by their sum."""
+    read = {
+        name: known_values(entry, f"allocation {name!r}", STORED_OF_ALLOCATION)
+        for name, entry in allocations.items()
+    }
+    gated = [
+        entry["published_slots"] for name, entry in read.items() if name.endswith(GATED_SUFFIX)
+    ]
+    return {sum(slots): np.array(slots) for slots in gated}
 
 
 def published_adapmoe() -> PublishedAdapMoE:

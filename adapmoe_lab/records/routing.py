@@ -212,6 +212,26 @@ class RoutingTrace:
         }
         return replace(self, **{**arrays, "predictions": predictions, **others})
 
+    def check_model(self, spec: MoESpec) -> None:
+        """Raise RecordError unless it was recorded on this model's weights."""
+        spec.check_made_for(
+            self.spec.fingerprint(),
+            f"The trace was recorded on {self.spec.model_id!r}",
+            "Profile this model.",
+        )
+
+    def check_ungated(self) -> None:
+        """Raise RecordError if it was recorded while experts were skipped.
+
+        What was skipped changes the hidden states, and by them what later routers choose.
+        """
+        if self.recorded_under != UNGATED:
+            raise RecordError(
+                "Cuts are chosen on a trace of the model as it is; this one was recorded while "
+                f"experts were skipped (gating {self.recorded_under}). Profile with nothing "
+                "skipped: `with model.running(TunedConfig.untuned(model.spec)): profile(...)`."
+            )
+
     def fingerprint(self) -> str:
         """Identify the trace by its model, tokens, routing, gating and what was predicted."""
         routed = (self.token_ids, self.expert_indices, self.weights, self.step_ids)

@@ -18,6 +18,7 @@ from adapmoe_lab.records.files import (
 )
 from adapmoe_lab.records.gating_table import OFF
 from adapmoe_lab.records.spec import MoESpec
+from adapmoe_lab.records.standard_error import none_if_unknown
 
 KIND = "sensitivity-profile"
 SCHEMA_VERSION = 4
@@ -147,7 +148,7 @@ class SensitivityProfile:
         mean, error, joint_error = self._completed(cuts)
         independent = float(np.sqrt((error**2).sum()))
         total_error = joint_error * independent if independent != 0 else 0.0
-        return float(mean.sum()), total_error if np.isfinite(total_error) else None
+        return float(mean.sum()), none_if_unknown(total_error)
 
     def first_order_increase(self, cuts: ArrayLike) -> NDArray[np.float64]:
         """Return the first-order part [L] of the increase that the curves leave out."""

@@ -1,10 +1,24 @@
-"""Standard errors in words: one text alone has none."""
+"""Standard errors as None, NaN and words where they are not known: one text alone has none."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 NOT_KNOWN = "not known"
+
+
+def none_if_unknown(error: float | None) -> float | None:
+    """Return an error as it stands in records and JSON: None if not known, which NaN says."""
+    return float(error) if error is not None and math.isfinite(error) else None
+
+
+def nan_if_unknown(values: Any) -> NDArray[np.float64]:
+    """Return errors, alone or in rows with their values, as an array: NaN where one is None."""
+    return np.array(values, dtype=np.float64)
 
 
 def error_text(error: float | None, form: str, scale: float = 1.0) -> str:
@@ -12,6 +26,7 @@ def error_text(error: float | None, form: str, scale: float = 1.0) -> str:
 
     None and NaN are not known.
     """
-    if error is None or not math.isfinite(error):
+    error = none_if_unknown(error)
+    if error is None:
         return f"± {NOT_KNOWN}"
     return f"± {scale * error:{form}}"

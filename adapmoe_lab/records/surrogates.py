@@ -81,6 +81,12 @@ class Surrogates(TensorRecord):
         for name, arrays in frozen.items():
             object.__setattr__(self, name, tuple(arrays))
 
+    def check_model(self, spec: MoESpec) -> None:
+        """Raise RecordError unless they were fitted to this model's weights."""
+        spec.check_made_for(
+            self.model_fingerprint, "The surrogates were fitted to a model", "Fit surrogates to it."
+        )
+
     @classmethod
     def scaling(cls, spec: MoESpec, gain: ArrayLike) -> Surrogates:
         """Stand in with nothing but scaled kept experts, by one gain or one per layer [L]."""

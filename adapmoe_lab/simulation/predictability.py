@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.gating import keep_by_cuts, kept_experts
 from adapmoe_lab.records import GatingTable, Prediction, RoutingTrace
+from adapmoe_lab.records.standard_error import none_if_unknown
 from adapmoe_lab.simulation.guesses import recorded_prediction
 from adapmoe_lab.simulation.jackknife import jackknife
 from adapmoe_lab.simulation.routing_patterns import expert_use
@@ -93,13 +94,9 @@ def recall_and_precision(
         recall_se=recall_se[:-1],
         precision=precision[:-1],
         precision_se=precision_se[:-1],
-        mean_recall=(float(recall[-1]), _known(recall_se[-1])),
-        mean_precision=(float(precision[-1]), _known(precision_se[-1])),
+        mean_recall=(float(recall[-1]), none_if_unknown(recall_se[-1])),
+        mean_precision=(float(precision[-1]), none_if_unknown(precision_se[-1])),
     )
-
-
-def _known(error: float) -> float | None:
-    return float(error) if np.isfinite(error) else None
 
 
 def hit_probability(

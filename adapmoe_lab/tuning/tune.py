@@ -88,11 +88,13 @@ def tune(
 
     Raises:
         ValueError: the method is unknown, trace and sensitivity are of different models, the router
-            chooses a single expert, or an argument is out of range.
+            chooses a single expert, the trace was recorded while experts were skipped, or an
+            argument is out of range.
     """
     check_method(method)
     sensitivity.check_model(trace.spec)
     check_skippable(trace.spec)
+    trace.check_ungated()
     if skipped_fraction is not None:
         check_skipped_fraction(skipped_fraction, trace.spec.top_k)
     finite_number("max_loss_increase_nats", max_loss_increase_nats, at_least=0)

@@ -81,9 +81,11 @@ class Bench:
         """Bind what was measured; the first `N_FULL_TOKENS` tokens of the trace are replayed.
 
         Raises:
-            ValueError: the router chooses a single expert.
+            ValueError: the router chooses a single expert, or the trace was recorded while experts
+                were skipped.
         """
         check_skippable(trace.spec)
+        trace.check_ungated()
         self.trace = trace.first(N_FULL_TOKENS)
         self.sensitivity = sensitivity
         self.hardware = hardware

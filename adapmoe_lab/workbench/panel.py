@@ -9,6 +9,7 @@ from IPython.core.getipython import get_ipython
 
 from adapmoe_lab.engine.hardware import probe_hardware
 from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity as measure_sensitivity
@@ -19,8 +20,9 @@ from adapmoe_lab.records import (
     Surrogates,
     TunedConfig,
 )
+from adapmoe_lab.tuning.tune import check_skippable
 from adapmoe_lab.workbench.draft import Bench
-from adapmoe_lab.workbench.measuring import Measuring
+from adapmoe_lab.workbench.measuring import MAX_LOSS_TOKENS, Measuring
 from adapmoe_lab.workbench.widgets import Panel
 
 CLOSED = "This workbench is closed; make a new one with lab.Workbench(model)."
@@ -60,13 +62,27 @@ class Workbench:
                 with it.
             texts: texts to measure on, others than those trace and sensitivity are from; the
                 second half of the calibration texts if None.
+
+        Raises:
+            ValueError: the router chooses a single expert; trace, sensitivity or compensation are
+                of another model; the trace was recorded while experts were skipped; or a text is
+                too short to measure on. Nothing was measured.
         """
         self._made_by = _running_cell()
         self._close_earlier()
+        check_skippable(model.spec)
+        for given in (trace, sensitivity, compensation):
+            if given is not None:
+                given.check_model(model.spec)
+        if trace is not None:
+            trace.check_ungated()
         shipped = calibration_texts()
         half = len(shipped) // 2
         held = shipped[half:] if texts is None else as_texts(texts)
-        trace = profile(model, shipped[:half]) if trace is None else trace
+        token_sequences(model, held, MAX_LOSS_TOKENS)  # refuses what is too short
+        if trace is None:
+            with model.running(TunedConfig.untuned(model.spec)):
+                trace = profile(model, shipped[:half])
         if sensitivity is None:
             sensitivity = measure_sensitivity(model, shipped[:half], compensation=compensation)
         hardware = probe_hardware(model) if hardware is None else hardware

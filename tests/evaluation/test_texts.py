@@ -151,3 +151,11 @@ def test_labels_must_be_as_many_as_the_texts(labels):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="No text file at"):
         read_texts(tmp_path / "none.txt")
+
+
+def test_a_path_is_told_how_its_texts_are_read(tmp_path):
+    path = tmp_path / "texts.txt"
+    with pytest.raises(
+        ValueError, match=r"must be several texts, got a path, .*lab\.read_texts\('/"
+    ):
+        as_texts(path)

@@ -35,7 +35,9 @@ def test_every_kind_of_number_is_a_number(value):
     assert (number, type(number)) == (1.0, float)
 
 
-@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1", None, False, [1.0, 2.0]])
+@pytest.mark.parametrize(
+    "value", [-1, float("nan"), float("inf"), "1", None, False, np.True_, [1.0, 2.0]]
+)
 def test_what_is_no_finite_number_is_refused(value):
     with pytest.raises(ValueError, match="temperature must be a finite number of at least 0, got"):
         finite_number("temperature", value, at_least=0)

@@ -3,9 +3,10 @@
 import errno
 import tempfile
 
+import numpy as np
 import pytest
 
-from adapmoe_lab.records.files import check_writable, save_json
+from adapmoe_lab.records.files import RecordError, check_writable, json_bytes, save_json
 
 
 @pytest.mark.parametrize("name", ["a.json", "new/folders/a.json", "there.json"])
@@ -41,3 +42,23 @@ def test_a_folder_that_takes_no_files_is_named(tmp_path, monkeypatch):
         PermissionError, match=r"takes no files \(Permission denied\)\. Name another"
     ):
         check_writable(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("document", "place"),
+    [
+        ({"a": 1.0, "b": {"c": [0.5, (1, np.inf)]}, "d": np.nan}, r"b\.c\[1\]\[1\] is inf"),
+        ({"a": {"b": np.float64("nan")}}, r"a\.b is nan"),
+        ([float("-inf")], r"\[0\] is -inf"),
+    ],
+)
+def test_the_first_number_that_is_not_finite_is_named(tmp_path, document, place):
+    with pytest.raises(RecordError, match=rf"^{place}, and only finite numbers can be saved"):
+        save_json(tmp_path / "a.json", document, allow_nan=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_json_for_another_reason_stays_an_error_of_json():
+    with pytest.raises(ValueError, match="Out of range") as caught:
+        json_bytes({float("nan"): 1}, allow_nan=False)
+    assert caught.type is ValueError

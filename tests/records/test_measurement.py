@@ -1,6 +1,16 @@
+import json
+
+import numpy as np
 import pytest
 
-from adapmoe_lab.records import IncomparableError, LossReport, Measurement, RecordError
+from adapmoe_lab.records import (
+    IncomparableError,
+    LatencyReport,
+    LossReport,
+    Measurement,
+    RecordError,
+    Traffic,
+)
 
 
 def test_median_and_spread_are_of_the_raw_samples():
@@ -46,3 +56,22 @@ def test_one_sequence_tells_no_error():
 def test_loss_on_other_texts_is_not_compared():
     with pytest.raises(RecordError, match="on the same texts"):
         LossReport([1.0], [1], 0.0, "a").increase_over(LossReport([1.0], [1], 0.0, "b"))
+
+
+def test_what_is_read_back_compares_with_itself():
+    conditions = {"shape": (2, (3, 4)), "by": {"a": [(1,)], 8: np.float64(0.5)}, "n": np.int64(3)}
+    part = Measurement([2.0], "s", conditions=conditions)
+    traffic = Traffic([1], [1], 1, 10, 1, 1, [0], [0])
+    report = LatencyReport(part, part, part, traffic, traffic)
+    again = LatencyReport.from_json(json.loads(json.dumps(report.to_json())))
+    assert again.decode.ratio_to(report.decode) == report.decode.ratio_to(again.decode) == 1.0
+    assert again.to_json() == report.to_json()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_is_refused(wrong):
+    told = (
+        rf"loss of 1 of 3 texts is not finite, first that of text 1, {wrong}\. .*dtype=\"float32\""
+    )
+    with pytest.raises(RecordError, match=told):
+        LossReport([1.0, wrong, 2.0], [1, 1, 1], 0.0, "a")

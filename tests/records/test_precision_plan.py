@@ -156,3 +156,43 @@ def test_an_old_trace_of_a_mixed_store_counts_every_expert_as_the_widest():
     assert spec.all_experts_bytes == 12 * 18432
     assert "mixed" not in spec.expert_bytes
     np.testing.assert_array_equal(spec.sizes_in(None).expert_bytes, spec.stored_bytes)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"experts": "int5"}, "'int5' is not a precision experts can be stored in; give one of"),
+        ({"experts": 4}, "4 is not a precision"),
+        ({"experts": None}, "None is not a precision"),
+        ({"experts": {}}, r"names a precision per expert, \[L\]\[E\], got"),
+        ({"experts": "int4", "bytes": "abc"}, r"must be whole numbers, one per expert, .*'abc'"),
+        ({"experts": "int4", "bytes": 1.5}, r"must be whole numbers, one per expert, .*1\.5"),
+        ({"experts": "int4", "bytes": True}, "must be whole numbers, one per expert, .*True"),
+        ({"experts": "int4", "bytes": {}}, r"must be whole numbers, one per expert, .*\{\}"),
+        ({"experts": "int4", "bytes": [[None, 1], 1]}, "must be whole numbers, .*None"),
+        ({"experts": "int4", "bytes": -1}, "takes at least one byte"),
+        ({"experts": "int4", "bytes": 0}, "takes at least one byte"),
+    ],
+)
+def test_what_is_no_plan_is_refused_in_words_with_its_file(tmp_path, values, told):
+    with pytest.raises(RecordError, match=rf"The precision plan cannot be used: .*{told}"):
+        PrecisionPlan.from_json((2, 2), values)
+    document = TunedConfig.untuned(make_spec(2, 2)).to_json()
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({**document, "precision": values}))
+    with pytest.raises(RecordError, match=rf"tuned\.json, section 'precision', cannot be .*{told}"):
+        TunedConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes", "told"),
+    [
+        (4, None, "names a precision per expert"),
+        ([4], None, "names a precision per expert"),
+        ([["int4"]], [[1.0]], "must be whole numbers"),
+        (None, [[1, 2], [3]], "must be whole numbers"),
+    ],
+)
+def test_what_is_no_table_is_refused_in_words(names, sizes, told):
+    with pytest.raises(RecordError, match=told):
+        PrecisionPlan(names, sizes)

@@ -216,7 +216,7 @@ def test_gating_table_of_another_shape_is_refused():
 def test_not_a_number_is_never_written(config, tmp_path):
     path = config.save(tmp_path / "tuned.json")
     before = path.read_text()
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(RecordError, match=r"evidence\.loss is nan, and only finite numbers"):
         config.with_evidence(loss=float("nan")).save(path)
     assert path.read_text() == before
 
@@ -298,3 +298,19 @@ def test_pins_and_pools_tell_plans_apart():
     plans = [plan, *pinned, pool, replace(plan, slots=[1, 2, 3])]
     assert len({p.fingerprint() for p in plans}) == 5
     assert replace(pool, slots=[1, 2, 3]).fingerprint() == pool.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ("gating", {"cuts": "abc"}),
+        ("gating", {"cuts": [[0.5], [0.5, 0.5], [0.5]]}),
+        ("plan", {"slots": ["many", 1, 1]}),
+    ],
+)
+def test_values_that_are_no_numbers_are_refused_with_the_file(config, tmp_path, section, value):
+    document = config.to_json()
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({**document, section: {**document[section], **value}}))
+    with pytest.raises(RecordError, match=r"tuned\.json has a section of the wrong form: ValueErr"):
+        TunedConfig.load(path)

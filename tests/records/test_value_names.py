@@ -31,6 +31,7 @@ from adapmoe_lab.records import (
     load_targets,
 )
 from adapmoe_lab.records.files import fields_of
+from adapmoe_lab.records.published import PublishedAdapMoE
 
 SAVED = Path(__file__).parents[1] / "fixtures" / "saved_by_0_1"
 STRANGE = "strange_value"
@@ -56,6 +57,7 @@ JSON_FILES = {
     "store_int4/experts.json": lambda path: prepared_precisions(path.parent),
     "targets.json": load_targets,
     "known_models.json": read_known_models,
+    "adapmoe_published.json": PublishedAdapMoE.load,
     **{f"{name}.json": read_plain(name) for name in PLAIN},
 }
 HARDWARE_LATER = {
@@ -82,6 +84,9 @@ LEVELS = [
     ("targets.json", ("targets", 1), set()),
     ("known_models.json", (), set()),
     ("known_models.json", ("models", 1), set()),
+    ("adapmoe_published.json", (), set()),
+    ("adapmoe_published.json", ("mmlu_8x7b", "cot_hub_mmlu_5shot_8x7b_nf4", 1), set()),
+    ("adapmoe_published.json", ("allocations", "slots=64,adaptive_gating=true"), set()),
     ("spec.json", (), {"partial_revision"}),
     ("measurement.json", (), set()),
     ("latency.json", (), set()),
@@ -98,7 +103,7 @@ def saved(tmp_path):
     """Return a folder with a file of every kind."""
     folder = tmp_path / "saved"
     shutil.copytree(SAVED, folder)
-    for name in ("targets.json", "known_models.json"):
+    for name in ("targets.json", "known_models.json", "adapmoe_published.json"):
         shutil.copy(data_folder() / name, folder)
     for name, record in PLAIN.items():
         (folder / f"{name}.json").write_text(json.dumps(record.to_json()))
@@ -141,6 +146,14 @@ def test_json_with_an_unknown_or_missing_value(saved, name, level, later):
         elif key not in ("kind", "schema_version"):  # without them it is no such file
             with pytest.raises((RecordError, CheckpointError), match=f"lacks '{key}'"):
                 load(path)
+
+
+@pytest.mark.parametrize("name", ["targets.json", "known_models.json", "adapmoe_published.json"])
+@pytest.mark.parametrize("content", ["{", "5", '"text"', "[1]"])
+def test_a_shipped_file_that_is_another_is_refused_by_name(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RecordError, match=rf"/{name} (is not|does not hold|holds a) "):
+        JSON_FILES[name](tmp_path / name)
 
 
 @pytest.mark.parametrize("record", PLAIN.values(), ids=PLAIN)

@@ -125,6 +125,10 @@ def test_what_it_refuses():
     other = make_trace(make_spec(n_experts=4))
     with pytest.raises(ValueError, match="The sensitivity was measured on a model, fingerprint"):
         tune(other, sensitivity_of(trace))
+    with pytest.raises(
+        ValueError, match=r"skipped \(gating abc\)\. Profile with nothing skipped: "
+    ):
+        tune(replace(trace, recorded_under="abc"), sensitivity_of(trace))
 
 
 def test_fetching_ahead_is_taken_where_it_is_predicted_to_pay():

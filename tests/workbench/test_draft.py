@@ -1,5 +1,7 @@
 """What the workbench's controls say and what follows from it."""
 
+from dataclasses import replace
+
 import pytest
 from traces import make_sensitivity, make_trace
 
@@ -76,3 +78,9 @@ def test_what_is_fetched_ahead_is_in_config_and_prediction(bench):
     assert used.sum() > 0 == bench.predict(alone).prefetch_used_per_token.sum()
     assert alone.key != ahead.key
     assert bench.without_skipping(ahead.cache).prefetch_used_per_token.sum() > 0
+
+
+def test_a_trace_recorded_while_experts_were_skipped_is_refused(bench):
+    gated = replace(make_trace(), recorded_under="abc")
+    with pytest.raises(ValueError, match="Profile with nothing skipped"):
+        Bench(gated, bench.sensitivity, bench.hardware)

@@ -1,16 +1,18 @@
 """The workbench without a browser: controls, predictions, measurements and export."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from traces import make_spec
+from traces import make_sensitivity, make_spec, make_trace
 
 from adapmoe_lab.engine.hardware import probe_hardware
 from adapmoe_lab.profiling.routing import profile
 from adapmoe_lab.profiling.sensitivity import sensitivity
-from adapmoe_lab.records import OFF, TunedConfig
+from adapmoe_lab.records import OFF, GatingTable, Surrogates, TunedConfig
 from adapmoe_lab.simulation.simulate import Simulation
+from adapmoe_lab.workbench import panel as panel_module
 from adapmoe_lab.workbench.panel import Workbench
 from adapmoe_lab.workbench.readout import as_html, tiles
 
@@ -136,3 +138,63 @@ def test_tiles_of_what_was_not_predicted_show_a_dash():
     ones = np.ones(spec.n_layers)
     rendered = as_html(tiles(Simulation(ones, 0.5, ones, ones, 0.0, 0 * ones, 0 * ones), {}))
     assert rendered.count("–") == 2
+
+
+@pytest.fixture
+def idle(load_tiny, monkeypatch):
+    """Return a model that must not be measured."""
+    for name in ("profile", "measure_sensitivity", "probe_hardware"):
+        monkeypatch.setattr(panel_module, name, lambda *_, **__: pytest.fail("the work had begun"))
+    return load_tiny()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"trace": make_trace()}, "The trace was recorded on 'synthetic', fingerprint"),
+        ({"sensitivity": make_sensitivity()}, "The sensitivity was measured on a model, finger"),
+        (
+            {"compensation": Surrogates.scaling(make_spec(), 0.5)},
+            "The surrogates were fitted to a model, fingerprint",
+        ),
+        ({"texts": ["Once upon a time", ""]}, "text 1 is shorter"),
+    ],
+)
+def test_what_is_of_another_model_or_too_short_is_refused_before_the_work(idle, given, told):
+    with pytest.raises(ValueError, match=told):
+        Workbench(idle, **given)
+
+
+def test_a_trace_recorded_while_experts_were_skipped_is_refused_before_the_work(idle):
+    trace = replace(make_trace(idle.spec), recorded_under="abc")
+    with pytest.raises(ValueError, match="Profile with nothing skipped"):
+        Workbench(idle, trace)
+
+
+def test_a_single_expert_is_refused_before_the_work(idle, monkeypatch):
+    monkeypatch.setattr(idle, "spec", replace(idle.spec, top_k=1))
+    with pytest.raises(ValueError, match="routes every token to one expert"):
+        Workbench(idle)
+
+
+def test_a_model_that_skips_is_profiled_with_nothing_skipped(
+    load_tiny, texts, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(panel_module, "calibration_texts", lambda: [*texts, *texts])
+    model = load_tiny()
+    config = TunedConfig.untuned(model.spec)
+    model.apply(replace(config, gating=GatingTable.per_layer([0.6] * model.spec.n_layers, 2)))
+    before, traces = model.config.fingerprint(), []
+
+    def kept(*given):
+        traces.append(profile(*given))
+        return traces[-1]
+
+    monkeypatch.setattr(panel_module, "profile", kept)
+    hardware = probe_hardware(model, n_steps=6)
+    panel = Workbench(model, sensitivity=sensitivity(model, texts), hardware=hardware)
+    assert [trace.recorded_under for trace in traces] == ["ungated"]
+    assert panel.wait(WAIT_S)
+    panel.close()
+    assert model.config.fingerprint() == before

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adapmoe_lab.policies.thresholds import Rule
 from adapmoe_lab.records import LossReport, SensitivityProfile
+from adapmoe_lab.records.standard_error import nan_if_unknown
 from adapmoe_lab.views.figures import theme
 
 N_PREDICTED = 25
@@ -114,7 +115,7 @@ def _of_rule(
 
 def _millinats(values: Sequence[tuple[float, float | None]]) -> NDArray[np.float64]:
     """Return values [N] and their errors [N], NaN where an error is not known, as [2, N]."""
-    return 1e3 * np.array(values, dtype=np.float64).reshape(-1, 2).T
+    return 1e3 * nan_if_unknown(values).reshape(-1, 2).T
 
 
 def plot_loss_by_rule(info: LossByRuleInfo) -> go.Figure:

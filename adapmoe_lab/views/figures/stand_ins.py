@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from adapmoe_lab.records import LossReport
+from adapmoe_lab.records.standard_error import nan_if_unknown
 from adapmoe_lab.views.figures import theme
 
 HEIGHT_PER_STAND_IN = 40
@@ -68,7 +69,7 @@ def stand_ins_info(reports: Mapping[str, LossReport], baseline: LossReport) -> S
 def _increases(reports: Mapping[str, LossReport], baseline: LossReport) -> NDArray[np.float64]:
     """Return increases [N] and their standard errors [N], NaN if not known, as [2, N]."""
     found = [report.increase_over(baseline) for report in reports.values()]
-    return np.array(found, dtype=np.float64).T
+    return nan_if_unknown(found).T
 
 
 def plot_stand_ins(info: StandInsInfo) -> go.Figure:

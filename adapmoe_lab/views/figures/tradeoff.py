@@ -10,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from adapmoe_lab.records.standard_error import nan_if_unknown
 from adapmoe_lab.simulation.simulate import Simulation
 from adapmoe_lab.views.figures import theme
 
@@ -73,7 +74,7 @@ def tradeoff_info(
     Raises:
         ValueError: a prediction lacks its time or its loss.
     """
-    points = np.array([_point(s) for s in curve], dtype=np.float64).reshape(-1, 4)
+    points = nan_if_unknown([_point(s) for s in curve]).reshape(-1, 4)
     fractions, times, losses, errors = points.T
     here = None
     if current is not None:
@@ -170,7 +171,7 @@ def _current(info: TradeoffInfo) -> go.Scatter:
 
 def _measured(info: TradeoffInfo) -> go.Scatter:
     points = info.measured
-    errors = np.array([p.loss_increase_se for p in points], dtype=np.float64)
+    errors = nan_if_unknown([p.loss_increase_se for p in points])
     bars = {"color": theme.GREEN, "thickness": 1.5, "width": 4}
     return go.Scatter(
         x=[p.ms_per_token for p in points],
