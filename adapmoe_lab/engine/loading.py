@@ -14,6 +14,7 @@ from adapmoe_lab.engine.device import choose_device
 from adapmoe_lab.engine.lab_model import LabModel, check_precision
 from adapmoe_lab.engine.link import NO_LINK, CudaLink, EmulatedLink, Link
 from adapmoe_lab.engine.load_arguments import (
+    ExpertDtype,
     check_function,
     dtype_name,
     expert_dtypes,
@@ -24,7 +25,7 @@ from adapmoe_lab.engine.load_arguments import (
 )
 from adapmoe_lab.engine.memory import memory_needs, plan_memory
 from adapmoe_lab.engine.offload import OffloadEngine
-from adapmoe_lab.engine.opening import ExpertDtype, expert_formats, open_experts
+from adapmoe_lab.engine.opening import expert_formats, open_experts
 from adapmoe_lab.models.checkpoint import (
     Checkpoint,
     open_checkpoint,
