@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from adapmoe_lab.engine.ledger import ChecksumLedger, lasting_ledger
+from adapmoe_lab.engine.load_arguments import ExpertDtype
 from adapmoe_lab.engine.memory import MemoryPlan
 from adapmoe_lab.engine.prepared import (
     STORE_VERSION,
@@ -28,9 +29,6 @@ from adapmoe_lab.models.checkpoint import Checkpoint
 from adapmoe_lab.models.outline import DTYPES, ModelOutline
 from adapmoe_lab.records import MoESpec, PartialIdentityWarning, precision_named
 from adapmoe_lab.records.files import digest
-
-ExpertDtype = str | Sequence[Sequence[str]]
-"""A precision for all experts, or one for each, [L][E]."""
 
 MOST_THREADS = 4
 WORKING_COPIES = 2
@@ -114,7 +112,7 @@ def open_experts(
         return _open_prepared(checkpoint, formats, spec, plan, store)
     rows = CheckpointRows(checkpoint, formats, plan.device)
     if not plan.fits_host:
-        ledger = _ledger_of(checkpoint, formats, plan.device)
+        ledger = _ledger_of(checkpoint, formats, spec, plan.device)
         return DiskStore(formats, rows, ledger, plan.host_bytes, on_close=rows.close)
     one_plain = checkpoint.model.expert_format(0, checkpoint.model.dtype).n_bytes
     with closing(rows):
@@ -168,14 +166,17 @@ def _open_prepared(
     return prepared
 
 
-def _ledger_of(checkpoint: Checkpoint, formats: Formats, device: torch.device) -> ChecksumLedger:
-    """Return the ledger of this folder's files as they are stored here; a copy has its own.
+def _ledger_of(
+    checkpoint: Checkpoint, formats: Formats, spec: MoESpec, device: torch.device
+) -> ChecksumLedger:
+    """Return the ledger of this folder's weights as they are stored here; a copy has its own.
 
-    Packed bytes depend on their layout and on what was packed from, where, and by which torch.
+    So have weights that were written anew. What the weights are is known by the size and time of
+    their files, so that damage that leaves both as they were is found by this ledger. Packed bytes depend on their layout and on what was packed from, where, and by which torch.
     """
     how = (str(STORE_VERSION), checkpoint.model.dtype, device.type, torch.__version__)
     place = str(checkpoint.folder.resolve())
-    identity = digest(place, checkpoint.index.fingerprint, repr(formats), *how)
+    identity = digest(place, spec.fingerprint(), repr(formats), *how)
     return lasting_ledger(identity, _shape(formats), str(checkpoint.folder))
 
 
