@@ -10,8 +10,9 @@ import torch
 
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.clock import Clock, RealClock
+from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import choose_device
-from adapmoe_lab.engine.lab_model import LabModel, check_precision
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.link import NO_LINK, CudaLink, EmulatedLink, Link
 from adapmoe_lab.engine.load_arguments import (
     ExpertDtype,
@@ -134,8 +135,8 @@ def load(
     layers = served_layers(hf, checkpoint.model.layers)
     routed = routed_weights(hf, layers)
     spec = describe(checkpoint.model, formats, routed, identity, partial_identity(hf))
-    if config is not None:
-        config.check_model(spec)
+    for part in parts_of_one_model(config) if config is not None else []:
+        part.check_model(spec)
     hf.to(where)  # pyright: ignore[reportArgumentType]
     experts = open_experts(checkpoint, formats, spec, plan, folder)
     clock = clock if clock is not None else RealClock()
@@ -148,7 +149,7 @@ def load(
         model = LabModel(tokenizer, spec, hook, engine, plan)
         if target is not None:
             model.emulate_link(target)
-        model.apply(config if config is not None else replace(model.config, plan=plan.slots))
+        model.put_in_force(config if config is not None else replace(model.config, plan=plan.slots))
     except BaseException:
         experts.close()
         raise

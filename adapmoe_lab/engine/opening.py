@@ -172,7 +172,8 @@ def _ledger_of(
     """Return the ledger of this folder's weights as they are stored here; a copy has its own.
 
     So have weights that were written anew. What the weights are is known by the size and time of
-    their files, so that damage that leaves both as they were is found by this ledger. Packed bytes depend on their layout and on what was packed from, where, and by which torch.
+    their files, so that damage that leaves both as they were is found by this ledger. Packed bytes
+    depend on their layout and on what was packed from, where, and by which torch.
     """
     how = (str(STORE_VERSION), checkpoint.model.dtype, device.type, torch.__version__)
     place = str(checkpoint.folder.resolve())
