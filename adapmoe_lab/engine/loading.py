@@ -26,7 +26,8 @@ from adapmoe_lab.engine.load_arguments import (
 )
 from adapmoe_lab.engine.memory import memory_needs, plan_memory
 from adapmoe_lab.engine.offload import OffloadEngine
-from adapmoe_lab.engine.opening import expert_formats, open_experts
+from adapmoe_lab.engine.opening import check_store, expert_formats, open_experts
+from adapmoe_lab.engine.store_index import find_store
 from adapmoe_lab.models.checkpoint import (
     Checkpoint,
     open_checkpoint,
@@ -88,7 +89,8 @@ def load(
     Raises:
         FileNotFoundError: no such model or config.
         UnsupportedModelError: the model has no experts that can be served.
-        CheckpointError: its files are incomplete, damaged or changed.
+        CheckpointError: its files, or those of the store, are incomplete, damaged or changed.
+        OSError: the store cannot be written.
         MemoryError: it does not fit; the text says what does.
         ValueError: an argument is out of range; the text says what was expected.
     """
@@ -104,6 +106,7 @@ def load(
     check_function("announce", announce)
     if config is not None and expert_memory is not None:
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
+    stored = find_store(folder) if folder is not None else None
     where = choose_device(device)
     target = link_target(link, where)
     planned = config.precision if config is not None else None
@@ -114,7 +117,9 @@ def load(
     tokenizer = checkpoint.load_tokenizer()
     if config is not None:
         _check_shape(config, checkpoint.model)
-    formats = expert_formats(checkpoint.model, expert_dtype, folder)
+    formats = expert_formats(checkpoint.model, expert_dtype, stored)
+    if folder is not None:
+        check_store(folder, stored, formats)
     spec = describe(checkpoint.model, formats)
     if config is not None:
         check_precision(config, spec)
@@ -138,7 +143,7 @@ def load(
     for part in parts_of_one_model(config) if config is not None else []:
         part.check_model(spec)
     hf.to(where)  # pyright: ignore[reportArgumentType]
-    experts = open_experts(checkpoint, formats, spec, plan, folder)
+    experts = open_experts(checkpoint, formats, spec, plan, folder, stored)
     clock = clock if clock is not None else RealClock()
     try:
         hook = ExpertsHook(hf, layers)
