@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from adapmoe_lab.engine.clock import StepPace, VirtualClock
+from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
 from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.link import NO_LINK, EmulatedLink
@@ -112,29 +112,32 @@ class LabModel:
             RuntimeError: the model was closed.
         """
         self.engine.check_open()
-        config.check_model(self.spec)
+        for part in parts_of_one_model(config):
+            part.check_model(self.spec)
         check_precision(config, self.spec)
-        if config.precision is not None and config.precision.names is None:
-            warnings.warn(
-                f"The config was saved for experts in {config.precision}; it runs on those that "
-                f"are loaded, {self.spec.precision}, which may lie otherwise. Tune this model and "
-                "save the config again to have that checked.",
-                stacklevel=2,
-            )
+        self.put_in_force(config)
+
+    def put_in_force(self, config: TunedConfig) -> None:
+        """Run under a config that is known to be this model's; `apply` asks that first."""
         plan = config.plan if config.plan is not None else self.memory.slots
         with self._in_use:
             predictors = ()
             if config.prefetch is not None:
-                predictors = self.predictors(config.prefetch.fitted)
+                predictors = self._kept_predictors(config.prefetch.fitted)
+            previous_pace = self.engine.pace
             self.engine.pace = self._pace(config)
-            self.engine.configure(
-                config.gating,
-                plan,
-                config.eviction,
-                config.compensation,
-                config.prefetch,
-                predictors,
-            )
+            try:
+                self.engine.configure(
+                    config.gating,
+                    plan,
+                    config.eviction,
+                    config.compensation,
+                    config.prefetch,
+                    predictors,
+                )
+            except BaseException:
+                self.engine.pace = previous_pace
+                raise
             self._watch(config.prefetch)
             self.config = config
 
@@ -144,10 +147,13 @@ class LabModel:
         Raises:
             RecordError: they were fitted to another model.
         """
+        if fitted is not None and fitted.fingerprint() not in self._predictors:
+            fitted.check_model(self.spec)
+        return self._kept_predictors(fitted)
+
+    def _kept_predictors(self, fitted: Predictors | None) -> tuple[Predictor, ...]:
         key = fitted.fingerprint() if fitted is not None else None
         if key not in self._predictors:
-            if fitted is not None:
-                fitted.check_model(self.spec)
             with self._in_use, self.engine.reading_store():
                 found = predictors_of(self.hf, self.layers, fitted)
             self._predictors = {key: found}  # of the last asked for only: they may be large
@@ -191,15 +197,22 @@ class LabModel:
     def running(self, config: TunedConfig | None = None) -> Iterator[Self]:
         """Run under a config, the present one if None, with fresh caches; restore afterwards.
 
-        Other threads that want to run the model wait until the block ends.
+        Other threads that want to run the model wait until the block ends. A config other than
+        the present one is checked as by `apply`.
         """
         with self._in_use:
+            self.engine.check_open()
             previous = self.config
+            if config is not None and config is not previous:
+                for part in parts_of_one_model(config):
+                    part.check_model(self.spec)
+                check_precision(config, self.spec)
             try:
-                self.apply(config if config is not None else previous)
+                self.put_in_force(config if config is not None else previous)
                 yield self
             finally:
-                self.apply(previous)
+                if not self.engine.is_closed:
+                    self.put_in_force(previous)
 
     def emulate_link(self, target: LinkTarget | None) -> None:
         """Make loads on a CPU take as long, against computing here, as on the target machine.
@@ -326,30 +339,3 @@ class LabModel:
                 self._watching.close()
                 self._predictors = {}
                 self.engine.close()
-
-
-def check_precision(config: TunedConfig, spec: MoESpec) -> None:
-    """Refuse a config that was tuned for experts stored otherwise.
-
-    One of version 0.1 that only says that they were mixed passes wherever they are.
-
-    Raises:
-        ValueError: an expert is stored in another precision than the config says.
-    """
-    wanted, stored = config.precision, spec.precision
-    if wanted is None:
-        return
-    if wanted.names is None:
-        if stored.is_uniform:
-            raise ValueError(
-                f"The config stores experts as {wanted}, the model is loaded as {stored}. Load it "
-                "with one precision per expert, or from the prepared store it was tuned with."
-            )
-    elif wanted.names != stored.names:
-        n_experts, n_unlike = spec.n_layers * spec.n_experts, wanted.n_unlike(stored)
-        expert_dtype = repr(wanted.name) if wanted.is_uniform else "config.precision.names"
-        raise ValueError(
-            f"The config stores experts as {wanted}, the model is loaded as {stored}: "
-            f"{n_unlike} of {n_experts} experts differ. Load it with expert_dtype={expert_dtype}, "
-            "or tune it as it is."
-        )

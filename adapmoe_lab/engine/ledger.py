@@ -64,16 +64,23 @@ class ChecksumLedger:
 def lasting_ledger(identity: str, shape: tuple[int, int], source: str) -> ChecksumLedger:
     """Return the ledger of a checkpoint that is kept in the user's cache folder.
 
+    Where that cannot be written, what is recorded there still counts, and what is new is known
+    for this run only.
+
     Args:
         identity: tells the files and the layout of the experts; another one has its own ledger.
         shape: L and E.
         source: what an error calls the checkpoint.
     """
     path = cache_folder() / "checksums" / f"{identity}.npy"
-    if not path.exists():
-        _begin(path, shape)
+    try:
+        if not path.exists():
+            _begin(path, shape)
+        known = _mapped(path, shape)
+    except OSError:
+        known = np.full(shape, -1, dtype=np.int64)
     remedy = f"Restore the file; if it was changed on purpose, delete {path}."
-    return ChecksumLedger(_mapped(path, shape), source, remedy)
+    return ChecksumLedger(known, source, remedy)
 
 
 def _begin(path: Path, shape: tuple[int, int]) -> None:
@@ -96,8 +103,9 @@ def _begin(path: Path, shape: tuple[int, int]) -> None:
 
 
 def _mapped(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
+    mode = "r+" if os.access(path, os.W_OK) else "c"  # which keeps what is written in memory
     try:
-        known = np.load(path, mmap_mode="r+")
+        known = np.load(path, mmap_mode=mode)
     except (ValueError, EOFError) as error:
         raise CheckpointError(_damaged(path, str(error))) from error
     if known.shape != shape or known.dtype != np.int64:

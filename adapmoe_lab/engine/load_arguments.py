@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from adapmoe_lab.records import TunedConfig
 from adapmoe_lab.records.arguments import described
 
-ExpertDtypes = str | list[list[str]]
+ExpertDtype = str | Sequence[Sequence[str]]
 """A precision for all experts, or one for each, [L][E]."""
 
 
@@ -35,7 +35,8 @@ def tuned_config(config: Any) -> TunedConfig | None:
     """
     if config is None or isinstance(config, TunedConfig):
         return config
-    return TunedConfig.load(_path("config", config, "a TunedConfig or the path of one"))
+    path = _path("config", config, "a TunedConfig or the path of one")
+    return TunedConfig.load(path.expanduser())
 
 
 def store_folder(store: Any) -> Path | None:
@@ -61,7 +62,7 @@ def dtype_name(argument: str, dtype: Any) -> str:
     )
 
 
-def expert_dtypes(dtypes: Any) -> ExpertDtypes:
+def expert_dtypes(dtypes: Any) -> ExpertDtype:
     """Return the precision of all experts, or of each.
 
     Raises:

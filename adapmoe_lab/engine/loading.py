@@ -10,10 +10,12 @@ import torch
 
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.clock import Clock, RealClock
+from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import choose_device
-from adapmoe_lab.engine.lab_model import LabModel, check_precision
+from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.link import NO_LINK, CudaLink, EmulatedLink, Link
 from adapmoe_lab.engine.load_arguments import (
+    ExpertDtype,
     check_function,
     dtype_name,
     expert_dtypes,
@@ -24,7 +26,8 @@ from adapmoe_lab.engine.load_arguments import (
 )
 from adapmoe_lab.engine.memory import memory_needs, plan_memory
 from adapmoe_lab.engine.offload import OffloadEngine
-from adapmoe_lab.engine.opening import ExpertDtype, expert_formats, open_experts
+from adapmoe_lab.engine.opening import check_store, expert_formats, open_experts
+from adapmoe_lab.engine.store_index import find_store
 from adapmoe_lab.models.checkpoint import (
     Checkpoint,
     open_checkpoint,
@@ -86,7 +89,8 @@ def load(
     Raises:
         FileNotFoundError: no such model or config.
         UnsupportedModelError: the model has no experts that can be served.
-        CheckpointError: its files are incomplete, damaged or changed.
+        CheckpointError: its files, or those of the store, are incomplete, damaged or changed.
+        OSError: the store cannot be written.
         MemoryError: it does not fit; the text says what does.
         ValueError: an argument is out of range; the text says what was expected.
     """
@@ -102,6 +106,7 @@ def load(
     check_function("announce", announce)
     if config is not None and expert_memory is not None:
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
+    stored = find_store(folder) if folder is not None else None
     where = choose_device(device)
     target = link_target(link, where)
     planned = config.precision if config is not None else None
@@ -112,7 +117,9 @@ def load(
     tokenizer = checkpoint.load_tokenizer()
     if config is not None:
         _check_shape(config, checkpoint.model)
-    formats = expert_formats(checkpoint.model, expert_dtype, folder)
+    formats = expert_formats(checkpoint.model, expert_dtype, stored)
+    if folder is not None:
+        check_store(folder, stored, formats)
     spec = describe(checkpoint.model, formats)
     if config is not None:
         check_precision(config, spec)
@@ -133,10 +140,10 @@ def load(
     layers = served_layers(hf, checkpoint.model.layers)
     routed = routed_weights(hf, layers)
     spec = describe(checkpoint.model, formats, routed, identity, partial_identity(hf))
-    if config is not None:
-        config.check_model(spec)
+    for part in parts_of_one_model(config) if config is not None else []:
+        part.check_model(spec)
     hf.to(where)  # pyright: ignore[reportArgumentType]
-    experts = open_experts(checkpoint, formats, spec, plan, folder)
+    experts = open_experts(checkpoint, formats, spec, plan, folder, stored)
     clock = clock if clock is not None else RealClock()
     try:
         hook = ExpertsHook(hf, layers)
@@ -147,7 +154,7 @@ def load(
         model = LabModel(tokenizer, spec, hook, engine, plan)
         if target is not None:
             model.emulate_link(target)
-        model.apply(config if config is not None else replace(model.config, plan=plan.slots))
+        model.put_in_force(config if config is not None else replace(model.config, plan=plan.slots))
     except BaseException:
         experts.close()
         raise

@@ -110,7 +110,6 @@ def memory_needs(
     batch_size: int = 1,
 ) -> MemoryNeeds:
     """Return what a model takes beside its experts."""
-    batch_size = whole_number("batch_size", batch_size, at_least=1)
     if context_tokens is None:
         context_tokens = default_context_tokens(model.config)
     tokens = whole_number("max_context_tokens", context_tokens, at_least=1)

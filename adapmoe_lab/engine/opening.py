@@ -12,25 +12,23 @@ import numpy as np
 import torch
 
 from adapmoe_lab.engine.ledger import ChecksumLedger, lasting_ledger
+from adapmoe_lab.engine.load_arguments import ExpertDtype
 from adapmoe_lab.engine.memory import MemoryPlan
-from adapmoe_lab.engine.prepared import (
-    STORE_VERSION,
-    is_prepared,
-    open_store,
-    prepared_identity,
-    prepared_precisions,
-    save_store,
-)
+from adapmoe_lab.engine.prepared import open_store, save_store
 from adapmoe_lab.engine.rows import plain_views, write_expert
 from adapmoe_lab.engine.store import DiskStore, ExpertStore, Formats, HostStore
+from adapmoe_lab.engine.store_index import (
+    STORE_VERSION,
+    StoreIndex,
+    check_room,
+    is_prepared,
+    read_index,
+)
 from adapmoe_lab.models.byte_progress import byte_progress
 from adapmoe_lab.models.checkpoint import Checkpoint
 from adapmoe_lab.models.outline import DTYPES, ModelOutline
 from adapmoe_lab.records import MoESpec, PartialIdentityWarning, precision_named
 from adapmoe_lab.records.files import digest
-
-ExpertDtype = str | Sequence[Sequence[str]]
-"""A precision for all experts, or one for each, [L][E]."""
 
 MOST_THREADS = 4
 WORKING_COPIES = 2
@@ -38,21 +36,21 @@ WORKING_COPIES = 2
 
 
 def expert_formats(
-    model: ModelOutline, expert_dtype: ExpertDtype, store: Path | None = None
+    model: ModelOutline, expert_dtype: ExpertDtype, stored: StoreIndex | None = None
 ) -> Formats:
     """Return the layout of every expert, [L][E].
 
     Args:
         model: the model.
         expert_dtype: a name, `"auto"` for the checkpoint's own, or a name per expert.
-        store: a prepared store, whose precisions `"auto"` then means.
+        stored: what a prepared store says of itself, whose precisions `"auto"` then means.
 
     Raises:
         ValueError: no such precision, or not one per expert.
     """
     counts = [layer.n_experts for layer in model.layers]
-    if expert_dtype == "auto" and store is not None and is_prepared(store):
-        names: Sequence[Sequence[str]] = prepared_precisions(store).names or ()
+    if expert_dtype == "auto" and stored is not None:
+        names: Sequence[Sequence[str]] = stored.precisions.names or ()
     elif isinstance(expert_dtype, str):
         name = model.stored_as if expert_dtype == "auto" else expert_dtype
         names = [[precision_named(name).name] * n_experts for n_experts in counts]
@@ -72,24 +70,42 @@ def expert_formats(
     return [[known[layer, name] for name in in_layer] for layer, in_layer in enumerate(names)]
 
 
-def store_identity(checkpoint: Checkpoint, spec: MoESpec, store: Path) -> str:
+def check_store(store: Path, stored: StoreIndex | None, formats: Formats) -> None:
+    """Refuse a store that cannot be opened, or cannot be written, for all but its weights.
+
+    Args:
+        store: its folder.
+        stored: what it says of itself; None if it is to be written.
+        formats: how each expert is to be stored.
+
+    Raises:
+        CheckpointError: it holds experts stored otherwise, or is damaged.
+        OSError: it cannot be written there.
+    """
+    if stored is not None:
+        stored.check_layout(formats)
+    else:
+        check_room(store, formats)
+
+
+def store_identity(checkpoint: Checkpoint, spec: MoESpec, stored: StoreIndex) -> str:
     """Return what a prepared store must be of: the model's weights.
 
     Stores of versions up to 0.1 know a part of the weights only; such a store is taken with a
     warning where that part is the same.
     """
-    if not is_prepared(store) or prepared_identity(store) == spec.fingerprint():
-        return spec.fingerprint()
+    if stored.identity == spec.fingerprint():
+        return stored.identity
     with closing(checkpoint.reader()) as reader:
         partial = digest(spec.partial_fingerprint() or "", reader.sample_digest())
-    if prepared_identity(store) != partial:
+    if stored.identity != partial:
         return spec.fingerprint()
     warnings.warn(
-        f"{store} was prepared by a version that told models apart by a part of their weights. "
-        f"That part is the same in {spec.model_id!r}; whether the rest is is not known. Prepare "
-        "the store again to be sure.",
+        f"{stored.folder} was prepared by a version that told models apart by a part of their "
+        f"weights. That part is the same in {spec.model_id!r}; whether the rest is is not known. "
+        "Prepare the store again to be sure.",
         PartialIdentityWarning,
-        stacklevel=2,
+        stacklevel=5,
     )
     return partial
 
@@ -100,6 +116,7 @@ def open_experts(
     spec: MoESpec,
     plan: MemoryPlan,
     store: Path | None,
+    stored: StoreIndex | None = None,
 ) -> ExpertStore:
     """Return the experts of a checkpoint: in host memory if they fit, else read when asked for.
 
@@ -109,12 +126,13 @@ def open_experts(
         spec: the model they belong to.
         plan: whether host memory holds them all, and how much of it may be used.
         store: a prepared store to open, or to write first; None for none.
+        stored: what that store says of itself; None if it is to be written.
     """
     if store is not None:
-        return _open_prepared(checkpoint, formats, spec, plan, store)
+        return _open_prepared(checkpoint, formats, spec, plan, store, stored)
     rows = CheckpointRows(checkpoint, formats, plan.device)
     if not plan.fits_host:
-        ledger = _ledger_of(checkpoint, formats, plan.device)
+        ledger = _ledger_of(checkpoint, formats, spec, plan.device)
         return DiskStore(formats, rows, ledger, plan.host_bytes, on_close=rows.close)
     one_plain = checkpoint.model.expert_format(0, checkpoint.model.dtype).n_bytes
     with closing(rows):
@@ -147,35 +165,52 @@ class CheckpointRows:
 
 
 def _open_prepared(
-    checkpoint: Checkpoint, formats: Formats, spec: MoESpec, plan: MemoryPlan, store: Path
+    checkpoint: Checkpoint,
+    formats: Formats,
+    spec: MoESpec,
+    plan: MemoryPlan,
+    store: Path,
+    stored: StoreIndex | None,
 ) -> ExpertStore:
     """Open a prepared store, written first if it is not there; pin it if a GPU is to read it."""
-    identity = store_identity(checkpoint, spec, store)
-    if not is_prepared(store):
-        rows = CheckpointRows(checkpoint, formats, plan.device)
-        unseen = ChecksumLedger(np.full(_shape(formats), -1), str(checkpoint.folder))
-        streamed = DiskStore(formats, rows, unseen, cache_bytes=0, on_close=rows.close)
-        with closing(streamed), byte_progress("Preparing experts", plan.store_bytes) as advance:
-            try:
-                save_store(streamed, store, identity, advance)
-            except FileExistsError:
-                if not is_prepared(store):  # else another process prepared it meanwhile
-                    raise
-    prepared = open_store(store, identity, formats)
+    if stored is None:
+        _prepare(checkpoint, formats, spec, plan, store)
+        stored = read_index(store)
+    prepared = open_store(stored, store_identity(checkpoint, spec, stored), formats)
     if plan.device.type == "cuda" and plan.fits_host:
         widest = int(prepared.expert_bytes.max())
         return _in_memory(formats, _copy_rows(prepared), plan, widest)
     return prepared
 
 
-def _ledger_of(checkpoint: Checkpoint, formats: Formats, device: torch.device) -> ChecksumLedger:
-    """Return the ledger of this folder's files as they are stored here; a copy has its own.
+def _prepare(
+    checkpoint: Checkpoint, formats: Formats, spec: MoESpec, plan: MemoryPlan, store: Path
+) -> None:
+    """Write a prepared store, unless another process does so meanwhile."""
+    rows = CheckpointRows(checkpoint, formats, plan.device)
+    unseen = ChecksumLedger(np.full(_shape(formats), -1), str(checkpoint.folder))
+    streamed = DiskStore(formats, rows, unseen, cache_bytes=0, on_close=rows.close)
+    check = checkpoint.index.check_unchanged
+    with closing(streamed), byte_progress("Preparing experts", plan.store_bytes) as advance:
+        try:
+            save_store(streamed, store, spec.fingerprint(), advance, check)
+        except FileExistsError:
+            if not is_prepared(store):
+                raise
 
-    Packed bytes depend on their layout and on what was packed from, where, and by which torch.
+
+def _ledger_of(
+    checkpoint: Checkpoint, formats: Formats, spec: MoESpec, device: torch.device
+) -> ChecksumLedger:
+    """Return the ledger of this folder's weights as they are stored here; a copy has its own.
+
+    So have weights that were written anew. What the weights are is known by the size and time of
+    their files, so that damage that leaves both as they were is found by this ledger. Packed bytes
+    depend on their layout and on what was packed from, where, and by which torch.
     """
     how = (str(STORE_VERSION), checkpoint.model.dtype, device.type, torch.__version__)
     place = str(checkpoint.folder.resolve())
-    identity = digest(place, checkpoint.index.fingerprint, repr(formats), *how)
+    identity = digest(place, spec.fingerprint(), repr(formats), *how)
     return lasting_ledger(identity, _shape(formats), str(checkpoint.folder))
 
 

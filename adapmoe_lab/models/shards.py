@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from adapmoe_lab.models.shard_file import CheckpointError, ShardFile, TensorEntry, read_shard
-from adapmoe_lab.records.files import digest
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -44,17 +43,6 @@ class ShardIndex:
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted."""
         return tuple(sorted(self.entries))
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the checkpoint by the names, sizes and headers of its files."""
-        return digest(
-            *(
-                part
-                for file in self.files
-                for part in (file.name, str(file.n_bytes), file.header_digest)
-            )
-        )
 
     def entry(self, name: str) -> TensorEntry:
         """Return where a tensor lies.

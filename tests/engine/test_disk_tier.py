@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import save_tiny_mixtral
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.store import DiskStore
@@ -87,6 +88,17 @@ def test_a_flipped_bit_is_noticed_by_a_later_run(folder):
     )
     with pytest.raises(CheckpointError, match=expected):
         model.hf(IDS)
+
+
+@torch.no_grad()
+def test_weights_written_anew_in_place_are_read(folder):
+    load_on_disk(folder).hf(IDS)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, path, {"format": "pt"})
+    os.utime(path, ns=(1, 1))
+    expected = load(folder, dtype="float32", device="cpu", link="none").hf(IDS).logits
+    assert torch.equal(load_on_disk(folder).hf(IDS).logits, expected)
 
 
 @torch.no_grad()

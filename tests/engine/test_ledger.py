@@ -58,3 +58,25 @@ def test_a_file_system_without_hard_links_has_ledgers_too(cache, monkeypatch):
     monkeypatch.setattr("os.link", unsupported)
     lasting_ledger("one", (1, 1), "a model").check(0, 0, torch.zeros(4, dtype=torch.uint8))
     assert [path.name for path in cache.iterdir()] == ["one.npy"]
+
+
+def test_a_cache_folder_that_cannot_be_made_costs_the_memory_of_other_runs_only(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    ledger = lasting_ledger("one", (1, 2), "a model")
+    ledger.check(0, 0, torch.zeros(4, dtype=torch.uint8))
+    ledger.check(0, 1, torch.ones(4, dtype=torch.uint8))
+
+
+def test_a_ledger_that_cannot_be_written_still_tells_what_changed(cache, monkeypatch):
+    zeros, ones = torch.zeros(4, dtype=torch.uint8), torch.ones(4, dtype=torch.uint8)
+    lasting_ledger("one", (1, 2), "a model").check(0, 0, zeros)
+    before = (cache / "one.npy").read_bytes()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    ledger = lasting_ledger("one", (1, 2), "a model")
+    ledger.check(0, 1, ones)
+    with pytest.raises(CheckpointError, match="Expert 0 of MoE layer 0 in a model has the check"):
+        ledger.check(0, 0, ones)
+    assert (cache / "one.npy").read_bytes() == before

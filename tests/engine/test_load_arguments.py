@@ -51,6 +51,12 @@ def test_paths_of_any_kind(tiny_checkpoint, load_tiny, tmp_path):
     assert (tmp_path / "store").is_dir()
 
 
+def test_a_config_in_the_home_folder(load_tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    load_tiny(expert_memory="50%").config.save(tmp_path / "tuned.json")
+    assert load_tiny(config="~/tuned.json").config.plan is not None
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

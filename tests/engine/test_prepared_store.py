@@ -8,15 +8,20 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import save_tiny_mixtral
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny
 
 from adapmoe_lab.engine import opening
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.prepared import BLOB, INDEX, PreparedStore, save_store
+from adapmoe_lab.engine.prepared import PreparedStore, save_store
+from adapmoe_lab.engine.store_index import BLOB, INDEX
+from adapmoe_lab.models.checkpoint import Checkpoint
 from adapmoe_lab.models.shard_file import CheckpointError
 
 IDS = torch.arange(1, 60)[None]
@@ -119,6 +124,111 @@ def test_a_flipped_bit_is_noticed(tiny_checkpoint, prepared):
     model = load_with(tiny_checkpoint, prepared)
     with pytest.raises(CheckpointError, match="its file changed or is damaged"):
         model.hf(IDS)
+
+
+def edit_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_biases_are_not_read_as_another_type(tmp_path):
+    checkpoint, store = save_tiny("gpt_oss", tmp_path / "model"), tmp_path / "experts"
+    load_with(checkpoint, store, dtype="bfloat16", expert_dtype="int8")
+    with pytest.raises(
+        CheckpointError,
+        match=r"biases as bfloat16, asked for were float16; load with dtype='bfloat16', or name a",
+    ):
+        load_with(checkpoint, store, dtype="float16", expert_dtype="int8")
+    load_with(checkpoint, store, dtype="bfloat16")
+    edit_index(store, lambda index: index.pop("plain"))
+    with pytest.raises(
+        CheckpointError, match=r"does not say whether its biases are .* prepare the store again"
+    ):
+        load_with(checkpoint, store, dtype="bfloat16")
+
+
+def test_biases_in_float32_are_known_by_their_size(tmp_path):
+    checkpoint, store = save_tiny("gpt_oss", tmp_path / "model"), tmp_path / "experts"
+    load_with(checkpoint, store, dtype="float32", expert_dtype="int8")
+    edit_index(store, lambda index: index.pop("plain"))
+    load_with(checkpoint, store, dtype="float32")
+    with pytest.raises(CheckpointError, match="they lie in other bytes"):
+        load_with(checkpoint, store, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_packed_matrices_alone_are_computed_with_in_any_precision(tiny_checkpoint, prepared, dtype):
+    edit_index(prepared, lambda index: index.pop("plain"))
+    assert load_with(tiny_checkpoint, prepared, dtype=dtype).spec.dtype == "int4"
+
+
+def test_a_missing_blob_is_told(tiny_checkpoint, prepared):
+    (prepared / BLOB).unlink()
+    with pytest.raises(CheckpointError, match=r"experts\.bin, which holds .* is missing; restore"):
+        load_with(tiny_checkpoint, prepared)
+
+
+def test_a_checkpoint_written_meanwhile_leaves_no_store(tiny_checkpoint, tmp_path, monkeypatch):
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    save = opening.save_store
+
+    def touching(*arguments):
+        os.utime(checkpoint / "model.safetensors", ns=(1, 1))
+        save(*arguments)
+
+    monkeypatch.setattr(opening, "save_store", touching)
+    with pytest.raises(CheckpointError, match="has changed since the checkpoint was read"):
+        load_with(checkpoint, tmp_path / "experts")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_is_in_the_way_is_told_before_a_model_is_looked_for(tmp_path):
+    (tmp_path / "file").touch()
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="never overwritten, name another"):
+            load_with("nobody/no-such-model", taken)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Let reading any weight, beside the headers of the files, be an error."""
+
+    def read(_):
+        pytest.fail("weights are read")
+
+    monkeypatch.setattr(Checkpoint, "identity", read)
+    monkeypatch.setattr(Checkpoint, "load_skeleton", read)
+
+
+def test_a_full_disk_is_told_before_weights_are_read(
+    tiny_checkpoint, tmp_path, monkeypatch, no_weights
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"The store takes 0\.00 GiB, .* on a larger disk"):
+        load_with(tiny_checkpoint, tmp_path / "new" / "experts")
+
+
+def test_a_place_without_files_is_told_before_weights_are_read(
+    tiny_checkpoint, tmp_path, no_weights
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is no folder"):
+        load_with(tiny_checkpoint, tmp_path / "file" / "experts")
+
+
+def test_another_layout_is_told_before_weights_are_read(tiny_checkpoint, prepared, no_weights):
+    with pytest.raises(CheckpointError, match="holds experts as int4, asked for were int8"):
+        load_with(tiny_checkpoint, prepared, expert_dtype="int8")
+
+
+def test_the_index_is_read_once(tiny_checkpoint, prepared, monkeypatch):
+    read, read_text = [], Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, *a, **b: read.append(path.name) or read_text(path, *a, **b)
+    )
+    load_with(tiny_checkpoint, prepared)
+    assert read.count(INDEX) == 1
 
 
 def test_an_interrupt_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypatch):

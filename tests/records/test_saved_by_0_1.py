@@ -121,10 +121,11 @@ def test_prepared_stores_of_then(saved, load_model, kind):
 
 def test_the_mixed_config_runs_from_its_store(saved, load_model):
     unknown = "saved for experts in several precisions, not known which"
-    with pytest.warns(UserWarning, match=unknown):
+    with pytest.warns(UserWarning, match=unknown) as warned:
         model = load_model(config=saved / "config_mixed.json", store=saved / "store_mixed")
-    with pytest.warns(UserWarning, match=unknown):
-        measured = losses(model)
+    found = [warning.filename for warning in warned if unknown in str(warning.message)]
+    assert found == [__file__]
+    measured = losses(model)  # the config in force is not warned of again
     assert model.config.plan.n_slots == 6
     np.testing.assert_allclose(measured, EXPECTED["mixed_loss_nats"], rtol=1e-5)
 

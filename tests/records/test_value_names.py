@@ -14,7 +14,7 @@ from traces import make_spec
 
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.doctor import read_known_models
-from adapmoe_lab.engine.prepared import prepared_precisions
+from adapmoe_lab.engine.store_index import read_index
 from adapmoe_lab.models.shard_file import CheckpointError
 from adapmoe_lab.records import (
     HardwareProfile,
@@ -54,7 +54,7 @@ def read_plain(name):
 JSON_FILES = {
     "config.json": TunedConfig.load,
     "hardware.json": HardwareProfile.load,
-    "store_int4/experts.json": lambda path: prepared_precisions(path.parent),
+    "store_int4/experts.json": lambda path: read_index(path.parent),
     "targets.json": load_targets,
     "known_models.json": read_known_models,
     "adapmoe_published.json": PublishedAdapMoE.load,

@@ -1,0 +1,49 @@
+"""Whether a model may run under a config, asked once when a user brings the config."""
+
+from __future__ import annotations
+
+import warnings
+
+from adapmoe_lab.records import MoESpec, Predictors, TunedConfig
+
+
+def parts_of_one_model(config: TunedConfig) -> list[TunedConfig | Predictors]:
+    """Return what of a config belongs to one model's weights, each with a `check_model`."""
+    prefetch = config.prefetch
+    if prefetch is None or prefetch.fitted is None:
+        return [config]
+    return [config, prefetch.fitted]
+
+
+def check_precision(config: TunedConfig, spec: MoESpec) -> None:
+    """Refuse a config that was tuned for experts stored otherwise.
+
+    One of version 0.1 that only says that they were mixed passes wherever they are, with a warning
+    that names the line which called the caller.
+
+    Raises:
+        ValueError: an expert is stored in another precision than the config says.
+    """
+    wanted, stored = config.precision, spec.precision
+    if wanted is None:
+        return
+    if wanted.names is None:
+        if stored.is_uniform:
+            raise ValueError(
+                f"The config stores experts as {wanted}, the model is loaded as {stored}. Load it "
+                "with one precision per expert, or from the prepared store it was tuned with."
+            )
+        warnings.warn(
+            f"The config was saved for experts in {wanted}; it runs on those that are loaded, "
+            f"{stored}, which may lie otherwise. Tune this model and save the config again to have "
+            "that checked.",
+            stacklevel=3,
+        )
+    elif wanted.names != stored.names:
+        n_experts, n_unlike = spec.n_layers * spec.n_experts, wanted.n_unlike(stored)
+        expert_dtype = repr(wanted.name) if wanted.is_uniform else "config.precision.names"
+        raise ValueError(
+            f"The config stores experts as {wanted}, the model is loaded as {stored}: "
+            f"{n_unlike} of {n_experts} experts differ. Load it with expert_dtype={expert_dtype}, "
+            "or tune it as it is."
+        )
