@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 
-from adapmoe_lab.records import MoESpec, Predictors, TunedConfig
+from adapmoe_lab.records import MoESpec, Predictors, Surrogates, TunedConfig
 
 
-def parts_of_one_model(config: TunedConfig) -> list[TunedConfig | Predictors]:
-    """Return what of a config belongs to one model's weights, each with a `check_model`."""
-    prefetch = config.prefetch
-    if prefetch is None or prefetch.fitted is None:
-        return [config]
-    return [config, prefetch.fitted]
+def parts_of_one_model(config: TunedConfig) -> list[TunedConfig | Predictors | Surrogates]:
+    """Return what of a config belongs to one model's weights, each with a `check_model`.
+
+    Parts that name the same weights as the config itself are left out.
+    """
+    fitted = config.prefetch.fitted if config.prefetch is not None else None
+    parts = [part for part in (config.compensation, fitted) if part is not None]
+    own = config.model["fingerprint"]
+    return [config, *(part for part in parts if part.model_fingerprint != own)]
 
 
 def check_precision(config: TunedConfig, spec: MoESpec) -> None:

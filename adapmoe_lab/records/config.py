@@ -53,7 +53,9 @@ SECTIONS = (
 NOT_RUN = ("model", "evidence")
 """Fields that are in no section's fingerprint: the weights, which `model` identifies by itself, and
 what is known about a config, which changes nothing of what it does."""
-MODEL = ("id", "fingerprint", "family", "n_layers", "n_experts", "top_k")
+MODEL = (
+    "id", "fingerprint", "partial_fingerprint", "family", "n_layers", "n_experts", "top_k",
+)  # fmt: skip
 EVICTION_POLICIES = (
     "lru",
     "lfu",
@@ -134,7 +136,7 @@ class TunedConfig:
         """Refuse surrogates of another model, and two rules for the kept weights."""
         shape = surrogates.n_layers, surrogates.n_experts
         wanted = self.model["n_layers"], self.model["n_experts"]
-        if (surrogates.model_fingerprint, shape) != (self.model["fingerprint"], wanted):
+        if shape != wanted or not self._is_of_model(surrogates.model_fingerprint):
             raise RecordError(
                 f"The surrogates were fitted to a model of {shape[0]} layers x {shape[1]} experts, "
                 f"fingerprint {surrogates.model_fingerprint}; the config is for "
@@ -149,17 +151,21 @@ class TunedConfig:
 
     def _check_prefetch(self, table: PrefetchTable) -> None:
         """Refuse a prefetch table of another model."""
-        n_layers, fingerprint = self.model["n_layers"], self.model["fingerprint"]
+        n_layers = self.model["n_layers"]
         if table.n_layers != n_layers:
             raise RecordError(
                 f"The prefetch table is for {table.n_layers} layers; the model has {n_layers}."
             )
-        if table.fitted is not None and table.fitted.model_fingerprint != fingerprint:
+        if table.fitted is not None and not self._is_of_model(table.fitted.model_fingerprint):
             raise RecordError(
                 f"The predictors were fitted to a model of fingerprint "
                 f"{table.fitted.model_fingerprint}; the config is for {self.model['id']!r}, "
-                f"fingerprint {fingerprint}. Fit predictors to this model."
+                f"fingerprint {self.model['fingerprint']}. Fit predictors to this model."
             )
+
+    def _is_of_model(self, fingerprint: str) -> bool:
+        """Whether a part was made for this model, as far as it knows; running it tells the rest."""
+        return fingerprint in (self.model["fingerprint"], self.model.get("partial_fingerprint"))
 
     @property
     def tensors(self) -> Mapping[str, TensorRecord]:
@@ -205,6 +211,7 @@ class TunedConfig:
         return {
             "id": spec.model_id,
             "fingerprint": spec.fingerprint(),
+            "partial_fingerprint": spec.partial_fingerprint(),
             "family": spec.family,
             "n_layers": spec.n_layers,
             "n_experts": spec.n_experts,
@@ -309,7 +316,9 @@ class TunedConfig:
             return None if section is None else read_section(section, sources[name])
 
         try:
-            model = known_values(document["model"], sources["model"], MODEL)
+            model = known_values(
+                document["model"], sources["model"], MODEL, later=("partial_fingerprint",)
+            )
             shape = model["n_layers"], model["n_experts"]
             return cls(
                 model=model,
