@@ -32,7 +32,7 @@ from adapmoe_lab.models.checkpoint import look_at_model
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "hunyuan_v1_moe")
 INDEX = "model.safetensors.index.json"
-FAST_S, SLOW_S = 15.0, 100.0
+FAST_S, SLOW_S = 10.0, 100.0
 """Seconds for each of the six tests."""
 BATCH = 8
 """Examples that share a seed, which a failure names."""

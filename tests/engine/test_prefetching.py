@@ -166,7 +166,7 @@ def test_a_predictor_that_the_model_lacks_is_named(load_tiny, monkeypatch):
     model = load_tiny()
     table = following(model.spec, [("own_norm", 1)])
     only = tuple(p for p in model.predictors() if p.name == "next_router")
-    monkeypatch.setattr(model, "predictors", lambda fitted=None: only)
+    monkeypatch.setattr(model, "_kept_predictors", lambda fitted: only)
     with pytest.raises(ValueError, match=r"follows own_norm, which this model does not offer; it"):
         model.apply(with_slots(model, 1, table))
 
