@@ -186,11 +186,16 @@ def test_a_flipped_byte_is_caught(checkpoint, tmp_path):
 
 
 def flip_bytes(path):
-    """Flip a bit in several experts of a shard: a short text does not use them all."""
-    size = path.stat().st_size
+    """Flip a bit in several experts of a shard: a short text does not use them all.
+
+    The time of writing stays, as with a failing disk; a file that is written anew is another model.
+    """
+    before = path.stat()
+    size = before.st_size
     with path.open("r+b") as file:
         for eighth in range(1, 7):
             file.seek(eighth * size // 8)
             byte = file.read(1)[0]
             file.seek(eighth * size // 8)
             file.write(bytes([byte ^ 0x08]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
