@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 import shutil
 import tempfile
 import time
@@ -291,4 +290,4 @@ def test_drawn_inputs_are_served_equally_or_refused_in_words(checks, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_drawn_inputs_are_served_equally_or_refused_in_words(checks, kind):
-    drawn(SLOW_S, checks[kind], first_seed=random.randrange(2**31))  # noqa: S311
+    drawn(SLOW_S, checks[kind], first_seed=0)
