@@ -95,6 +95,7 @@ def find_moe_layers(hf: PreTrainedModel) -> list[MoELayer]:
     layers = []
     for path, module in hf.named_modules():
         if all(hasattr(module, name) for name in INTERFACE_ATTRIBUTES):
+            _check_has_experts(module, path, hf.config.model_type)
             block = hf.get_submodule(path.rpartition(".")[0])
             router = _find_router(block, module, family)
             layers.append(MoELayer(path, module, router, _n_runs(hf.config, path)))
@@ -183,6 +184,15 @@ def _all_logits(router: Router, hidden: torch.Tensor) -> torch.Tensor:
     if router.softcap > 0:
         logits = router.softcap * torch.tanh(logits / router.softcap)
     return logits
+
+
+def _check_has_experts(experts: nn.Module, path: str, model_type: str) -> None:
+    n_experts = int(experts.num_experts)  # pyright: ignore[reportArgumentType]
+    if n_experts < 1:
+        raise UnsupportedModelError(
+            f"{path} of this {model_type} model has {n_experts} experts by its config.json; "
+            "expected at least one. Correct config.json, or download the model again."
+        )
 
 
 def _find_router(block: nn.Module, experts: nn.Module, family: Family) -> Router:

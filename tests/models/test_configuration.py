@@ -272,3 +272,22 @@ def test_a_folder_is_looked_at_as_it_is_loaded(tmp_path):
     with pytest.warns(ConfigDisagreementWarning):
         seen = look_at_model(folder)
     assert (seen.dtype, seen.stored_as) == ("float32", "float32")
+
+
+@pytest.mark.parametrize("n_experts", [0, -1])
+@pytest.mark.parametrize(
+    "family, field",
+    [
+        ("hunyuan_v1_moe", "num_experts"),
+        ("mixtral", "num_local_experts"),
+        ("deepseek_v3", "n_routed_experts"),
+    ],
+)
+def test_a_model_without_experts_is_refused_in_words(tmp_path, family, field, n_experts):
+    folder = save_tiny(family, tmp_path)
+    change(folder, **{field: n_experts})
+    refused = (CheckpointError, UnsupportedModelError)
+    with pytest.raises(refused, match="experts|dimension"):
+        look_at_model(folder)
+    with pytest.raises(refused):
+        load(folder, device="cpu", link="none")
