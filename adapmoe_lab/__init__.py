@@ -9,18 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapmoe_lab.bench import run_bench
-    from adapmoe_lab.engine.hardware import probe_hardware
     from adapmoe_lab.engine.loading import load
     from adapmoe_lab.evaluation.harness import evaluate
     from adapmoe_lab.evaluation.latency import measure_latency
     from adapmoe_lab.evaluation.loss import evaluate_loss
     from adapmoe_lab.evaluation.texts import calibration_labels, calibration_texts, read_texts
-    from adapmoe_lab.policies.allocation import plan_slots
-    from adapmoe_lab.profiling.predictability import fit_predictors
-    from adapmoe_lab.profiling.routing import profile
-    from adapmoe_lab.profiling.sensitivity import sensitivities, sensitivity
-    from adapmoe_lab.profiling.surrogates import fit_surrogates
+    from adapmoe_lab.policies.allocation.slots import plan_slots
+    from adapmoe_lab.profiling.hardware.probe import probe_hardware
+    from adapmoe_lab.profiling.predictors.fit import fit_predictors
+    from adapmoe_lab.profiling.routing.profile import profile
+    from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivities, sensitivity
+    from adapmoe_lab.profiling.surrogates.fit import fit_surrogates
     from adapmoe_lab.records import (
         HardwareProfile,
         Predictors,
@@ -30,9 +29,10 @@ if TYPE_CHECKING:
         TunedConfig,
     )
     from adapmoe_lab.records.published import published_adapmoe
-    from adapmoe_lab.simulation.miss_curves import miss_curves
-    from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
+    from adapmoe_lab.simulation.replay.miss_curves import miss_curves
+    from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch
     from adapmoe_lab.simulation.simulate import simulate
+    from adapmoe_lab.tuning.compare import run_bench
     from adapmoe_lab.tuning.tune import tune
     from adapmoe_lab.workbench.panel import Workbench
 
@@ -50,20 +50,20 @@ _HOMES = {
     "calibration_texts": "evaluation.texts",
     "evaluate": "evaluation.harness",
     "evaluate_loss": "evaluation.loss",
-    "fit_predictors": "profiling.predictability",
-    "fit_surrogates": "profiling.surrogates",
+    "fit_predictors": "profiling.predictors.fit",
+    "fit_surrogates": "profiling.surrogates.fit",
     "load": "engine.loading",
     "measure_latency": "evaluation.latency",
-    "miss_curves": "simulation.miss_curves",
-    "plan_prefetch": "simulation.prefetch_tables",
-    "plan_slots": "policies.allocation",
-    "probe_hardware": "engine.hardware",
-    "profile": "profiling.routing",
+    "miss_curves": "simulation.replay.miss_curves",
+    "plan_prefetch": "simulation.search.prefetch_search",
+    "plan_slots": "policies.allocation.slots",
+    "probe_hardware": "profiling.hardware.probe",
+    "profile": "profiling.routing.profile",
     "published_adapmoe": "records.published",
     "read_texts": "evaluation.texts",
-    "run_bench": "bench",
-    "sensitivities": "profiling.sensitivity",
-    "sensitivity": "profiling.sensitivity",
+    "run_bench": "tuning.compare",
+    "sensitivities": "profiling.sensitivity.sensitivity",
+    "sensitivity": "profiling.sensitivity.sensitivity",
     "simulate": "simulation.simulate",
     "tune": "tuning.tune",
 }

@@ -22,10 +22,10 @@ import numpy as np
 from held_out import DOMAINS, PIECE_TOKENS, calibration_and_evaluation
 
 import adapmoe_lab as lab
-from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.thresholds import UniformCut
+from adapmoe_lab.evaluation.conditions import measurement_conditions
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.rules import UniformCut
 from adapmoe_lab.records import GatingTable, LossReport, Surrogates, TunedConfig
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.records.standard_error import error_text

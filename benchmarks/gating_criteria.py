@@ -17,17 +17,17 @@ from pathlib import Path
 from held_out import PIECE_TOKENS, calibration_and_evaluation
 
 import adapmoe_lab as lab
-from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.evaluation.loss import token_sequences
-from adapmoe_lab.policies.thresholds import RULES, LeastLoss
-from adapmoe_lab.profiling.estimators import ESTIMATORS, MEASURED
-from adapmoe_lab.profiling.loss_change import LossChanges, loss_changes
-from adapmoe_lab.profiling.sensitivity import sensitivities
+from adapmoe_lab.policies.gating.rules import RULES, LeastLoss
+from adapmoe_lab.profiling.sensitivity.estimators import ESTIMATORS, MEASURED
+from adapmoe_lab.profiling.sensitivity.loss_change import LossChanges, loss_changes
+from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivities
 from adapmoe_lab.records import GatingTable, RoutingTrace, SensitivityProfile, TunedConfig
 from adapmoe_lab.records.files import save_json
-from adapmoe_lab.simulation.jackknife import jackknife
-from adapmoe_lab.simulation.rank_agreement import rank_correlation
+from adapmoe_lab.simulation.statistics.jackknife import jackknife
+from adapmoe_lab.simulation.statistics.rank_agreement import rank_correlation
 
 FRACTIONS = (0.1, 0.25)
 

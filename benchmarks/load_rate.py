@@ -23,10 +23,11 @@ import torch
 from safetensors.torch import save_file
 
 from adapmoe_lab.assets import demo_folder
-from adapmoe_lab.engine.hardware import measurement_conditions, probe_hardware
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.pace import decode_step_times
+from adapmoe_lab.evaluation.conditions import measurement_conditions
+from adapmoe_lab.profiling.hardware.probe import probe_hardware
 from adapmoe_lab.records.files import save_json
 
 GIB = 2**30

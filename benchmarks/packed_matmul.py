@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from adapmoe_lab.engine.packed import PackedMatrix
-from adapmoe_lab.engine.quantise import quantise
+from adapmoe_lab.engine.quantised.packed import PackedMatrix
+from adapmoe_lab.engine.quantised.quantise import quantise
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.records.precision import PRECISIONS
 

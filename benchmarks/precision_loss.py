@@ -16,10 +16,10 @@ from pathlib import Path
 from held_out import DOMAINS, held_out_texts
 
 import adapmoe_lab as lab
-from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.engine.packed import PackedMatrix
-from adapmoe_lab.engine.quantise import quantise
+from adapmoe_lab.engine.quantised.packed import PackedMatrix
+from adapmoe_lab.engine.quantised.quantise import quantise
+from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.records.standard_error import error_text
 

@@ -21,12 +21,12 @@ from held_out import DOMAINS, PIECE_TOKENS, calibration_and_evaluation
 from numpy.typing import NDArray
 
 import adapmoe_lab as lab
-from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.records import RoutingTrace
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.records.standard_error import error_text
-from adapmoe_lab.simulation.predictability import recall_and_precision, with_baselines
+from adapmoe_lab.simulation.statistics.predictability import recall_and_precision, with_baselines
 
 CALIBRATION_TOKENS = 18_000
 EVALUATION_TOKENS = 20_000

@@ -24,16 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 import adapmoe_lab as lab
-from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.policies.thresholds import UniformCut
+from adapmoe_lab.evaluation.conditions import measurement_conditions
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.policies.gating.rules import UniformCut
 from adapmoe_lab.records import HardwareProfile, RoutingTrace, TunedConfig
 from adapmoe_lab.records.files import save_json
-from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
-from adapmoe_lab.simulation.rank_agreement import rank_correlation
+from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch
 from adapmoe_lab.simulation.simulate import replayed_and_timed
+from adapmoe_lab.simulation.statistics.rank_agreement import rank_correlation
 
 SHARES = (0.25, 0.375, 0.625, 0.75, 1.0)
 PROBED_SHARE = 0.875

@@ -19,18 +19,18 @@ from pathlib import Path
 import torch
 
 import adapmoe_lab as lab
-from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.hardware import measurement_conditions
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.profiling.recorder import RoutingRecorder
+from adapmoe_lab.evaluation.conditions import measurement_conditions
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import RoutingTrace, Traffic, TunedConfig
 from adapmoe_lab.records.files import save_json
-from adapmoe_lab.simulation.guesses import recorded_guesses
-from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
-from adapmoe_lab.simulation.replay import replay
-from adapmoe_lab.simulation.timeline import StepCosts, run_timeline
+from adapmoe_lab.simulation.replay.recorded_candidates import recorded_guesses
+from adapmoe_lab.simulation.replay.replay import replay
+from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch
+from adapmoe_lab.simulation.timing.timeline import StepCosts, run_timeline
 
 TARGETS = ("mixtral-8x7b-int4/pcie4-x16", "olmoe-bf16/pcie5-x16")
 """Links on which fetching ahead may pay."""

@@ -24,8 +24,8 @@ import libcachesim
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.policies.allocation import shared, slots_plan, with_pins
-from adapmoe_lab.policies.eviction import POLICIES
+from adapmoe_lab.policies.allocation.slots import shared, slots_plan, with_pins
+from adapmoe_lab.policies.eviction.rules import POLICIES
 from adapmoe_lab.records import (
     CachePlan,
     MoESpec,
@@ -35,11 +35,11 @@ from adapmoe_lab.records import (
     RoutingTrace,
 )
 from adapmoe_lab.records.files import save_json
-from adapmoe_lab.simulation.guesses import recorded_guesses
-from adapmoe_lab.simulation.miss_curves import miss_curves
-from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
-from adapmoe_lab.simulation.replay import replay
-from adapmoe_lab.simulation.timeline import StepCosts, Timeline, run_timeline
+from adapmoe_lab.simulation.replay.miss_curves import miss_curves
+from adapmoe_lab.simulation.replay.recorded_candidates import recorded_guesses
+from adapmoe_lab.simulation.replay.replay import replay
+from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch
+from adapmoe_lab.simulation.timing.timeline import StepCosts, Timeline, run_timeline
 
 SIZES = ((32, 8, 2, 0.05), (48, 128, 8, 1.0))
 """Layers, experts, experts per token, and the seconds a replay may take."""

@@ -24,16 +24,16 @@ from held_out import DOMAINS, TEXTS_PER_DOMAIN, held_out_texts
 from numpy.typing import NDArray
 
 import adapmoe_lab as lab
-from adapmoe_lab.engine.hardware import measurement_conditions
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.policies.allocation import slots_plan, with_pins
-from adapmoe_lab.policies.eviction import POLICIES
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.policies.thresholds import UniformCut
+from adapmoe_lab.evaluation.conditions import measurement_conditions
+from adapmoe_lab.policies.allocation.slots import slots_plan, with_pins
+from adapmoe_lab.policies.eviction.rules import POLICIES
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.policies.gating.rules import UniformCut
 from adapmoe_lab.records import CachePlan, GatingTable, RoutingTrace, TunedConfig
 from adapmoe_lab.records.files import save_json
-from adapmoe_lab.simulation.replay import replay
-from adapmoe_lab.simulation.residency import gap_closed, slot_divisions
+from adapmoe_lab.simulation.replay.replay import replay
+from adapmoe_lab.simulation.search.cache_search import gap_closed, slot_divisions
 
 SHARES = (0.25, 0.5, 0.75)
 ORDERS = {

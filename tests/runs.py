@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import TunedConfig
 
 PROMPT = "Once upon a time there was a king who"

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tiny_models import save_tiny
 
 import adapmoe_lab as lab
-from adapmoe_lab.models.checkpoint import look_at_model
+from adapmoe_lab.models.checkpoint.checkpoint import look_at_model
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "hunyuan_v1_moe")
 INDEX = "model.safetensors.index.json"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import adapmoe_lab as lab
-from adapmoe_lab.cli import main
-from adapmoe_lab.policies.thresholds import RULES
+from adapmoe_lab.cli.main import main
+from adapmoe_lab.policies.gating.rules import RULES
 from adapmoe_lab.records import RoutingTrace, SensitivityProfile, TunedConfig
 from adapmoe_lab.views import figures
 from adapmoe_lab.workbench.draft import Bench, Cache
@@ -111,7 +111,7 @@ def test_it_is_drawn_and_shown_as_not_known(load_tiny, tmp_path):
 
 def test_every_command_that_reads_texts(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("adapmoe_lab.bench.calibration_texts", lambda: TEXT * 2)
+    monkeypatch.setattr("adapmoe_lab.tuning.compare.calibration_texts", lambda: TEXT * 2)
     (tmp_path / "one.txt").write_text(TEXT[0])
     model = (str(tiny_checkpoint), "--link", "none", "--texts", "one.txt")
     assert main(["profile", *model, "--out", "trace.npz"]) == 0

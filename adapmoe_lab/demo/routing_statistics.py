@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapmoe_lab.models.demo_architecture import DemoModel, RoutingTaps
-from adapmoe_lab.simulation.routing_patterns import (
+from adapmoe_lab.simulation.statistics.routing_patterns import (
     expert_use,
     locality,
     locality_by_chance,

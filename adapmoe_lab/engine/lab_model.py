@@ -11,20 +11,20 @@ from typing import Any, Self
 
 import torch
 
-from adapmoe_lab.engine.clock import StepPace, VirtualClock
 from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
-from adapmoe_lab.engine.decode import decode
 from adapmoe_lab.engine.device import device_name
-from adapmoe_lab.engine.link import NO_LINK, EmulatedLink
-from adapmoe_lab.engine.memory import MemoryPlan
-from adapmoe_lab.engine.offload import OffloadEngine
+from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.host_driven.executor import OffloadEngine
+from adapmoe_lab.engine.memory_plan import MemoryPlan
 from adapmoe_lab.engine.pace import resident_layer_s
-from adapmoe_lab.engine.prediction import Predictor, predictors_of
-from adapmoe_lab.engine.prepared import save_store
-from adapmoe_lab.models.checkpoint import HFModel
+from adapmoe_lab.engine.prefetch.predictors import Predictor, predictors_of
+from adapmoe_lab.engine.store.on_disk import save_store
+from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.link import NO_LINK, EmulatedLink
+from adapmoe_lab.models.checkpoint.checkpoint import HFModel
 from adapmoe_lab.models.families import MoELayer
-from adapmoe_lab.models.hook import ExpertsHook
-from adapmoe_lab.models.residual_stream import (
+from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
+from adapmoe_lab.models.hooks.residual_stream import (
     last_hidden_observed_by,
     layer_outputs_observed_by,
     token_ids_observed_by,

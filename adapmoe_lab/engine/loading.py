@@ -9,11 +9,10 @@ from os import PathLike
 import torch
 
 from adapmoe_lab.assets import data_folder
-from adapmoe_lab.engine.clock import Clock, RealClock
 from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import choose_device
+from adapmoe_lab.engine.host_driven.executor import OffloadEngine
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.engine.link import NO_LINK, CudaLink, EmulatedLink, Link
 from adapmoe_lab.engine.load_arguments import (
     ExpertDtype,
     check_function,
@@ -24,20 +23,21 @@ from adapmoe_lab.engine.load_arguments import (
     store_folder,
     tuned_config,
 )
-from adapmoe_lab.engine.memory import memory_needs, plan_memory
-from adapmoe_lab.engine.offload import OffloadEngine
-from adapmoe_lab.engine.opening import check_store, expert_formats, open_experts
-from adapmoe_lab.engine.store_index import find_store
-from adapmoe_lab.models.checkpoint import (
+from adapmoe_lab.engine.memory_plan import memory_needs, plan_memory
+from adapmoe_lab.engine.store.builder import check_store, expert_formats, open_experts
+from adapmoe_lab.engine.store.index import find_store
+from adapmoe_lab.engine.transfer.clock import Clock, RealClock
+from adapmoe_lab.engine.transfer.link import NO_LINK, CudaLink, EmulatedLink, Link
+from adapmoe_lab.models.checkpoint.checkpoint import (
     Checkpoint,
     open_checkpoint,
     partial_identity,
     routed_weights,
 )
+from adapmoe_lab.models.checkpoint.meta_model import DTYPES, ModelOutline, describe
 from adapmoe_lab.models.families import served_layers
-from adapmoe_lab.models.hook import ExpertsHook
-from adapmoe_lab.models.outline import DTYPES, ModelOutline, describe
-from adapmoe_lab.policies.allocation import check_size
+from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
+from adapmoe_lab.policies.allocation.slots import check_size
 from adapmoe_lab.records import LinkTarget, MoESpec, TunedConfig, load_targets
 from adapmoe_lab.records.arguments import whole_number
 

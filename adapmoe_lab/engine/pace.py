@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.offload import OffloadEngine
+from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.host_driven.executor import OffloadEngine
 
 PROMPT_TOKENS = 8
 

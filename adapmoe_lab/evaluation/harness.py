@@ -16,7 +16,7 @@ from typing import Any
 from adapmoe_lab.assets import TEXT_VARIABLE, data_folder, text_folder
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.texts import read_records
-from adapmoe_lab.models.configuration import one_line
+from adapmoe_lab.models.checkpoint.configuration import one_line
 from adapmoe_lab.records import TunedConfig
 from adapmoe_lab.records.arguments import strings, whole_number
 from adapmoe_lab.records.standard_error import none_if_unknown

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.hardware import measurement_conditions
+from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.host_driven.executor import OffloadEngine
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.engine.offload import OffloadEngine
+from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
 from adapmoe_lab.records import LatencyReport, Measurement, Traffic, TunedConfig
 from adapmoe_lab.records.arguments import whole_number

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapmoe_lab.engine.expert_sum import LayerGradient
+from adapmoe_lab.engine.host_driven.combine import LayerGradient
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.layer_pass import LayerPass
 from adapmoe_lab.models.families import check_each_runs_once
-from adapmoe_lab.profiling.backward import backpropagate
+from adapmoe_lab.profiling.sensitivity.backward import backpropagate
 
 Progress = Callable[[int, int, str], None]
 

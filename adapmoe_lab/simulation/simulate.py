@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records import (
     HardwareProfile,
     PrecisionPlan,
@@ -15,9 +15,9 @@ from adapmoe_lab.records import (
     SensitivityProfile,
     TunedConfig,
 )
-from adapmoe_lab.simulation.guesses import recorded_guesses
-from adapmoe_lab.simulation.replay import HIT, Replay, replay
-from adapmoe_lab.simulation.timeline import StepCosts, Timeline, run_timeline
+from adapmoe_lab.simulation.replay.recorded_candidates import recorded_guesses
+from adapmoe_lab.simulation.replay.replay import HIT, Replay, replay
+from adapmoe_lab.simulation.timing.timeline import StepCosts, Timeline, run_timeline
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from typing import Any
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.evaluation.texts import Texts, as_texts
-from adapmoe_lab.policies.allocation import budget_bytes, uniform_plan
-from adapmoe_lab.policies.thresholds import (
+from adapmoe_lab.policies.allocation.slots import budget_bytes, uniform_plan
+from adapmoe_lab.policies.gating.rules import (
     RULES,
     check_method,
     check_skipped_fraction,
@@ -26,13 +26,13 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.records.arguments import finite_number
-from adapmoe_lab.simulation.prefetch_tables import (
+from adapmoe_lab.simulation.search.cache_search import Residency, best_residency
+from adapmoe_lab.simulation.search.prefetch_search import (
     NOBODY,
     best_prefetch,
     buffer_slots,
     ms_per_token,
 )
-from adapmoe_lab.simulation.residency import Residency, best_residency
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 
 MAX_STEPS_BACK = 4

@@ -10,7 +10,7 @@ import ipywidgets
 import numpy as np
 
 from adapmoe_lab.records import OFF
-from adapmoe_lab.simulation.prefetch_tables import buffer_slots
+from adapmoe_lab.simulation.search.prefetch_search import buffer_slots
 from adapmoe_lab.views.widgets import OwningBox, ThresholdCurve
 from adapmoe_lab.workbench.draft import Bench, Cache, Draft
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.policies.thresholds import RULES, largest_skipped_fraction
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.policies.gating.rules import RULES, largest_skipped_fraction
 from adapmoe_lab.records import (
     OFF,
     GatingTable,
@@ -22,7 +22,7 @@ from adapmoe_lab.records import (
     Surrogates,
     TunedConfig,
 )
-from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
+from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 from adapmoe_lab.tuning.tune import check_skippable, prediction_summary
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from IPython.core.getipython import get_ipython
 
-from adapmoe_lab.engine.hardware import probe_hardware
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
-from adapmoe_lab.profiling.routing import profile
-from adapmoe_lab.profiling.sensitivity import sensitivity as measure_sensitivity
+from adapmoe_lab.profiling.hardware.probe import probe_hardware
+from adapmoe_lab.profiling.routing.profile import profile
+from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity as measure_sensitivity
 from adapmoe_lab.records import (
     HardwareProfile,
     RoutingTrace,

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapmoe_lab.assets import data_folder, demo_folder, text_folder
-from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.evaluation.harness import evaluate
-from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import TunedConfig
 
 PROMPT = "Once upon a time, there was a little girl who"

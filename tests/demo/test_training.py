@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from adapmoe_lab.demo.train import main
-from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.models.demo_architecture import (
     FAMILIES,
@@ -27,7 +27,7 @@ from adapmoe_lab.models.demo_architecture import (
     residual_dropout,
     routing_taps,
 )
-from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import TunedConfig
 
 SHAPE = {

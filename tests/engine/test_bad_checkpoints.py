@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapmoe_lab.engine.device import choose_device
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.models.support import UnsupportedModelError
 from adapmoe_lab.records import RecordError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import PROMPT, half_cached
 
-from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.records import TunedConfig
 
 

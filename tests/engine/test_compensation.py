@@ -10,12 +10,12 @@ from stand_ins import compensate, compensated_output, random_cuts, random_surrog
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.store import DiskStore
+from adapmoe_lab.engine.store.expert_store import DiskStore
 from adapmoe_lab.evaluation.latency import measure_latency
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.profiling.routing import profile
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.records import GatingTable, RecordError, Surrogates, TunedConfig
 from adapmoe_lab.records.files import CACHE_VARIABLE
 

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.store import DiskStore
-from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.engine.store.expert_store import DiskStore
+from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.records.files import CACHE_VARIABLE
 
 IDS = torch.arange(1, 60)[None]

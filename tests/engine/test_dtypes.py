@@ -10,14 +10,14 @@ from stand_ins import compensate, random_surrogates
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.engine.clock import StepPace, VirtualClock
-from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.profiling.predictability import fit_predictors
-from adapmoe_lab.profiling.routing import profile
-from adapmoe_lab.profiling.sensitivity import sensitivities
-from adapmoe_lab.profiling.surrogates import fit_surrogates
+from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.profiling.predictors.fit import fit_predictors
+from adapmoe_lab.profiling.routing.profile import profile
+from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivities
+from adapmoe_lab.profiling.surrogates.fit import fit_surrogates
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable, TunedConfig
 
 IDS = torch.arange(1, 40)[None]

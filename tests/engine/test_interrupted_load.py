@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.models.expert_reader import ExpertReader
+from adapmoe_lab.models.checkpoint.expert_reader import ExpertReader
 
 IDS = torch.arange(1, 30)[None]
 

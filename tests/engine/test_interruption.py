@@ -4,7 +4,7 @@ import pytest
 import torch
 from runs import PROMPT, half_cached, reference_text
 
-from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.generation import decode
 
 
 class Stop(BaseException):
@@ -65,7 +65,7 @@ def test_an_interrupt_between_tokens(load_tiny, at_step):
 
 @pytest.mark.parametrize("at", [1, 4, 9])
 def test_an_exception_while_an_expert_computes(load_tiny, monkeypatch, at):
-    from adapmoe_lab.engine import expert_sum
+    from adapmoe_lab.engine.host_driven import combine as expert_sum
 
     model, calls, run = half_cached(load_tiny()), [], expert_sum.run_expert
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapmoe_lab.engine.ledger import checksum, lasting_ledger
-from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.engine.store.checksums import checksum, lasting_ledger
+from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.records.files import CACHE_VARIABLE
 
 N_AT_ONCE = 8

@@ -8,9 +8,9 @@ import torch
 from runs import PROMPT, half_cached
 
 from adapmoe_lab.engine import lab_model
-from adapmoe_lab.engine.clock import StepPace, VirtualClock
-from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import known_targets, link_target
+from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
 from adapmoe_lab.records import (
     OFF,
     GatingTable,

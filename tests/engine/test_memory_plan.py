@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adapmoe_lab.engine import memory, offload
+from adapmoe_lab.engine import memory_plan as memory
+from adapmoe_lab.engine.host_driven import executor as offload
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.memory import memory_needs, plan_memory
-from adapmoe_lab.models.checkpoint import look_at_model
-from adapmoe_lab.models.outline import describe
-from adapmoe_lab.policies.allocation import N_STAGING, slots_plan
+from adapmoe_lab.engine.memory_plan import memory_needs, plan_memory
+from adapmoe_lab.models.checkpoint.checkpoint import look_at_model
+from adapmoe_lab.models.checkpoint.meta_model import describe
+from adapmoe_lab.policies.allocation.slots import N_STAGING, slots_plan
 from adapmoe_lab.records import GatingTable, TunedConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from runs import PROMPT
 
-from adapmoe_lab.engine.clock import VirtualClock
-from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.profiling.recorder import RoutingRecorder
-from adapmoe_lab.profiling.routing import profile
+from adapmoe_lab.engine.transfer.clock import VirtualClock
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.profiling.routing.profile import profile
+from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import HardwareProfile, PrecisionPlan, TunedConfig
 from adapmoe_lab.simulation.simulate import simulate
 

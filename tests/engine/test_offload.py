@@ -9,14 +9,14 @@ import torch
 from replays import step_by_step
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.offload import OffloadEngine
+from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.host_driven.executor import OffloadEngine
 from adapmoe_lab.models.families import Router, UnsupportedModelError
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.profiling.recorder import RoutingRecorder
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, TunedConfig
-from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.replay.replay import replay
 
 PROMPT = "Once upon a time there was a king who"
 N_NEW = 24

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.prediction import (
+from adapmoe_lab.engine.prefetch.predictors import (
     LastHidden,
     NextRouter,
     OwnNorm,
@@ -19,10 +19,10 @@ from adapmoe_lab.engine.prediction import (
     predictors_of,
 )
 from adapmoe_lab.models.families import UnsupportedModelError
-from adapmoe_lab.models.hook import served_by
-from adapmoe_lab.models.key_value_cache import forward_cached
-from adapmoe_lab.models.residual_stream import find_input_norms
-from adapmoe_lab.profiling.recorder import RoutingRecorder
+from adapmoe_lab.models.hooks.experts_hook import served_by
+from adapmoe_lab.models.hooks.key_value_cache import forward_cached
+from adapmoe_lab.models.hooks.residual_stream import find_input_norms
+from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import Predictors
 
 IDS = torch.arange(1, 60)

@@ -8,18 +8,18 @@ import torch
 from runs import PROMPT
 from tiny_models import save_tiny
 
-from adapmoe_lab.engine.clock import RealClock, StepPace, VirtualClock
-from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.link import EmulatedLink
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.policies.allocation import N_STAGING, slots_plan
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.profiling.predictability import fit_predictors
-from adapmoe_lab.profiling.recorder import RoutingRecorder
+from adapmoe_lab.engine.transfer.clock import RealClock, StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.link import EmulatedLink
+from adapmoe_lab.policies.allocation.slots import N_STAGING, slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.profiling.predictors.fit import fit_predictors
+from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import PrefetchSource, PrefetchTable, TunedConfig
-from adapmoe_lab.simulation.guesses import recorded_guesses
-from adapmoe_lab.simulation.replay import replay
-from adapmoe_lab.simulation.timeline import StepCosts, run_timeline
+from adapmoe_lab.simulation.replay.recorded_candidates import recorded_guesses
+from adapmoe_lab.simulation.replay.replay import replay
+from adapmoe_lab.simulation.timing.timeline import StepCosts, run_timeline
 
 UNFITTED = [("next_router", 1), ("next_router", 2), ("own_norm", 1), ("token_embedding", 0)]
 FITTED = [("ridge", 1), ("ridge", 2), ("token_table", 0), ("last_hidden", 0)]

@@ -17,12 +17,12 @@ from checkpoints import save_tiny_mixtral
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
-from adapmoe_lab.engine import opening
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.prepared import PreparedStore, save_store
-from adapmoe_lab.engine.store_index import BLOB, INDEX
-from adapmoe_lab.models.checkpoint import Checkpoint
-from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.engine.store import builder as opening
+from adapmoe_lab.engine.store.index import BLOB, INDEX
+from adapmoe_lab.engine.store.on_disk import PreparedStore, save_store
+from adapmoe_lab.models.checkpoint.checkpoint import Checkpoint
+from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 
 IDS = torch.arange(1, 60)[None]
 MIXED = [["float32", "int8", "int4", "mxfp4"]] * 3

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from adapmoe_lab.engine.code_layout import E2M1, pack, unpack
-from adapmoe_lab.engine.packed import PackedMatrix
-from adapmoe_lab.engine.quantise import pack_mxfp4, quantise
+from adapmoe_lab.engine.quantised.code_layout import E2M1, pack, unpack
+from adapmoe_lab.engine.quantised.packed import PackedMatrix
+from adapmoe_lab.engine.quantised.quantise import pack_mxfp4, quantise
 from adapmoe_lab.records.precision import PRECISIONS, Precision
 
 INTEGERS = ["int8", "int4", "int3", "int2"]

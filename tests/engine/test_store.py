@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.store import ROW_ALIGNMENT
-from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.engine.store.expert_store import ROW_ALIGNMENT
+from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import PRECISIONS
 
 IDS = torch.arange(1, 60)[None]

@@ -8,18 +8,18 @@ import pytest
 import torch
 from runs import PROMPT, half_cached
 
-from adapmoe_lab.engine.clock import RealClock, StepPace, VirtualClock
-from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.link import EmulatedLink
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.prefetching import Prefetcher
+from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
+from adapmoe_lab.engine.transfer.clock import RealClock, StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.link import EmulatedLink
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.models.families import router_scores
-from adapmoe_lab.models.key_value_cache import forward_cached
-from adapmoe_lab.policies.allocation import shared, slots_plan, with_pins
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.profiling.recorder import RoutingRecorder
+from adapmoe_lab.models.hooks.key_value_cache import forward_cached
+from adapmoe_lab.policies.allocation.slots import shared, slots_plan, with_pins
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import (
     GatingTable,
     HardwareProfile,
@@ -31,9 +31,9 @@ from adapmoe_lab.records import (
 )
 from adapmoe_lab.records.config import EVICTION_POLICIES
 from adapmoe_lab.records.prefetch import Moment
-from adapmoe_lab.simulation.guesses import recorded_guesses
-from adapmoe_lab.simulation.replay import replay
-from adapmoe_lab.simulation.timeline import StepCosts, run_timeline
+from adapmoe_lab.simulation.replay.recorded_candidates import recorded_guesses
+from adapmoe_lab.simulation.replay.replay import replay
+from adapmoe_lab.simulation.timing.timeline import StepCosts, run_timeline
 
 
 def paced(model, bytes_per_s):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from runs import PROMPT, half_cached
 
-from adapmoe_lab.engine.clock import VirtualClock
-from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
-from adapmoe_lab.policies.gating import fixed_k, score_ratio
+from adapmoe_lab.policies.gating.keep import fixed_k, score_ratio
 from adapmoe_lab.records import GatingTable, IncomparableError, TunedConfig
 
 PROMPTS = [PROMPT, "def f(x):"]

@@ -9,17 +9,17 @@ from replays import step_by_step
 from runs import PROMPT, half_cached
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.doctor import examine
-from adapmoe_lab.engine.clock import RealClock
-from adapmoe_lab.engine.decode import decode
-from adapmoe_lab.engine.hardware import probe_hardware
-from adapmoe_lab.engine.link import CudaLink
+from adapmoe_lab.cli.doctor import examine
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.transfer.clock import RealClock
+from adapmoe_lab.engine.transfer.link import CudaLink
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.prefetch import N_PIECES
-from adapmoe_lab.profiling.recorder import RoutingRecorder
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.prefetch.expected_gain import N_PIECES
+from adapmoe_lab.profiling.hardware.probe import probe_hardware
+from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable, TunedConfig
 
 pytestmark = [

@@ -7,7 +7,7 @@ from checkpoints import byte_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.profiling.sensitivity import sensitivity
+from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from adapmoe_lab.engine.packed import PackedMatrix
-from adapmoe_lab.engine.quantise import quantise
+from adapmoe_lab.engine.quantised.packed import PackedMatrix
+from adapmoe_lab.engine.quantised.quantise import quantise
 from adapmoe_lab.records.precision import ALIGNMENT, PRECISIONS
 
 pytest.importorskip("triton", reason="without triton, CUDA devices take the CPU's path")

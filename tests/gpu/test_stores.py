@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from adapmoe_lab.engine.decode import decode
+from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.store import DiskStore
+from adapmoe_lab.engine.store.expert_store import DiskStore
 from adapmoe_lab.records.files import CACHE_VARIABLE
 
 pytestmark = [

@@ -17,10 +17,10 @@ from tiny_models import VOCABULARY_SIZE, save_tiny
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.models.checkpoint import look_at_model
-from adapmoe_lab.models.configuration import ConfigDisagreementWarning
-from adapmoe_lab.models.shard_file import CheckpointError
-from adapmoe_lab.models.skeleton import UnusedTensorsWarning
+from adapmoe_lab.models.checkpoint.checkpoint import look_at_model
+from adapmoe_lab.models.checkpoint.configuration import ConfigDisagreementWarning
+from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
+from adapmoe_lab.models.checkpoint.skeleton import UnusedTensorsWarning
 from adapmoe_lab.models.support import UnsupportedModelError
 
 IDS = torch.randint(1, VOCABULARY_SIZE, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -34,6 +34,11 @@ def change(folder, **fields):
 @torch.no_grad()
 def logits(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
+
+
+def assert_close(found, expected):
+    """The sums of a product may be ordered otherwise for other numbers of tokens, by processor."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -92,7 +97,7 @@ def test_plain_weights_are_read_as_they_are_whatever_the_configuration_says(tmp_
         model = load(folder, dtype="float32", device="cpu", link="none")
     assert model.spec.dtype == "float32"
     with torch.no_grad():
-        assert torch.equal(model.hf(IDS).logits, expected)
+        assert_close(model.hf(IDS).logits, expected)
 
 
 @pytest.mark.parametrize("save", [save_fp8_deepseek, save_mxfp4_gpt_oss])
@@ -180,7 +185,7 @@ def test_files_beside_a_single_one_are_not_read(tmp_path):
     index = {"metadata": {}, "weight_map": dict.fromkeys(other, "other.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(logits(folder), expected)
-    assert torch.equal(served_logits(folder), expected)
+    assert_close(served_logits(folder), expected)
 
 
 def test_the_file_that_a_configuration_names_is_read(tmp_path):
@@ -192,7 +197,7 @@ def test_the_file_that_a_configuration_names_is_read(tmp_path):
     save_file(wrong, folder / "model.safetensors", metadata={"format": "pt"})
     change(folder, transformers_weights="named.safetensors")
     assert torch.equal(logits(folder), expected)
-    assert torch.equal(served_logits(folder), expected)
+    assert_close(served_logits(folder), expected)
 
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path):
@@ -276,7 +281,7 @@ def test_a_folder_is_looked_at_as_it_is_loaded(tmp_path):
 
 @pytest.mark.parametrize("n_experts", [0, -1])
 @pytest.mark.parametrize(
-    "family, field",
+    ("family", "field"),
     [
         ("hunyuan_v1_moe", "num_experts"),
         ("mixtral", "num_local_experts"),
@@ -287,7 +292,7 @@ def test_a_model_without_experts_is_refused_in_words(tmp_path, family, field, n_
     folder = save_tiny(family, tmp_path)
     change(folder, **{field: n_experts})
     refused = (CheckpointError, UnsupportedModelError)
-    with pytest.raises(refused, match="experts|dimension"):
+    with pytest.raises(refused, match=r"experts|dimension"):
         look_at_model(folder)
     with pytest.raises(refused):
         load(folder, device="cpu", link="none")

@@ -28,7 +28,7 @@ from adapmoe_lab.models.support import (
     family_class,
     find_family,
 )
-from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.allocation.slots import slots_plan
 
 NAMED = (
     "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3",

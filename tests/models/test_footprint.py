@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from adapmoe_lab.models.footprint import kv_cache_bytes, score_bytes, work_bytes
+from adapmoe_lab.models.checkpoint.footprint import kv_cache_bytes, score_bytes, work_bytes
 
 PLAIN = {
     "hidden_size": 64,

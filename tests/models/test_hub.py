@@ -15,8 +15,8 @@ from huggingface_hub import constants
 from safetensors.numpy import save
 
 from adapmoe_lab.assets import demo_folder
-from adapmoe_lab.models.hub import local_folder
-from adapmoe_lab.models.shards import read_index
+from adapmoe_lab.models.checkpoint.hub import local_folder
+from adapmoe_lab.models.checkpoint.shards import read_index
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 WEIGHT_MAP = {"a": FIRST, "b": SECOND}
@@ -44,7 +44,7 @@ REPO = "lab/moe"
 
 SCRIPT = """
 import json, shutil, sys
-from adapmoe_lab.models.hub import local_folder
+from adapmoe_lab.models.checkpoint.hub import local_folder
 free_bytes, progress, *names = json.loads(sys.argv[1])
 if free_bytes is not None:
     shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10**9, 10**9, free_bytes)

@@ -15,11 +15,11 @@ from checkpoints import save_tiny_mixtral
 from safetensors.torch import load_file, save_file
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.models.checkpoint import open_checkpoint
-from adapmoe_lab.models.identity import weights_identity
-from adapmoe_lab.models.shard_file import CheckpointError
-from adapmoe_lab.models.shards import read_index
-from adapmoe_lab.profiling.routing import profile
+from adapmoe_lab.models.checkpoint.checkpoint import open_checkpoint
+from adapmoe_lab.models.checkpoint.identity import weights_identity
+from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
+from adapmoe_lab.models.checkpoint.shards import read_index
+from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.records import (
     GatingTable,
     PartialIdentityWarning,

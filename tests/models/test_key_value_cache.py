@@ -8,7 +8,7 @@ from checkpoints import save_tiny_mixtral
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.models.key_value_cache import cache_given, forward_cached
+from adapmoe_lab.models.hooks.key_value_cache import cache_given, forward_cached
 
 IDS = torch.arange(1, 40)[None]
 

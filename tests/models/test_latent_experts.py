@@ -8,10 +8,10 @@ from checkpoints import byte_tokenizer
 from tiny_models import VOCABULARY_SIZE, spread_weights, tiny_config
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.engine.hardware import probe_hardware
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.models.support import UnsupportedModelError
-from adapmoe_lab.profiling.routing import profile
+from adapmoe_lab.profiling.hardware.probe import probe_hardware
+from adapmoe_lab.profiling.routing.profile import profile
 
 LATENT_SIZE = 32
 IDS = torch.randint(1, VOCABULARY_SIZE, (1, 12), generator=torch.Generator().manual_seed(3))

@@ -16,9 +16,9 @@ from tiny_models import VOCABULARY_SIZE, save_tiny
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.models.configuration import ConfigDisagreementWarning
-from adapmoe_lab.models.number_formats import dequantise_fp8
-from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.models.checkpoint.configuration import ConfigDisagreementWarning
+from adapmoe_lab.models.checkpoint.number_formats import dequantise_fp8
+from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 
 IDS = torch.randint(1, VOCABULARY_SIZE, (2, 20), generator=torch.Generator().manual_seed(3))
 

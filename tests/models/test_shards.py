@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from adapmoe_lab.models.shards import CheckpointError, read_index, weight_files
+from adapmoe_lab.models.checkpoint.shards import CheckpointError, read_index, weight_files
 
 META = '{"metadata": {}, '
 INDEX = "model.safetensors.index.json"

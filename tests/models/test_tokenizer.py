@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.models.shard_file import CheckpointError
-from adapmoe_lab.models.tokenizer import read_tokenizer
+from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
+from adapmoe_lab.models.checkpoint.tokenizer import read_tokenizer
 
 
 @pytest.fixture

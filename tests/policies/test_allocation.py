@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from traces import make_spec
 
 from adapmoe_lab.assets import data_folder
-from adapmoe_lab.policies.allocation import (
+from adapmoe_lab.policies.allocation.slots import (
     adapmoe_loads,
     budget_bytes,
     cheapest_slots,

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from adapmoe_lab.policies.eviction import (
+from adapmoe_lab.policies.eviction.expert_cache import high_precision_uses, score_sums
+from adapmoe_lab.policies.eviction.rules import (
     FIXED_SCORES,
     LFU,
     LFU_AGED,
@@ -22,8 +23,7 @@ from adapmoe_lab.policies.eviction import (
     value_in_new_pass,
     value_in_new_step,
 )
-from adapmoe_lab.policies.residency import high_precision_uses, score_sums
-from adapmoe_lab.simulation import replay_loops as loops
+from adapmoe_lab.simulation.replay import pool_loops as loops
 
 LONG = [0, 2**24, 2**31, 2**40, 2**57]
 RULES = sorted({policy.rule for policy in POLICIES.values()})

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from traces import make_spec, make_trace
 
-from adapmoe_lab.policies.gating import (
+from adapmoe_lab.policies.gating.keep import (
     fixed_k,
     gated_weights,
     keep_by_cuts,

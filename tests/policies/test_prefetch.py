@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapmoe_lab.policies.gating import keep_by_cuts
-from adapmoe_lab.policies.prefetch import (
+from adapmoe_lab.policies.gating.keep import keep_by_cuts
+from adapmoe_lab.policies.prefetch.expected_gain import (
     candidates,
     expected_gain_s,
     kept_guesses,

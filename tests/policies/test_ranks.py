@@ -7,7 +7,7 @@ import pytest
 from stand_ins import random_surrogates
 from traces import make_spec
 
-from adapmoe_lab.policies.ranks import affordable_ranks, ranks_by_worth
+from adapmoe_lab.policies.allocation.ranks import affordable_ranks, ranks_by_worth
 
 
 @pytest.mark.parametrize("n_ranks", [0, 1, 5, 9, 20])

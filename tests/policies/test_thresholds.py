@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.policies.thresholds import (
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.policies.gating.rules import (
     RULES,
     AdapMoERule,
     LeastLoss,

@@ -7,14 +7,14 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 import adapmoe_lab as lab
-from adapmoe_lab.doctor import Machine, fits
-from adapmoe_lab.engine.clock import StepPace, VirtualClock
+from adapmoe_lab.cli.doctor import Machine, fits
 from adapmoe_lab.engine.loading import known_targets, link_target
-from adapmoe_lab.models.checkpoint import look_at_model
-from adapmoe_lab.models.footprint import kv_cache_bytes
+from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
+from adapmoe_lab.models.checkpoint.checkpoint import look_at_model
+from adapmoe_lab.models.checkpoint.footprint import kv_cache_bytes
 from adapmoe_lab.models.support import UnsupportedModelError, causal_families
-from adapmoe_lab.profiling.recorder import RoutingRecorder
-from adapmoe_lab.profiling.sensitivity import sensitivity
+from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
+from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity
 
 FAMILY = "inkling2_loop_text"
 N_RUNS = 8

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from adapmoe_lab.profiling.low_rank import METRIC_FLOOR, RIDGES, OutputMetric, fit_low_rank
+from adapmoe_lab.profiling.surrogates.low_rank import (
+    METRIC_FLOOR,
+    RIDGES,
+    OutputMetric,
+    fit_low_rank,
+)
 
 D = 10
 

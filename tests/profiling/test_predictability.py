@@ -11,11 +11,11 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.profiling.linear_maps import RIDGES, fit_gate, fit_ridges
-from adapmoe_lab.profiling.predictability import fit_predictors
-from adapmoe_lab.profiling.routing import profile
+from adapmoe_lab.profiling.predictors.fit import fit_predictors
+from adapmoe_lab.profiling.predictors.linear_maps import RIDGES, fit_gate, fit_ridges
+from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.records import RecordError
-from adapmoe_lab.simulation.predictability import recall_and_precision
+from adapmoe_lab.simulation.statistics.predictability import recall_and_precision
 
 
 def least_squares(inputs, outputs, ridge):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.profiling.recorder import RoutingRecorder
-from adapmoe_lab.profiling.routing import profile
+from adapmoe_lab.profiling.routing.profile import profile
+from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import RoutingTrace
 
 

@@ -7,8 +7,8 @@ from stand_ins import random_surrogates
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.evaluation.loss import evaluate_loss
-from adapmoe_lab.models.recomputing import recomputing_layers
-from adapmoe_lab.profiling.sensitivity import sensitivities, sensitivity
+from adapmoe_lab.models.hooks.recomputing import recomputing_layers
+from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivities, sensitivity
 from adapmoe_lab.records import OFF, GatingTable, TunedConfig
 
 TEXT = "abc def"

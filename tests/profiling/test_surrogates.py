@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.store import DiskStore
-from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.engine.store.expert_store import DiskStore
+from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.profiling.activations import recorded_activations
-from adapmoe_lab.profiling.surrogates import fit_surrogates
+from adapmoe_lab.profiling.surrogates.fit import fit_surrogates
 from adapmoe_lab.records import GatingTable, TunedConfig
 from adapmoe_lab.records.files import CACHE_VARIABLE
 

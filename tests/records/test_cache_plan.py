@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from traces import make_spec
 
-from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import CachePlan, RecordError, TunedConfig
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import make_spec, make_trace
 
-from adapmoe_lab.policies.allocation import budget_bytes, slots_plan, uniform_plan
+from adapmoe_lab.policies.allocation.slots import budget_bytes, slots_plan, uniform_plan
 from adapmoe_lab.records import (
     PRECISIONS,
     MoESpec,

@@ -7,7 +7,7 @@ import pytest
 
 import adapmoe_lab as lab
 from adapmoe_lab.assets import data_folder
-from adapmoe_lab.policies.allocation import adapmoe_loads
+from adapmoe_lab.policies.allocation.slots import adapmoe_loads
 from adapmoe_lab.records import PublishedAdapMoE, PublishedRun, RecordError
 from adapmoe_lab.records.published import N_MMLU_QUESTIONS
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapmoe_lab.engine.clock import StepPace, VirtualClock
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.records import (
     HardwareProfile,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from traces import make_spec
 
-from adapmoe_lab.policies.allocation import slots_plan
+from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import (
     OFF,
     GatingTable,

@@ -13,9 +13,9 @@ from safetensors.numpy import save as save_tensors
 from traces import make_spec
 
 from adapmoe_lab.assets import data_folder
-from adapmoe_lab.doctor import read_known_models
-from adapmoe_lab.engine.store_index import read_index
-from adapmoe_lab.models.shard_file import CheckpointError
+from adapmoe_lab.cli.doctor import read_known_models
+from adapmoe_lab.engine.store.index import read_index
+from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.records import (
     HardwareProfile,
     LatencyReport,

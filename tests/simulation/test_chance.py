@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from adapmoe_lab.simulation.chance import (
+from adapmoe_lab.simulation.statistics.chance import (
     Band,
     binomial_band,
     choose_uniformly,
@@ -17,7 +17,7 @@ from adapmoe_lab.simulation.chance import (
     shuffled_counts,
     use_band,
 )
-from adapmoe_lab.simulation.routing_patterns import (
+from adapmoe_lab.simulation.statistics.routing_patterns import (
     co_activation,
     counts_by_label,
     expert_use,

@@ -43,8 +43,8 @@ print(loop.run(0), sum(loop.run.dispatcher.stats.cache_hits.values()))
 
 RUN_OWN = """
 import numpy as np
-from adapmoe_lab.policies.eviction import FIXED_SCORES
-from adapmoe_lab.simulation.replay_loops import high_precision_uses
+from adapmoe_lab.policies.eviction.rules import FIXED_SCORES
+from adapmoe_lab.simulation.replay.pool_loops import high_precision_uses
 scores = np.zeros(2, int)
 bits = np.array([[[0.55, 0.45]]], dtype=np.float16).view(np.uint16)
 members, starts, hints = np.array([0, 1], np.int16), np.array([0, 2], np.int32), np.zeros(2, int)
@@ -97,9 +97,9 @@ def test_code_from_outside_the_package_is_compiled_again_when_any_of_it_changed(
 def test_our_own_policies_are_compiled_again_when_they_changed(tmp_path):
     shutil.copytree(Path(adapmoe_lab.__file__).parent, tmp_path / "adapmoe_lab")
     assert run_fresh(RUN_OWN, tmp_path) == [2, 0]
-    edit(tmp_path / "adapmoe_lab/policies/eviction.py", "(3, 5)", "(1, 5)")
+    edit(tmp_path / "adapmoe_lab/policies/eviction/rules.py", "(3, 5)", "(1, 5)")
     assert run_fresh(RUN_OWN, tmp_path) == [1, 0]
-    edit(tmp_path / "adapmoe_lab/policies/eviction.py", "above <= part", "above >= part")
+    edit(tmp_path / "adapmoe_lab/policies/eviction/rules.py", "above <= part", "above >= part")
     assert run_fresh(RUN_OWN, tmp_path) == [1, 0]
     assert run_fresh(RUN_OWN, tmp_path) == [1, 1]
 

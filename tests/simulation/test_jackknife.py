@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adapmoe_lab.simulation.jackknife import jackknife
+from adapmoe_lab.simulation.statistics.jackknife import jackknife
 
 
 def test_errors_are_those_of_repeated_draws():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from traces import make_sensitivity, make_spec
 
-from adapmoe_lab.simulation.layer_costs import layer_costs, shares_of_total
+from adapmoe_lab.simulation.statistics.layer_costs import layer_costs, shares_of_total
 
 
 def test_layers_are_compared_at_an_equal_skip_and_without_correction():

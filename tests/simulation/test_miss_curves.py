@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import make_spec, make_trace
 
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.policies.thresholds import UniformCut
-from adapmoe_lab.simulation.miss_curves import miss_curves
-from adapmoe_lab.simulation.replay import replay
-from adapmoe_lab.simulation.stack_loops import count_misses, empty_stack
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.policies.gating.rules import UniformCut
+from adapmoe_lab.simulation.replay.miss_curves import miss_curves
+from adapmoe_lab.simulation.replay.replay import replay
+from adapmoe_lab.simulation.replay.stack_loops import count_misses, empty_stack
 
 
 def lru_misses(sets, n_slots):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from traces import make_spec, make_trace
 
-from adapmoe_lab.policies.gating import kept_experts, top_p
+from adapmoe_lab.policies.gating.keep import kept_experts, top_p
 from adapmoe_lab.records import GatingTable, Prediction
-from adapmoe_lab.simulation.predictability import (
+from adapmoe_lab.simulation.statistics.predictability import (
     hit_probability,
     recall_and_precision,
     with_baselines,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from traces import guessing, make_trace
 
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.policies.thresholds import UniformCut
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.policies.gating.rules import UniformCut
 from adapmoe_lab.records import HardwareProfile, RecordError, TunedConfig
-from adapmoe_lab.simulation.prefetch_tables import (
+from adapmoe_lab.simulation.search.prefetch_search import (
     best_prefetch,
     plan_prefetch,
     recorded_sources,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from adapmoe_lab.simulation.rank_agreement import (
+from adapmoe_lab.simulation.statistics.rank_agreement import (
     random_order_band,
     rank_correlation,
     repeatability,

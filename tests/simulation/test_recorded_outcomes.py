@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from traces import make_spec
 
-from adapmoe_lab.policies.allocation import shared, slots_plan, with_pins
-from adapmoe_lab.policies.eviction import POLICIES
+from adapmoe_lab.policies.allocation.slots import shared, slots_plan, with_pins
+from adapmoe_lab.policies.eviction.rules import POLICIES
 from adapmoe_lab.records import CachePlan, RoutingTrace
-from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.replay.replay import replay
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "replay_outcomes_0_1.json"
 SHAPES = {"decode": (3, 8, 2, 1), "prefill": (4, 16, 3, 5), "wide": (2, 64, 8, 1)}

@@ -14,12 +14,12 @@ from traces import make_spec, make_trace
 
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.evaluation.texts import calibration_texts
-from adapmoe_lab.policies.eviction import POLICIES
-from adapmoe_lab.policies.residency import ExpertCache
-from adapmoe_lab.profiling.routing import profile
+from adapmoe_lab.policies.eviction.expert_cache import ExpertCache
+from adapmoe_lab.policies.eviction.rules import POLICIES
+from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.records import CachePlan, RoutingTrace
 from adapmoe_lab.records.files import CACHE_VARIABLE
-from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.replay.replay import replay
 
 NEVER = 2**62
 RUNNABLE = [name for name, policy in POLICIES.items() if not policy.needs_future]
@@ -172,13 +172,13 @@ CODE = """
 import sys, time
 sys.path.insert(0, "tests")
 import numpy as np
-import adapmoe_lab.simulation.replay
+import adapmoe_lab.simulation.replay.replay
 assert "numba" not in sys.modules
 from traces import make_trace
 trace = make_trace(n_tokens=20)
 keep = np.ones(trace.weights.shape, dtype=bool)
-adapmoe_lab.simulation.replay.replay(trace, keep, None)
-from adapmoe_lab.simulation.replay_loops import replay_pool
+adapmoe_lab.simulation.replay.replay.replay(trace, keep, None)
+from adapmoe_lab.simulation.replay.pool_loops import replay_pool
 stats = replay_pool.dispatcher.stats
 print(sum(stats.cache_hits.values()), stats.cache_path)
 """

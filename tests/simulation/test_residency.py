@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from traces import make_spec, make_trace
 
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records import GatingTable
-from adapmoe_lab.simulation.replay import replay
-from adapmoe_lab.simulation.residency import (
+from adapmoe_lab.simulation.replay.replay import replay
+from adapmoe_lab.simulation.search.cache_search import (
     best_residency,
     gap_closed,
     residencies,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import make_spec, make_trace
 
-from adapmoe_lab.simulation.routing_patterns import (
+from adapmoe_lab.simulation.statistics.routing_patterns import (
     co_activation,
     counts_by_label,
     effective_experts,

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from traces import make_spec, make_trace
 
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts
-from adapmoe_lab.policies.thresholds import UniformCut
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
+from adapmoe_lab.policies.gating.rules import UniformCut
 from adapmoe_lab.records import (
     HardwareProfile,
     PrecisionPlan,
@@ -15,7 +15,7 @@ from adapmoe_lab.records import (
     RecordError,
     TunedConfig,
 )
-from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.simulate import simulate
 
 

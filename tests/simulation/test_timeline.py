@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from traces import make_spec, make_trace
 
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records.prefetch import Moment
-from adapmoe_lab.simulation.guesses import Guesses
-from adapmoe_lab.simulation.replay import Replay, replay
-from adapmoe_lab.simulation.timeline import EVENT_KINDS, StepCosts, run_timeline
+from adapmoe_lab.simulation.replay.recorded_candidates import Guesses
+from adapmoe_lab.simulation.replay.replay import Replay, replay
+from adapmoe_lab.simulation.timing.timeline import EVENT_KINDS, StepCosts, run_timeline
 
 HIT, LOAD, STREAM = range(3)
 LOAD_S, DENSE_S, EXPERT_S = 4.0, 2.0, 1.0

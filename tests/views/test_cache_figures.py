@@ -7,11 +7,11 @@ import pytest
 from traces import make_spec, make_trace
 
 import adapmoe_lab as lab
-from adapmoe_lab.policies.allocation import adapmoe_loads, shared, slots_plan
-from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.policies.allocation.slots import adapmoe_loads, shared, slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records import CachePlan, GatingTable
-from adapmoe_lab.simulation.chance import choose_uniformly
-from adapmoe_lab.simulation.replay import replay
+from adapmoe_lab.simulation.replay.replay import replay
+from adapmoe_lab.simulation.statistics.chance import choose_uniformly
 from adapmoe_lab.views import figures
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
-from adapmoe_lab.policies.gating import kept_experts, score_ratio
-from adapmoe_lab.policies.thresholds import RULES
+from adapmoe_lab.policies.gating.keep import kept_experts, score_ratio
+from adapmoe_lab.policies.gating.rules import RULES
 from adapmoe_lab.records import OFF, GatingTable, LossReport
 from adapmoe_lab.views import figures
 

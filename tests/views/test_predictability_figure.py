@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from traces import make_spec, make_trace
 
-from adapmoe_lab.policies.gating import top_p
+from adapmoe_lab.policies.gating.keep import top_p
 from adapmoe_lab.records import Prediction
-from adapmoe_lab.simulation.predictability import recall_and_precision, with_baselines
+from adapmoe_lab.simulation.statistics.predictability import recall_and_precision, with_baselines
 from adapmoe_lab.views import figures
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from traces import guessing, make_spec, make_trace
 
-from adapmoe_lab.policies.allocation import slots_plan
-from adapmoe_lab.policies.gating import kept_experts
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records import (
     HardwareProfile,
     LatencyReport,
@@ -19,10 +19,10 @@ from adapmoe_lab.records import (
     Traffic,
     TunedConfig,
 )
-from adapmoe_lab.simulation.prefetch_tables import plan_prefetch
+from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch
 from adapmoe_lab.simulation.simulate import replayed_and_timed, simulate
 from adapmoe_lab.views import figures
-from adapmoe_lab.views.figures.timeline import LOOKS
+from adapmoe_lab.views.figures.timing.timeline import LOOKS
 
 HARDWARE = HardwareProfile(
     "gpu", "pcie", [250, 1000], [1e-3, 4e-3], dense_step_s=6e-3, expert_s=1e-3

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from traces import make_spec, make_trace
 
-from adapmoe_lab.simulation.chance import choose_uniformly
-from adapmoe_lab.simulation.routing_patterns import co_activation, pairs_given_use
+from adapmoe_lab.simulation.statistics.chance import choose_uniformly
+from adapmoe_lab.simulation.statistics.routing_patterns import co_activation, pairs_given_use
 from adapmoe_lab.views import figures
 from adapmoe_lab.views.figures import theme
-from adapmoe_lab.views.figures.lift import bound_of, lift_cells
+from adapmoe_lab.views.figures.routing.lift import bound_of, lift_cells
 
 KINDS = ("story", "code")
 

@@ -10,10 +10,10 @@ import psutil
 import pytest
 from checkpoints import save_tiny_mixtral
 
-from adapmoe_lab.engine.hardware import probe_hardware
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.profiling.routing import profile
-from adapmoe_lab.profiling.sensitivity import sensitivity
+from adapmoe_lab.profiling.hardware.probe import probe_hardware
+from adapmoe_lab.profiling.routing.profile import profile
+from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity
 from adapmoe_lab.views.widgets import Job, LatestWins, LiveFigure, OwningBox
 from adapmoe_lab.workbench import panel
 from adapmoe_lab.workbench.panel import Workbench

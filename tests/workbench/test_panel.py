@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
-from adapmoe_lab.engine.hardware import probe_hardware
-from adapmoe_lab.profiling.routing import profile
-from adapmoe_lab.profiling.sensitivity import sensitivity
+from adapmoe_lab.profiling.hardware.probe import probe_hardware
+from adapmoe_lab.profiling.routing.profile import profile
+from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity
 from adapmoe_lab.records import OFF, GatingTable, Surrogates, TunedConfig
 from adapmoe_lab.simulation.simulate import Simulation
 from adapmoe_lab.workbench import panel as panel_module

@@ -1,124 +1,128 @@
 """Figures in two steps: `x_info` computes from a record, `plot_x` only draws."""
 
-from adapmoe_lab.views.figures.co_activation import (
-    CoActivationInfo,
-    co_activation_info,
-    plot_co_activation,
-)
-from adapmoe_lab.views.figures.estimator_agreement import (
-    EstimatorAgreementInfo,
-    estimator_agreement_info,
-    plot_estimator_agreement,
-)
-from adapmoe_lab.views.figures.eviction_loads import (
+from adapmoe_lab.views.figures.cache.eviction_loads import (
     EvictionLoadsInfo,
     eviction_loads_info,
     plot_eviction_loads,
     plot_gap_closed,
 )
-from adapmoe_lab.views.figures.expert_use import ExpertUseInfo, expert_use_info, plot_expert_use
-from adapmoe_lab.views.figures.layer_bars import LayerBarsInfo, layer_bars_info, plot_layer_bars
-from adapmoe_lab.views.figures.load_heterogeneity import (
-    LoadHeterogeneityInfo,
-    load_heterogeneity_info,
-    plot_load_heterogeneity,
+from adapmoe_lab.views.figures.cache.marginal_benefit import (
+    SlotWorthInfo,
+    plot_slot_worth,
+    slot_worth_info,
 )
-from adapmoe_lab.views.figures.locality import (
-    LocalityInfo,
-    locality_info,
-    plot_locality,
+from adapmoe_lab.views.figures.cache.slot_plans import (
+    SlotPlansInfo,
+    plot_slot_plans,
+    slot_plans_info,
 )
-from adapmoe_lab.views.figures.loss_by_rule import (
+from adapmoe_lab.views.figures.gating.loss_by_rule import (
     LossByRuleInfo,
     RuleLoss,
     loss_by_rule_info,
     plot_loss_by_rule,
 )
-from adapmoe_lab.views.figures.predictability import (
-    PredictabilityInfo,
-    plot_predictability,
-    predictability_info,
-)
-from adapmoe_lab.views.figures.predicted_measured import (
-    PredictedMeasuredInfo,
-    plot_predicted_measured,
-    predicted_measured_info,
-)
-from adapmoe_lab.views.figures.prefetch_gain import (
-    PrefetchGainInfo,
-    plot_prefetch_choices,
-    plot_prefetch_gain,
-    prefetch_gain_info,
-)
-from adapmoe_lab.views.figures.published_accuracy import (
+from adapmoe_lab.views.figures.gating.published_accuracy import (
     AccuracyCurve,
     PublishedAccuracyInfo,
     plot_published_accuracy,
     published_accuracy_info,
 )
-from adapmoe_lab.views.figures.published_cuts import (
+from adapmoe_lab.views.figures.gating.published_cuts import (
     PublishedCutsInfo,
     plot_published_cuts,
     published_cuts_info,
 )
-from adapmoe_lab.views.figures.rule_cuts import (
+from adapmoe_lab.views.figures.gating.rule_cuts import (
     RuleCutsInfo,
     plot_rule_cuts,
     rule_cuts_info,
 )
-from adapmoe_lab.views.figures.sensitivity import (
-    SensitivityInfo,
-    plot_sensitivity,
-    sensitivity_info,
-)
-from adapmoe_lab.views.figures.sensitivity_shares import (
-    SensitivitySharesInfo,
-    plot_sensitivity_shares,
-    sensitivity_shares_info,
-)
-from adapmoe_lab.views.figures.slot_plans import (
-    SlotPlansInfo,
-    plot_slot_plans,
-    slot_plans_info,
-)
-from adapmoe_lab.views.figures.slot_worth import (
-    SlotWorthInfo,
-    plot_slot_worth,
-    slot_worth_info,
-)
-from adapmoe_lab.views.figures.specialisation import (
-    SpecialisationInfo,
-    plot_specialisation,
-    specialisation_info,
-)
-from adapmoe_lab.views.figures.stand_ins import (
+from adapmoe_lab.views.figures.gating.surrogates import (
     StandInsInfo,
     plot_stand_ins,
     stand_ins_info,
 )
-from adapmoe_lab.views.figures.sum_of_layers import (
-    LayerSums,
-    SumOfLayersInfo,
-    plot_sum_of_layers,
-    sum_of_layers_info,
-)
-from adapmoe_lab.views.figures.timeline import TimelineInfo, plot_timeline, timeline_info
-from adapmoe_lab.views.figures.token_routing import (
-    TokenRoutingInfo,
-    plot_token_routing,
-    token_routing_info,
-)
-from adapmoe_lab.views.figures.tradeoff import (
+from adapmoe_lab.views.figures.gating.tradeoff import (
     MeasuredPoint,
     TradeoffInfo,
     plot_tradeoff,
     tradeoff_info,
 )
-from adapmoe_lab.views.figures.use_against_chance import (
+from adapmoe_lab.views.figures.layer_bars import LayerBarsInfo, layer_bars_info, plot_layer_bars
+from adapmoe_lab.views.figures.prefetch.predictability import (
+    PredictabilityInfo,
+    plot_predictability,
+    predictability_info,
+)
+from adapmoe_lab.views.figures.prefetch.prefetch_gain import (
+    PrefetchGainInfo,
+    plot_prefetch_choices,
+    plot_prefetch_gain,
+    prefetch_gain_info,
+)
+from adapmoe_lab.views.figures.routing.co_activation import (
+    CoActivationInfo,
+    co_activation_info,
+    plot_co_activation,
+)
+from adapmoe_lab.views.figures.routing.expert_use import (
+    ExpertUseInfo,
+    expert_use_info,
+    plot_expert_use,
+)
+from adapmoe_lab.views.figures.routing.load_heterogeneity import (
+    LoadHeterogeneityInfo,
+    load_heterogeneity_info,
+    plot_load_heterogeneity,
+)
+from adapmoe_lab.views.figures.routing.locality import (
+    LocalityInfo,
+    locality_info,
+    plot_locality,
+)
+from adapmoe_lab.views.figures.routing.specialisation import (
+    SpecialisationInfo,
+    plot_specialisation,
+    specialisation_info,
+)
+from adapmoe_lab.views.figures.routing.token_routing import (
+    TokenRoutingInfo,
+    plot_token_routing,
+    token_routing_info,
+)
+from adapmoe_lab.views.figures.routing.use_against_chance import (
     UseAgainstChanceInfo,
     plot_use_against_chance,
     use_against_chance_info,
 )
+from adapmoe_lab.views.figures.sensitivity.estimator_agreement import (
+    EstimatorAgreementInfo,
+    estimator_agreement_info,
+    plot_estimator_agreement,
+)
+from adapmoe_lab.views.figures.sensitivity.sensitivity import (
+    SensitivityInfo,
+    plot_sensitivity,
+    sensitivity_info,
+)
+from adapmoe_lab.views.figures.sensitivity.sensitivity_shares import (
+    SensitivitySharesInfo,
+    plot_sensitivity_shares,
+    sensitivity_shares_info,
+)
+from adapmoe_lab.views.figures.sensitivity.sum_of_layers import (
+    LayerSums,
+    SumOfLayersInfo,
+    plot_sum_of_layers,
+    sum_of_layers_info,
+)
+from adapmoe_lab.views.figures.timing.predicted_measured import (
+    PredictedMeasuredInfo,
+    plot_predicted_measured,
+    predicted_measured_info,
+)
+from adapmoe_lab.views.figures.timing.timeline import TimelineInfo, plot_timeline, timeline_info
 
 __all__ = [
     "AccuracyCurve",

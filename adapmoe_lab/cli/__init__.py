@@ -1,0 +1,5 @@
+"""The command line: `adapmoe-lab` and its commands."""
+
+from adapmoe_lab.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,279 @@
+"""Fetching ahead: experts that later layers will probably need, brought in the link's idle time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adapmoe_lab.engine.device import on_host
+from adapmoe_lab.engine.prefetch.predictors import Predictor, likeliest
+from adapmoe_lab.engine.store.expert_store import ExpertStore
+from adapmoe_lab.engine.transfer.clock import Clock, StepPace
+from adapmoe_lab.engine.transfer.link import Link
+from adapmoe_lab.engine.transfer.prefetch_copy import AheadCopy
+from adapmoe_lab.policies.eviction.expert_cache import ExpertCache, StepPlan
+from adapmoe_lab.policies.prefetch.expected_gain import (
+    candidates,
+    expected_gain_s,
+    needed_at,
+    piece_bounds,
+)
+from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable
+from adapmoe_lab.records.prefetch import Moment
+
+
+@dataclass(eq=False)
+class _Row:
+    """An expert in the buffer, or on its way there."""
+
+    layer: int
+    expert: int
+    copy: AheadCopy
+
+
+@dataclass(frozen=True)
+class _Outlook:
+    """When what is asked for now can begin, and when it will be needed.
+
+    Both are told before anybody is asked: the asking itself delays them alike.
+
+    Attributes:
+        begins_at: when the link will be done with what is demanded; now, if it is.
+        ready_at: when the present layer will be done.
+        layer_experts_s: seconds that the experts of a layer take.
+        late_s: seconds that the link will take for what is yet to be demanded before that.
+    """
+
+    begins_at: float
+    ready_at: float
+    layer_experts_s: float = 0.0
+    late_s: float = 0.0
+
+
+class Prefetcher:
+    """Follows a prefetch table: what it asks for waits in a buffer beside the cache.
+
+    Attributes:
+        used: int64 [L], experts begun ahead that were needed then.
+        wasted: int64 [L], experts begun ahead that were not.
+        pace: what computing is expected to take.
+    """
+
+    def __init__(
+        self,
+        table: PrefetchTable,
+        predictors: Sequence[Predictor],
+        store: ExpertStore,
+        link: Link,
+        clock: Clock,
+        device: torch.device,
+        pace: StepPace,
+        gating: GatingTable | None = None,
+    ) -> None:
+        """Allocate the buffer.
+
+        Args:
+            table: whose guesses to follow.
+            predictors: what speaks; at least those of the table.
+            store: where the experts lie on the host.
+            link: what they cross.
+            clock: what time is read from.
+            device: where the buffer is.
+            pace: what computing is expected to take.
+            gating: what will skip experts: guesses that it would skip are not followed.
+        """
+        self.table = table
+        self.pace = pace
+        self._predictors = {predictor.name: predictor for predictor in predictors}
+        self._check_predictors()
+        self._store = store
+        self._link = link
+        self._clock = clock
+        shape = (table.buffer_slots, int(store.expert_bytes.max()))
+        self._buffer = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._rows: list[_Row | None] = [None] * table.buffer_slots
+        self.used = np.zeros(store.n_layers, dtype=np.int64)
+        self.wasted = np.zeros(store.n_layers, dtype=np.int64)
+        self._gating = gating
+        self._bytes_settled = 0
+        self._load_s = link.seconds if pace.load_s is None else lru_cache(pace.load_s)
+
+    def _check_predictors(self) -> None:
+        missing = {source.predictor for source in self.table.sources} - set(self._predictors)
+        if missing:
+            raise ValueError(
+                f"Prefetch follows {', '.join(sorted(missing))}, which this model does not offer; "
+                f"it offers {', '.join(self._predictors) or 'none'}. Fitted predictors come with "
+                "the prefetch table."
+            )
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all pieces begun so far."""
+        return self._bytes_settled + sum(row.copy.bytes_begun for row in self._rows if row)
+
+    def settle(self, layer: int, missing: Collection[int]) -> dict[int, AheadCopy]:
+        """Return what was begun ahead of a layer's missing experts, and give up its other guesses.
+
+        The copies' rows stay taken until `release`.
+        """
+        self._link.begin_pieces()
+        begun = {}
+        for number, row in self._rows_of(layer):
+            if row.copy.n_begun and row.expert in missing:
+                begun[row.expert] = row.copy
+                self.used[layer] += 1
+            else:
+                self.wasted[layer] += row.copy.n_begun > 0
+                self._give_up(number, row)
+        return dict(sorted(begun.items()))
+
+    def release(self, layer: int) -> None:
+        """Free the rows of a layer, whose experts were computed or moved."""
+        for number, row in self._rows_of(layer):
+            self._give_up(number, row)
+
+    def begin_pass(self, token_ids: torch.Tensor, cache: ExpertCache) -> None:
+        """Ask for the first layer's experts, by the tokens [T] of the pass that begins."""
+        self._ask(Moment.TOKEN, 0, token_ids, cache, self._outlook())
+
+    def look_ahead(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        cache: ExpertCache,
+        step: StepPlan,
+        late: Sequence[int],
+    ) -> None:
+        """Ask for later layers' experts, everything that this layer misses being demanded.
+
+        Args:
+            layer: the layer that runs.
+            hidden: what its experts are given [T, D].
+            cache: who is resident.
+            step: what the layer does.
+            late: experts that it will demand once there is staging for them.
+        """
+        now, link_ready = self._clock.now(), self._link.free_at()
+        missing = [*(load.expert for load in step.loads), *step.streamed]
+        late_s, hits_s, missing_s, last_s = 0.0, 0.0, 0.0, 0.0
+        for expert in step.hits:
+            hits_s += self.pace.of_expert(layer, expert)
+        for expert in sorted(missing):
+            missing_s += self.pace.of_expert(layer, expert)
+            last_s = max(last_s, self.pace.of_expert(layer, expert))
+        for expert in late:
+            late_s += self._link.seconds(int(self._store.expert_bytes[layer, expert]))
+        link_ready += late_s
+        ready_at = max(now + hits_s, link_ready) + last_s
+        outlook = _Outlook(max(now, link_ready), ready_at, hits_s + missing_s, late_s)
+        self._ask(Moment.EXPERTS_INPUT, layer, hidden, cache, outlook)
+
+    def look_again(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:
+        """Ask by a layer's output [T, D], which the next starts from, if anybody speaks then."""
+        if self.table.speaks_at(Moment.LAYER_OUTPUT):
+            self._ask(Moment.LAYER_OUTPUT, layer, output, cache, self._outlook())
+
+    def end_pass(self, last_hidden: torch.Tensor, cache: ExpertCache) -> None:
+        """Ask for the first layer's experts of the next token, by this one's last state [1, D]."""
+        outlook = self._outlook(after_s=self.pace.head_s)
+        self._ask(Moment.LAST_HIDDEN, 0, last_hidden, cache, outlook)
+
+    def _outlook(self, after_s: float = 0.0) -> _Outlook:
+        """Return the outlook when nothing is demanded and the layer is done after some seconds."""
+        now = self._clock.now()
+        return _Outlook(max(now, self._link.free_at()), now + after_s)
+
+    def _ask(
+        self, moment: Moment, layer: int, x: torch.Tensor, cache: ExpertCache, outlook: _Outlook
+    ) -> None:
+        """Ask for those guesses that are worth it, of all predictors that speak at a moment."""
+        speaking = [
+            (source, layer + source.distance)
+            for source in self.table.sources
+            if source.moment == moment and layer + source.distance < self._store.n_layers
+        ]
+        said = self._scores(speaking, layer, x) if speaking else []
+        for (source, target), scores in zip(speaking, said, strict=True):
+            needed_at_s = needed_at(
+                outlook.ready_at,
+                max(1, source.distance),
+                self.pace.dense_layer_s,
+                outlook.layer_experts_s,
+            )
+            experts, chances = self._guesses(source, target, *scores)
+            self._drop_others(target, experts)
+            for expert, chance in zip(experts.tolist(), chances.tolist(), strict=True):
+                is_here = cache.slot_of[target, expert] >= 0
+                if not is_here and self._is_worth(
+                    target, expert, chance, outlook.begins_at, needed_at_s
+                ):
+                    self._fetch(target, expert)
+        self._link.expect_quiet(outlook.ready_at + self.pace.dense_layer_s - outlook.late_s)
+
+    def _scores(
+        self, speaking: Sequence[tuple[PrefetchSource, int]], layer: int, x: torch.Tensor
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Return the likeliest experts of targets, and their scores, both [T, C], on the host."""
+        found = []
+        for source, target in speaking:
+            scores = self._predictors[source.predictor].scores(layer, target, x)
+            found += likeliest(scores, len(source.probability[target]))
+        together = on_host(found)
+        return list(zip(together[::2], together[1::2], strict=True))
+
+    def _guesses(
+        self,
+        source: PrefetchSource,
+        target: int,
+        experts: NDArray[np.int64],
+        scores: NDArray[np.float32],
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        gating = None if self._gating is None else (self._gating, target)
+        return candidates(experts, source.probability[target], scores, gating)
+
+    def _drop_others(self, layer: int, experts: NDArray[np.int64]) -> None:
+        """Give up earlier guesses of a layer that are not begun and not repeated."""
+        guessed = set(experts.tolist())
+        for number, row in self._rows_of(layer):
+            if not row.copy.n_begun and row.expert not in guessed:
+                self._give_up(number, row)
+
+    def _is_worth(
+        self, layer: int, expert: int, chance: float, begins_at: float, needed_at_s: float
+    ) -> bool:
+        """Whether an absent expert, not on its way yet, is expected to gain time."""
+        if any(row.expert == expert for _, row in self._rows_of(layer)):
+            return False
+        for row in self._rows:
+            if row is not None and row.layer <= layer and not row.copy.is_whole:
+                begins_at += self._load_s(row.copy.bytes_left)
+        n_bytes = int(self._store.expert_bytes[layer, expert])
+        load_s, piece_s = self._load_s(n_bytes), self._load_s(piece_bounds(n_bytes)[1])
+        return expected_gain_s(chance, begins_at, needed_at_s, load_s, piece_s) > 0
+
+    def _fetch(self, layer: int, expert: int) -> None:
+        """Ask for an expert if the buffer has room."""
+        if None not in self._rows:
+            return
+        number, source = self._rows.index(None), self._store.row(layer, expert)
+        target = self._buffer[number][: source.numel()]
+        copy = self._link.copy_ahead(source, target, urgency=layer)
+        self._rows[number] = _Row(layer, expert, copy)
+
+    def _rows_of(self, layer: int) -> list[tuple[int, _Row]]:
+        return [
+            (number, row)
+            for number, row in enumerate(self._rows)
+            if row is not None and row.layer == layer
+        ]
+
+    def _give_up(self, number: int, row: _Row) -> None:
+        self._link.drop(row.copy)
+        self._bytes_settled += row.copy.bytes_begun
+        self._rows[number] = None

@@ -1,0 +1,1 @@
+"""Experts in few bits, and products with them."""

@@ -1,0 +1,1 @@
+"""Where all experts lie: in host memory or in files."""

@@ -1,0 +1,1 @@
+"""Bringing bytes from the host to the device, and the time that takes."""

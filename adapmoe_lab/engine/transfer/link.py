@@ -1,0 +1,286 @@
+"""What experts travel over: a real bus with copy streams, or an emulated one with real copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from adapmoe_lab.engine.transfer.clock import Clock
+from adapmoe_lab.engine.transfer.prefetch_copy import AheadCopy, AheadQueue
+
+NO_LINK = "none"
+"""The name of an emulated link that holds nothing."""
+
+PACE_BYTES, PACE_COPIES = (2**18, 2**24), 4
+"""What a real link's pace is measured by."""
+
+
+class Link(Protocol):
+    """Brings experts to the device: what is demanded in order, what is fetched ahead meanwhile."""
+
+    name: str
+
+    def copy(self, source: torch.Tensor, destination: torch.Tensor) -> Any:
+        """Begin a copy and return what `wait` needs to know it by.
+
+        Everything computed so far may still read the destination's old contents.
+        """
+        ...
+
+    def wait(self, arrival: Any) -> None:
+        """Make what is computed next see the whole copy."""
+        ...
+
+    def copy_ahead(
+        self, source: torch.Tensor, destination: torch.Tensor, urgency: int
+    ) -> AheadCopy:
+        """Ask for a copy whose pieces begin, the most urgent first, while nothing is demanded."""
+        ...
+
+    def begin_pieces(self) -> None:
+        """Begin every piece whose time has come, where that is known only afterwards."""
+        ...
+
+    def expect_quiet(self, until: float) -> None:
+        """Expect that nothing is demanded until then: begin now what must be begun beforehand."""
+        ...
+
+    def finish(self, copy: AheadCopy) -> None:
+        """Demand what is left of a copy that was asked for ahead."""
+        ...
+
+    def drop(self, copy: AheadCopy) -> None:
+        """Begin no further piece of a copy."""
+        ...
+
+    def seconds(self, n_bytes: int) -> float:
+        """Return how long a copy of that size is expected to take."""
+        ...
+
+    def free_at(self) -> float:
+        """Return when all copies begun are expected to be done, on the clock."""
+        ...
+
+    def drain(self) -> None:
+        """Forget what is asked for ahead and return once no copy is under way.
+
+        Its memory may then be given up.
+        """
+        ...
+
+    def unpaced(self) -> AbstractContextManager[None]:
+        """Return a context in which copies take no emulated time."""
+        ...
+
+
+class EmulatedLink:
+    """Real copies in host memory, each held as long as the target link would take.
+
+    The transfers queue on one link: a copy starts when it is asked for and the one before it has
+    ended, and computing goes on meanwhile.
+    """
+
+    def __init__(
+        self, name: str, clock: Clock, bytes_per_s: float = float("inf"), latency_s: float = 0.0
+    ) -> None:
+        """Emulate a link of the given bandwidth and latency; infinite and zero hold nothing."""
+        self.clock = clock
+        self.emulate(name, bytes_per_s, latency_s)
+        self._ahead = AheadQueue()
+        self._is_paced = True
+
+    def emulate(self, name: str, bytes_per_s: float = float("inf"), latency_s: float = 0.0) -> None:
+        """Be another link from now on, with nothing on its way."""
+        self.name = name
+        self.bytes_per_s = bytes_per_s
+        self.latency_s = latency_s
+        self._free_at = self.clock.now()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Be the present link again afterwards, whatever was emulated meanwhile."""
+        present = self.name, self.bytes_per_s, self.latency_s
+        try:
+            yield
+        finally:
+            self.emulate(*present)
+
+    def copy(self, source: torch.Tensor, destination: torch.Tensor) -> float:
+        """Copy now and return the moment it counts as arrived."""
+        self.begin_pieces()
+        return self._copy(self.clock.now(), source, destination)
+
+    def _copy(self, asked_at: float, source: torch.Tensor, destination: torch.Tensor) -> float:
+        destination.copy_(source)
+        begins = max(asked_at, self._free_at)
+        self._free_at = begins + self.seconds(source.numel() * source.element_size())
+        return self._free_at
+
+    def copy_ahead(
+        self, source: torch.Tensor, destination: torch.Tensor, urgency: int
+    ) -> AheadCopy:
+        """Ask for a copy that uses the link's idle time."""
+        copy = AheadCopy(source, destination, urgency, self.clock.now())
+        self._ahead.add(copy)
+        return copy
+
+    def begin_pieces(self) -> None:
+        """Copy every piece that the target link would have begun before now."""
+        now = self.clock.now()
+        while (copy := self._ahead.next()) and max(self._free_at, copy.asked_at) < now:
+            copy.arrival = self._copy(copy.asked_at, *copy.take_piece())
+
+    def expect_quiet(self, until: float) -> None:
+        """Begin nothing: when it is over, `begin_pieces` knows how long it was quiet."""
+
+    def finish(self, copy: AheadCopy) -> None:
+        """Copy what is left now."""
+        self.begin_pieces()
+        if not copy.is_whole:
+            copy.arrival = self._copy(self.clock.now(), *copy.take_rest())
+
+    def drop(self, copy: AheadCopy) -> None:
+        """Begin no further piece of a copy."""
+        self._ahead.remove(copy)
+
+    def seconds(self, n_bytes: int) -> float:
+        """Return how long the target link takes for a copy of that size."""
+        return self.latency_s + n_bytes / self.bytes_per_s if self._is_paced else 0.0
+
+    def free_at(self) -> float:
+        """Return when all copies begun are done."""
+        return self._free_at
+
+    def wait(self, arrival: float) -> None:
+        """Hold until the copy counts as arrived."""
+        self.clock.sleep_until(arrival)
+
+    def drain(self) -> None:
+        """Forget what is asked for ahead; other copies are made at once."""
+        self._ahead.clear()
+
+    @contextmanager
+    def unpaced(self) -> Iterator[None]:
+        """Copy without holding, for runs whose time does not matter."""
+        previous, self._is_paced = self._is_paced, False
+        try:
+            yield
+        finally:
+            self._is_paced = previous
+
+
+class CudaLink:
+    """Pinned memory to device memory over a copy stream of its own."""
+
+    name = "pcie"
+
+    def __init__(self, device: torch.device, clock: Clock) -> None:
+        """Open the copy stream."""
+        self.device = device
+        self.clock = clock
+        self.stream = torch.cuda.Stream(device)
+        self._ahead = AheadQueue()
+        self._free_at = 0.0
+        self._pace: tuple[float, float] | None = None
+
+    def copy(self, source: torch.Tensor, destination: torch.Tensor) -> torch.cuda.Event:
+        """Enqueue the copy behind everything already computed, which may read the destination."""
+        if self._pace is not None:  # somebody fetches ahead and asks when the link is free
+            self._expect(source)
+        return self._enqueue(source, destination, self._computed_so_far())
+
+    def _expect(self, source: torch.Tensor) -> None:
+        """Count on a copy of that size behind all that was begun."""
+        begins = max(self.clock.now(), self.free_at())
+        self._free_at = begins + self.seconds(source.numel() * source.element_size())
+
+    def _computed_so_far(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def _enqueue(
+        self, source: torch.Tensor, destination: torch.Tensor, ready: torch.cuda.Event
+    ) -> torch.cuda.Event:
+        self.stream.wait_event(ready)
+        with torch.cuda.stream(self.stream):
+            destination.copy_(source, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(self.stream)
+        return arrived
+
+    def wait(self, arrival: torch.cuda.Event) -> None:
+        """Make the compute stream wait for the copy; the host goes on."""
+        torch.cuda.current_stream(self.device).wait_event(arrival)
+
+    def copy_ahead(
+        self, source: torch.Tensor, destination: torch.Tensor, urgency: int
+    ) -> AheadCopy:
+        """Ask for a copy; `expect_quiet` begins its pieces."""
+        copy = AheadCopy(source, destination, urgency, self.clock.now())
+        copy.ready = self._computed_so_far()
+        self._ahead.add(copy)
+        return copy
+
+    def begin_pieces(self) -> None:
+        """Begin nothing: what comes next may be a demand, which would wait for it."""
+
+    def expect_quiet(self, until: float) -> None:
+        """Enqueue every piece that will begin by then, behind what is demanded.
+
+        A copy stream serves in order, so what is enqueued cannot be dropped. If the expectation
+        holds, the next demand waits for one piece at most.
+        """
+        while max(self.clock.now(), self.free_at()) < until and (copy := self._ahead.next()):
+            source, destination = copy.take_piece()
+            self._expect(source)
+            copy.arrival = self._enqueue(source, destination, copy.ready)
+
+    def finish(self, copy: AheadCopy) -> None:
+        """Enqueue what is left."""
+        if not copy.is_whole:
+            copy.arrival = self.copy(*copy.take_rest())
+
+    def drop(self, copy: AheadCopy) -> None:
+        """Begin no further piece of a copy."""
+        self._ahead.remove(copy)
+
+    def seconds(self, n_bytes: int) -> float:
+        """Return how long a copy takes at the pace measured when this is first asked."""
+        if self._pace is None:
+            self._pace = self._measured_pace()
+        latency_s, bytes_per_s = self._pace
+        return latency_s + n_bytes / bytes_per_s
+
+    def free_at(self) -> float:
+        """Return when all copies begun are expected to be done; at the latest now, if they are."""
+        if self.stream.query():
+            self._free_at = min(self._free_at, self.clock.now())
+        return self._free_at
+
+    def _measured_pace(self) -> tuple[float, float]:
+        """Return latency in seconds and bytes per second, from pinned copies of two sizes."""
+        spent = []
+        for n_bytes in PACE_BYTES:
+            source = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+            target = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+            seconds = []
+            for _ in range(PACE_COPIES):
+                self.stream.synchronize()
+                begin = self.clock.now()
+                self._enqueue(source, target, self._computed_so_far()).synchronize()
+                seconds.append(self.clock.now() - begin)
+            spent.append(min(seconds))
+        bytes_per_s = (PACE_BYTES[1] - PACE_BYTES[0]) / max(spent[1] - spent[0], 1e-9)
+        return max(0.0, spent[0] - PACE_BYTES[0] / bytes_per_s), bytes_per_s
+
+    def drain(self) -> None:
+        """Forget what is asked for ahead and wait on the host for the copy stream."""
+        self._ahead.clear()
+        self.stream.synchronize()
+
+    @contextmanager
+    def unpaced(self) -> Iterator[None]:
+        """Change nothing: a real link has no emulated pace."""
+        yield

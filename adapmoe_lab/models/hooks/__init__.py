@@ -1,0 +1,1 @@
+"""The extension points of a transformers model: its experts, its residual stream, its cache."""

@@ -1,0 +1,1 @@
+"""How a budget becomes slots and ranks."""

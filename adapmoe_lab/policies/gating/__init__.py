@@ -1,0 +1,1 @@
+"""Which of a token's experts are run."""

@@ -1,0 +1,1 @@
+"""Which predicted experts are worth fetching before they are needed."""

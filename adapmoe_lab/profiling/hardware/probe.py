@@ -1,0 +1,206 @@
+"""A probe of the machine: what the parts of a decode step and a copy of an expert cost here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import cycle
+
+import numpy as np
+import torch
+
+from adapmoe_lab.engine.device import device_name
+from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.transfer.link import NO_LINK, EmulatedLink
+from adapmoe_lab.evaluation.conditions import measurement_conditions
+from adapmoe_lab.models.experts import run_expert
+from adapmoe_lab.models.families import check_each_runs_once
+from adapmoe_lab.profiling.hardware.machine_times import (
+    copy_times,
+    expert_times,
+    host_rates,
+    interleaved_medians,
+    seconds_each,
+    sync_and_launch_s,
+)
+from adapmoe_lab.profiling.hardware.timed_steps import (
+    TimedStep,
+    free_steps,
+    held_steps,
+    solved_costs,
+)
+from adapmoe_lab.records import HardwareProfile, TunedConfig
+from adapmoe_lab.records.hardware import mean_expert_s
+from adapmoe_lab.simulation.timing.timeline import StepCosts, counted_replay, run_timeline
+
+HELD_S = 5.0
+"""Most seconds, about, of decoding over a link that holds its copies."""
+DECODE_S, LEAST_ROUNDS = 10.0, 3
+"""No further round of decoding begins after so many seconds, if there were that many."""
+
+
+def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> HardwareProfile:
+    """Measure the parts of a decode step on this machine, in less than 20 s.
+
+    Decode runs in the memory the model was loaded with, step by step by turns as it is, under a
+    gate that keeps every expert, and under one that keeps one; each with nobody asked, with one
+    predictor, with several at once, and with one at a layer's output: what each adds is its cost,
+    the rest that of everything else; misses are counted and taken out. It also runs with half of
+    the experts cached over the link as it is, for what waiting adds. Everything else is timed by
+    itself, in turns, and its median taken.
+
+    Args:
+        model: the model to run; its configuration is restored afterwards.
+        n_steps: decode steps timed per round.
+        rounds: rounds of decoding, fewer on a machine that is slow at them.
+
+    Raises:
+        UnsupportedModelError: some layers run several times for each token.
+    """
+    check_each_runs_once(model.layers)
+    spec, engine = model.spec, model.engine
+    hidden = torch.ones(1, spec.hidden_size, dtype=model.hf.dtype, device=engine.device)
+    hidden = hidden / spec.hidden_size
+    stored = {layout.precision: layout for layer in engine.store.formats for layout in layer}
+    sync_s, launch_s = None, None
+    if engine.device.type == "cuda":
+        sync_s, launch_s = sync_and_launch_s(engine.device)
+    memory_rate, matmul_rate = host_rates(model.hf.dtype)
+    with model.running(TunedConfig.untuned(spec)):
+        layer_host_s = _layer_host_s(model, hidden)
+        host_copy_s, miss_s = _host_miss_s(model, hidden)
+        engine.release()
+        copies = copy_times(engine.store, engine.link, engine.clock, engine.device)
+        by_precision = expert_times(model.layers[0].experts, list(stored.values()), hidden)
+        n_held = _n_held(model, copies.linked[-1], n_steps, rounds)
+        free, held = [], []
+        end = time.monotonic() + DECODE_S
+        for turn in range(rounds):
+            if turn >= LEAST_ROUNDS and time.monotonic() > end:
+                break
+            for _ in range(2):
+                free.append(free_steps(model, n_steps, first=len(free)))
+            held += held_steps(model, n_held) if n_held else []
+    alone_s = mean_expert_s(by_precision, spec.precision.counts)
+    solved = solved_costs(free, miss_s, alone_s)
+    profile = HardwareProfile(
+        device=device_name(engine.device),
+        link=engine.link.name,
+        copy_bytes=np.array(copies.sizes),
+        copy_s=np.array(copies.linked),
+        dense_step_s=solved["step"],
+        expert_s=solved["expert"],
+        conditions=measurement_conditions(model),
+        pageable_copy_s=None if copies.pageable is None else np.array(copies.pageable),
+        expert_s_by_precision=by_precision,
+        layer_host_s=layer_host_s,
+        host_copy_s=host_copy_s,
+        miss_s=miss_s,
+        gate_s=solved["gate"] / spec.n_layers,
+        guess_s=solved.get("guess"),
+        gated_guess_s=solved.get("gated_guess"),
+        ask_s=solved.get("ask"),
+        ask_output_s=solved.get("ask_output"),
+        host_sync_s=sync_s,
+        launch_s=launch_s,
+        host_memory_bytes_per_s=memory_rate,
+        host_matmul_bytes_per_s=matmul_rate,
+    )
+    return replace(profile, wait_s=_wait_s(held, profile, model) if held else None)
+
+
+def _n_held(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
+    """Return how many steps over a held link each round has time for; 0 if nothing is held."""
+    if model.engine.link.name == NO_LINK:
+        return 0
+    step_s = max(1e-6, model.spec.n_layers * load_s)
+    return int(np.clip(HELD_S / rounds / step_s, 2, n_steps))
+
+
+def _wait_s(steps: list[TimedStep], hardware: HardwareProfile, model: LabModel) -> float:
+    """Return what a layer that waited took beyond what the cost model says; the median of steps."""
+    counts = [np.stack([getattr(step, name) for step in steps]) for name in ("hits", "misses")]
+    costs = StepCosts.on(hardware, model.spec.precision)
+    timeline = run_timeline(counted_replay(*counts), costs)
+    n_waits = (timeline.stall_s > 0).sum(axis=1)
+    rest = np.array([step.seconds for step in steps]) - timeline.step_s
+    has_waited = n_waits > 0
+    if not has_waited.any():
+        return 0.0
+    return float(np.median(rest[has_waited] / n_waits[has_waited]))
+
+
+@torch.no_grad()
+def _layer_host_s(model: LabModel, hidden: torch.Tensor) -> float | None:
+    """Return what a layer takes around K resident experts; None if it has no room for them."""
+    engine, top_k = model.engine, model.spec.top_k
+    if model.memory.slots.slots[0] < top_k:
+        return None
+    engine.configure(None, model.memory.slots)
+    module = model.layers[0].experts
+    index = torch.arange(top_k, device=hidden.device)[None]
+    weights = torch.full(index.shape, 1 / top_k, dtype=hidden.dtype, device=hidden.device)
+
+    def layer() -> object:
+        return engine.run_layer(0, module, hidden, index, weights)
+
+    with engine.unpaced():
+        layer()
+        resident = [found for _, found in engine.arrivals(0, range(top_k), hidden)]  # hits stay
+        medians = interleaved_medians(
+            {
+                "layer": lambda: seconds_each([layer] * 8, hidden.device, engine.clock),
+                "experts": lambda: seconds_each(
+                    [
+                        lambda found=found: run_expert(module, found, hidden)
+                        for found in resident * 8
+                    ],
+                    hidden.device,
+                    engine.clock,
+                ),
+            },
+            budget_s=0.5,
+        )
+    return max(0.0, medians["layer"] - top_k * medians["experts"])
+
+
+def _host_miss_s(
+    model: LabModel, hidden: torch.Tensor
+) -> tuple[float, float | None] | tuple[None, None]:
+    """Return the seconds of one copy in host memory, and of all that a miss adds there.
+
+    Each layer runs by turns experts it has and as many it lacks, the link not holding. The second
+    is None where there are too few experts or slots for that, both where the link is real.
+    """
+    engine, spec, store = model.engine, model.spec, model.engine.store
+    if not isinstance(engine.link, EmulatedLink):
+        return None, None
+    n_asked = min(spec.top_k, spec.n_experts // 2, int(model.memory.slots.slots.min()))
+    engine.configure(None, replace(model.memory.slots, slots=np.full(spec.n_layers, n_asked)))
+    target = torch.empty(int(store.expert_bytes.max()), dtype=torch.uint8)
+    copied = cycle(store.numbers())
+    sets = cycle([range(n_asked), range(n_asked, 2 * n_asked)])
+    asked = next(sets)
+
+    def copy() -> None:
+        row = store.row(*next(copied))
+        engine.link.copy(row, target[: row.numel()])
+
+    def ask(layer: int) -> None:
+        for _, weights in engine.arrivals(layer, asked, hidden):
+            run_expert(model.layers[layer].experts, weights, hidden)  # faster for being just copied
+
+    def asking(is_missing: bool) -> float:
+        nonlocal asked
+        asked = next(sets) if is_missing else asked
+        asks = [lambda layer=layer: ask(layer) for layer in range(spec.n_layers)]
+        return seconds_each(asks, engine.device, engine.clock)
+
+    works = {"copy": lambda: seconds_each([copy] * spec.n_layers, engine.device, engine.clock)}
+    if n_asked:
+        works |= {"missing": lambda: asking(True), "hitting": lambda: asking(False)}
+    with engine.unpaced():
+        medians = interleaved_medians(works, budget_s=1.0)
+    if not n_asked:
+        return medians["copy"], None
+    return medians["copy"], max(0.0, medians["missing"] - medians["hitting"]) / n_asked

@@ -1,0 +1,239 @@
+"""Decode steps timed by turns, and what their parts take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.pace import PROMPT_TOKENS
+from adapmoe_lab.engine.prefetch.predictors import MAX_DISTANCE
+from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
+from adapmoe_lab.models.hooks.residual_stream import layer_outputs_observed_by
+from adapmoe_lab.records import OFF, CachePlan, GatingTable, PrefetchSource, PrefetchTable
+from adapmoe_lab.records.prefetch import Moment
+
+STRIDE = 5
+"""Turns that the next decode begins further on: few steps cover all, since it divides no number of
+turns that there can be."""
+N_SCALED = 4
+"""Rounds of telling slow decodes from dear parts, after which both have settled."""
+N_REWEIGHTED = 30
+"""Rounds of reweighting after which the least absolute errors have settled."""
+SMALL_ERROR, TINY_S = 0.01, 1e-9
+"""Errors count as alike below this share of their median, and below these seconds."""
+
+
+@dataclass(frozen=True, eq=False)
+class TimedStep:
+    """One timed decode step.
+
+    Attributes:
+        seconds: what it took.
+        n_run: experts run, of all layers.
+        is_gated: whether a gate was asked.
+        n_guesses: how often a predictor was asked about a layer.
+        n_asks: at how many moments of layers any was.
+        n_output_asks: how many of these were outputs of layers.
+        hits: experts that were there, by layer [L].
+        misses: experts that were loaded, by layer [L].
+    """
+
+    seconds: float
+    n_run: int
+    is_gated: bool
+    n_guesses: int
+    n_asks: int
+    n_output_asks: int
+    hits: NDArray[np.int64]
+    misses: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """How a decode step is run: under which gate, and with whom asked what is never followed."""
+
+    gating: GatingTable | None = None
+    asking: Prefetcher | None = None
+
+
+def _turns(model: LabModel) -> list[_Turn]:
+    """Return every way to run a step: as it is, keeping all, keeping one; asking or not.
+
+    In a gated step the answers are put to a gate too. The engine is left as the model was loaded.
+    """
+    engine, spec, turns = model.engine, model.spec, []
+    keeps_all, keeps_one = (
+        GatingTable.per_layer(np.full(spec.n_layers, cut), spec.top_k) for cut in (OFF, 0.0)
+    )
+    engine.configure(None, model.memory.slots)
+    tables, predictors, host = _asking(model), model.predictors(), torch.device("cpu")
+    plain, judging = (
+        [None, *(engine.prefetcher(table, predictors, judge, device=host) for table in tables)]
+        for judge in (None, keeps_all)
+    )
+    for gating, asked in ((None, plain), (keeps_all, judging), (keeps_one, judging)):
+        turns += [_Turn(gating, asking) for asking in asked]
+    return turns
+
+
+def _asking(model: LabModel) -> list[PrefetchTable]:
+    """Return whom to ask: the next router, the same at every distance, and the next layer's norm.
+
+    Only what can be had of the model is in it; nothing where routers read another input.
+    """
+    spec = model.spec
+    if not all(layer.router.reads_experts_input for layer in model.layers) or spec.n_layers < 2:
+        return []
+    never = np.zeros((spec.n_layers, spec.top_k))
+    routers = [
+        PrefetchSource("next_router", distance, never)
+        for distance in range(1, min(MAX_DISTANCE + 1, spec.n_layers))
+    ]
+    by_turns = [routers[:1], routers] if len(routers) > 1 else [routers]
+    if any(predictor.name == "own_norm" for predictor in model.predictors()):
+        by_turns.append([PrefetchSource("own_norm", 1, never)])
+    return [PrefetchTable(sources, buffer_slots=1) for sources in by_turns]
+
+
+def free_steps(model: LabModel, n_steps: int, first: int) -> list[TimedStep]:
+    """Decode over a link that holds nothing, every way to run a step by turns.
+
+    With each number, `first` begins with another way.
+    """
+    engine, turns = model.engine, _turns(model)
+    first = first * STRIDE % len(turns)
+    outputs = layer_outputs_observed_by(model.hf, model.layers, engine.end_layer)
+    with engine.unpaced(), outputs:
+        return _steps(model, n_steps, turns[first:] + turns[:first])
+
+
+def held_steps(model: LabModel, n_steps: int) -> list[TimedStep]:
+    """Decode over a link that holds its copies; the prompt passes unheld."""
+    with ExitStack() as unheld:
+        unheld.enter_context(model.engine.unpaced())
+        model.engine.configure(None, _half(model))
+        return _steps(model, n_steps, [_Turn()], after_prompt=unheld.close)
+
+
+def _steps(
+    model: LabModel,
+    n_steps: int,
+    turns: list[_Turn],
+    after_prompt: Callable[[], None] = lambda: None,
+) -> list[TimedStep]:
+    """Decode in a cache that is empty at first; return the steps after the prompt."""
+    engine, steps = model.engine, []
+    before, start = engine.traffic, 0.0
+
+    def note(step: int) -> None:
+        nonlocal before, start
+        seconds, passed = engine.clock.now() - start, engine.traffic - before
+        if step > 0:
+            asking, is_gated = engine.cached.prefetcher, engine.gating is not None
+            asked = _n_asked(model, asking.table) if asking else (0, 0, 0)
+            counted = passed.kept, is_gated, *asked, passed.hits, passed.misses
+            steps.append(TimedStep(seconds, *counted))
+        else:
+            after_prompt()
+        turn = turns[step % len(turns)]
+        engine.gating, engine.cached.prefetcher = turn.gating, turn.asking
+        before, start = engine.traffic, engine.clock.now()
+
+    decode(model.hf, torch.arange(PROMPT_TOKENS), n_steps + 1, after_step=note)
+    return steps
+
+
+def _n_asked(model: LabModel, asked: PrefetchTable) -> tuple[int, int, int]:
+    """Return how many guesses a table asks for in a step, at how many moments, and outputs."""
+    targets = [model.spec.n_layers - source.distance for source in asked.sources]
+    n_asks = max(targets)  # all sources of a table speak at the same moments here
+    return sum(targets), n_asks, n_asks * asked.speaks_at(Moment.LAYER_OUTPUT)
+
+
+def _half(model: LabModel) -> CachePlan:
+    """Return room for half of the experts, less where the model was loaded with less."""
+    slots = model.memory.slots
+    return replace(slots, slots=np.minimum(slots.slots, model.spec.n_experts // 2))
+
+
+def solved_costs(
+    decodes: Sequence[Sequence[TimedStep]], miss_s: float | None, alone_s: float
+) -> dict[str, float]:
+    """Return the seconds of a step's parts, which leave the least absolute errors.
+
+    Where a whole decode was slower or faster than the others, so are all its parts: what else the
+    machine did then is taken out first.
+
+    They are `step`, all outside the experts; `expert`; `gate`, gating every layer; and, if anybody
+    was asked, `guess` and `gated_guess`, one predictor about one layer, `ask`, a moment at which
+    any is, and `ask_output`, what one at a layer's output takes more. Parts that would be negative
+    are left out, those that take most off a step first, and are zero. Where a router chooses one
+    expert, that expert takes what it takes alone.
+    """
+    steps = [step for decode in decodes for step in decode]
+    seconds = np.array([step.seconds for step in steps])
+    counts = {
+        "step": [1 for _ in steps],
+        "expert": [step.n_run for step in steps],
+        "gate": [step.is_gated for step in steps],
+        "guess": [step.n_guesses * (not step.is_gated) for step in steps],
+        "gated_guess": [step.n_guesses * step.is_gated for step in steps],
+        "ask": [step.n_asks for step in steps],
+        "ask_output": [step.n_output_asks for step in steps],
+        "miss": [step.misses.sum() for step in steps],
+    }
+    columns = {name: np.array(values, dtype=np.float64) for name, values in counts.items()}
+    if miss_s is not None:
+        seconds = seconds - columns.pop("miss") * miss_s
+    has_choice = bool(np.ptp(columns["expert"]))
+    if not has_choice:
+        seconds = seconds - columns.pop("expert") * alone_s
+    names = [name for name, column in columns.items() if name == "step" or np.ptp(column)]
+    table = np.stack([columns[name] for name in names], axis=1)
+    lengths = [len(decode) for decode in decodes]
+    paces = np.ones(len(decodes))
+    for _ in range(N_SCALED):
+        solution = _least_absolute_parts(table, seconds / np.repeat(paces, lengths))
+        ratios = seconds / np.maximum(table @ solution, TINY_S)
+        paces = np.array([np.median(own) for own in np.split(ratios, np.cumsum(lengths)[:-1])])
+        paces /= np.median(paces)
+    found = dict(zip(names, solution.tolist(), strict=True))
+    return found if has_choice else {**found, "expert": alone_s}
+
+
+def _least_absolute_parts(
+    table: NDArray[np.float64], seconds: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return what each column adds, none of it negative; the first is left out last."""
+    parts, kept = np.zeros(table.shape[1]), list(range(table.shape[1]))
+    while True:
+        solution = least_absolute(table[:, kept], seconds)
+        worst = int((solution * table[:, kept].max(axis=0)).argmin())
+        if solution[worst] >= 0 or worst == 0:
+            parts[kept] = np.maximum(0.0, solution)
+            return parts
+        del kept[worst]
+
+
+def least_absolute(
+    columns: NDArray[np.float64], values: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the x [P] of the least sum of |columns [N, P] @ x - values [N]|.
+
+    By least squares reweighted again and again: how far off a few values are matters little.
+    """
+    weights = np.ones(len(values))
+    solution = np.zeros(columns.shape[1])
+    for _ in range(N_REWEIGHTED):
+        root = np.sqrt(weights)
+        solution = np.linalg.lstsq(columns * root[:, None], values * root, rcond=None)[0]
+        errors = np.abs(columns @ solution - values)
+        weights = 1 / np.maximum(errors, max(SMALL_ERROR * float(np.median(errors)), TINY_S))
+    return solution

@@ -1,0 +1,1 @@
+"""Fitting what predicts the experts of a later layer."""

@@ -1,0 +1,1 @@
+"""Recording which experts a text is routed to."""

@@ -1,0 +1,1 @@
+"""What skipping experts costs, layer by layer."""

@@ -1,0 +1,1 @@
+"""Fitting what is used in a skipped expert's place."""

@@ -1,0 +1,1 @@
+"""What becomes of the experts of a recorded trace under a cache."""

@@ -1,0 +1,1 @@
+"""Which cache and which prefetch serve a trace best."""

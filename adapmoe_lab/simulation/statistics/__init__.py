@@ -1,0 +1,1 @@
+"""What a trace shows of routing, prediction and cost."""

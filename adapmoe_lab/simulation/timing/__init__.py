@@ -1,0 +1,1 @@
+"""When everything of a replay happens."""

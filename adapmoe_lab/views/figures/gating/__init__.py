@@ -1,0 +1,1 @@
+"""Figures of skipping and what it costs."""

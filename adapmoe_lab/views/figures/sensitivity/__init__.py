@@ -1,0 +1,1 @@
+"""Figures of sensitivity and its estimators."""

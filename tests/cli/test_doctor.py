@@ -1,0 +1,95 @@
+"""What the doctor says of machines it is shown, and of this one."""
+
+import pytest
+from tiny_models import save_tiny
+from transformers import MixtralConfig
+
+from adapmoe_lab.cli.doctor import Machine, examine, fits, known_models, model_report, report
+from adapmoe_lab.engine.loading import load
+from adapmoe_lab.models.checkpoint.checkpoint import look_at_model
+from adapmoe_lab.models.checkpoint.meta_model import outline_of
+
+GIB = 2**30
+
+
+def test_this_machine_is_described():
+    text = report(examine())
+    assert "torch " in text
+    assert "host memory" in text
+    assert "GB/s" in text
+    assert "What would fit" in text
+
+
+def test_without_a_gpu_it_says_what_runs_instead():
+    text = report(Machine("CPU", None, 16 * GIB, 1e10))
+    assert "torch sees no CUDA device" in text
+    assert "results say 'emulated'" in text
+    assert "OLMoE-1B-7B         12.0 GiB of experts: fits host memory" in text
+    assert "Mixtral-8x7B        84.0 GiB of experts: does not fit host memory" in text
+
+
+def test_with_a_gpu_it_says_how_much_fits_and_what_a_load_takes():
+    text = report(Machine("GPU", 24 * GIB, 128 * GIB, 25e9))
+    assert "24.0 GiB free" in text
+    assert "OLMoE-1B-7B         12.0 GiB of experts: 100% of them on the GPU" in text
+    assert "Mixtral-8x7B        84.0 GiB of experts: 22% of them on the GPU at once" in text
+    assert "loading one takes 14.09 ms" in text
+
+
+def test_a_gpu_too_small_for_the_rest_is_told_so():
+    assert "what is not experts does not fit" in report(Machine("GPU", GIB, 256 * GIB, 25e9))
+
+
+@pytest.mark.parametrize(
+    ("name", "expert_mib"), [("Mixtral-8x7B", 336), ("OLMoE-1B-7B", 12), ("Qwen3-30B-A3B", 9)]
+)
+def test_sizes_are_the_published_ones(name, expert_mib):
+    (model,) = [model for model in known_models() if model.name == name]
+    assert model.expert_bytes == expert_mib * 2**20
+    assert model.other_bytes > 0
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("precision", ["float32", "int4"])
+def test_what_it_says_of_a_model_is_what_is_then_taken(model_type, precision, tmp_path):
+    folder = save_tiny(model_type, tmp_path)
+    outline = look_at_model(folder)
+    (fit,) = [f for f in fits(outline, examine()) if f.precision == precision]
+    model = load(folder, expert_dtype=precision, device="cpu", link="none")
+    assert fit.all_experts_bytes == pytest.approx(model.engine.store.n_bytes, rel=0.05)
+    assert fit.expert_bytes == pytest.approx(model.spec.stored_expert_bytes, rel=0.05)
+    others = {id(t): t for t in (*model.hf.parameters(), *model.hf.buffers())}.values()
+    taken = sum(t.numel() * t.element_size() for t in others)
+    assert outline.other_bytes == pytest.approx(taken, rel=0.05)
+
+
+def test_a_model_is_judged_by_its_config_alone(tmp_path):
+    folder = save_tiny("deepseek_v3", tmp_path)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    text = model_report(look_at_model(folder), Machine("GPU", 24 * GIB, 128 * GIB, 25e9))
+    assert "deepseek_v3, 2 layers x 8 experts, top-2" in text
+    assert "family: exact; scores are sigmoid" in text
+    assert "beside the experts, in float32: " in text
+    for precision in ("bfloat16", "int4", "int2"):
+        assert f"\n{precision}" in text
+
+
+def test_mixtral_on_a_small_gpu():
+    """Published dimensions: 45.1e9 of its 46.7e9 parameters are experts."""
+    config = MixtralConfig(dtype="bfloat16")
+    mixtral = outline_of("mixtral", config, "bfloat16")
+    machine = Machine("GPU", 24 * GIB, 64 * GIB, 25e9)
+    by_name = {fit.precision: fit for fit in fits(mixtral, machine)}
+    assert by_name["bfloat16"].expert_bytes == 3 * 4096 * 14336 * 2
+    assert not by_name["bfloat16"].fits_host
+    assert by_name["int4"].fits_host
+    assert 0.6 < by_name["int4"].device_share < 0.8
+    assert by_name["bfloat16"].most_s_per_token == pytest.approx(2 * 32 * 352.3e6 / 25e9, rel=1e-3)
+
+
+def test_too_small_a_gpu_has_no_slots():
+    mixtral = outline_of("mixtral", MixtralConfig(dtype="bfloat16"), "bfloat16")
+    machine = Machine("GPU", 4 * GIB, 64 * GIB, 25e9)
+    assert [fit.device_share for fit in fits(mixtral, machine)] == [None] * 8
+    assert "none" in model_report(mixtral, machine)
