@@ -4,8 +4,8 @@
 
 One cut on the share for all layers. Cuts and surrogates come from one half of the
 held-out documents of the folder (layout in data/README.md), the loss from the other half, paired by
-text. Then what the stand-ins cost in time while decoding with every expert at hand, and the loss at
-rank 16 by the amount of calibration text.
+text. Then what the surrogates cost in time while decoding with every expert at hand, and the loss
+at rank 16 by the amount of calibration text.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def decode_seconds(
     kinds = {
         "nothing skipped": resident,
         "skipped": gated,
-        "skipped, stand-ins": replace(gated, compensation=surrogates),
+        "skipped, surrogates": replace(gated, compensation=surrogates),
     }
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(N_ROUNDS):
@@ -105,16 +105,16 @@ def decode_seconds(
 
 
 def time_ratio(seconds: dict[str, list[float]]) -> float:
-    """Print and return decoding's time with stand-ins over that without."""
+    """Print and return decoding's time with surrogates over that without."""
     medians = {kind: float(np.median(samples)) for kind, samples in seconds.items()}
-    ratio = medians["skipped, stand-ins"] / medians["skipped"]
+    ratio = medians["skipped, surrogates"] / medians["skipped"]
     told = ", ".join(f"{kind} {1e3 * median:.2f} ms" for kind, median in medians.items())
-    print(f"decoding with stand-ins takes {ratio:.3f} of the time without ({told})", flush=True)
+    print(f"decoding with surrogates takes {ratio:.3f} of the time without ({told})", flush=True)
     return ratio
 
 
 def main() -> int:
-    """Measure every stand-in, print a table, write the raw losses; return the exit status."""
+    """Measure every surrogate, print a table, write the raw losses; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="demo, or a folder")
     parser.add_argument("--text", type=Path, required=True)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from adapmoe_lab.assets import demo_folder
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.pace import decode_step_times
+from adapmoe_lab.engine.resident_layer import decode_step_times
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.profiling.hardware.probe import probe_hardware
 from adapmoe_lab.records.files import save_json

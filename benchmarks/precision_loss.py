@@ -36,7 +36,7 @@ def round_to_nearest(model: LabModel, plain: LabModel) -> None:
     store, source = model.engine.store, plain.engine.store
     for layer, expert in store.numbers():
         exact = source.views(layer, expert, source.row(layer, expert))
-        packed = store.views(layer, expert, store.row(layer, expert))
+        packed = store.views(layer, expert, store.buffer(layer, expert))
         for name, matrix in packed.items():
             if isinstance(matrix, PackedMatrix):
                 quantise(exact[name], matrix.precision, out=matrix.data, solver="nearest")

@@ -1,4 +1,4 @@
-"""How well the experts of later layers are foreseen on held-out text, by predictor and distance.
+"""How well the experts of later layers are predicted on held-out text, by predictor and distance.
 
 `python benchmarks/predictability.py MODEL --text FOLDER --out FILE.json`
 

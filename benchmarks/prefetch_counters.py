@@ -27,7 +27,7 @@ from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import RoutingTrace, Traffic, TunedConfig
 from adapmoe_lab.records.files import save_json
-from adapmoe_lab.simulation.replay.recorded_candidates import recorded_guesses
+from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
 from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch
 from adapmoe_lab.simulation.timing.timeline import StepCosts, run_timeline
@@ -60,10 +60,10 @@ def recorded(
 def replayed(trace: RoutingTrace, config: TunedConfig, model: LabModel) -> tuple[int, int, int]:
     """Return the demands without fetching ahead, and what is used and wasted with it."""
     keep = kept_experts(trace, None)
-    guesses = recorded_guesses(trace, config.prefetch)
-    residency = replay(trace, keep, config.plan, config.eviction, guesses)
+    candidates = recorded_candidates(trace, config.prefetch)
+    residency = replay(trace, keep, config.plan, config.eviction, candidates)
     costs = StepCosts.on(config.hardware, model.spec.precision)
-    timeline = run_timeline(residency, costs, guesses, config.prefetch.buffer_slots)
+    timeline = run_timeline(residency, costs, candidates, config.prefetch.buffer_slots)
     return int(residency.misses.sum()), *(
         int(counted.sum()) for counted in (timeline.used, timeline.wasted)
     )

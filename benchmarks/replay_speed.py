@@ -36,7 +36,7 @@ from adapmoe_lab.records import (
 )
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.simulation.replay.miss_curves import miss_curves
-from adapmoe_lab.simulation.replay.recorded_candidates import recorded_guesses
+from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
 from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch
 from adapmoe_lab.simulation.timing.timeline import StepCosts, Timeline, run_timeline
@@ -118,8 +118,8 @@ def libcachesim_replay(
     return run
 
 
-def with_guesses(trace: RoutingTrace, seed: int = 0) -> RoutingTrace:
-    """Return the trace with guesses at three distances, four in five of them right."""
+def with_candidates(trace: RoutingTrace, seed: int = 0) -> RoutingTrace:
+    """Return the trace with candidates at three distances, four in five of them right."""
     rng, predictions = np.random.default_rng(seed), {}
     for distance in (1, 2, 3):
         is_right = rng.random((*trace.weights.shape[:2], 1)) < RIGHT_SHARE
@@ -134,19 +134,19 @@ def time_clocks(
     trace: RoutingTrace, keep: NDArray[np.bool_], plan: CachePlan, allowed_s: float
 ) -> list[dict[str, object]]:
     """Time a replay under LRU with its clock, nothing fetched ahead and something; print lines."""
-    spec, guessing = trace.spec, with_guesses(trace)
+    spec, predicting = trace.spec, with_candidates(trace)
     costs = StepCosts.of(
         np.full((spec.n_layers, spec.n_experts), 1000),
         lambda n_bytes: 1e-6 * n_bytes,
         dense_layer_s=3e-4,
         expert_s=3e-5,
     )
-    table = plan_prefetch(guessing, plan=plan)
+    table = plan_prefetch(predicting, plan=plan)
 
     def run(table: PrefetchTable | None) -> Timeline:
-        guesses = recorded_guesses(guessing, table)
-        replayed = replay(guessing, keep, plan, "lru", guesses)
-        return run_timeline(replayed, costs, guesses, table.buffer_slots if table else 0)
+        candidates = recorded_candidates(predicting, table)
+        replayed = replay(predicting, keep, plan, "lru", candidates)
+        return run_timeline(replayed, costs, candidates, table.buffer_slots if table else 0)
 
     rows = []
     for name, followed in (("with its clock", None), ("fetching ahead", table)):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import adapmoe_lab as lab
-from adapmoe_lab.cli.main import main
+from adapmoe_lab.cli.commands import main
 from adapmoe_lab.policies.gating.rules import RULES
 from adapmoe_lab.records import RoutingTrace, SensitivityProfile, TunedConfig
 from adapmoe_lab.views import figures
-from adapmoe_lab.workbench.draft import Bench, Cache
-from adapmoe_lab.workbench.readout import tiles
+from adapmoe_lab.workbench.session import Cache, Session
+from adapmoe_lab.workbench.summary import tiles
 
 TEXT = ["Once upon"]
 
@@ -78,25 +78,25 @@ def test_it_is_drawn_and_shown_as_not_known(load_tiny, tmp_path):
     trace = lab.profile(model, TEXT, project=tmp_path)
     profiles = lab.sensitivities(model, TEXT, ["directional", "divergence", "ablation"])
     profile = profiles["directional"]
-    bench = Bench(trace, profile, lab.probe_hardware(model))
-    draft = bench.draft("uniform", 0.2, Cache(2))
+    bench = Session(trace, profile, lab.probe_hardware(model))
+    candidate = bench.candidate("uniform", 0.2, Cache(2))
     plain = lab.evaluate_loss(model, None, TEXT)
-    skipping = lab.evaluate_loss(model, bench.config(draft), TEXT)
+    skipping = lab.evaluate_loss(model, bench.config(candidate), TEXT)
     increase, error = skipping.increase_over(plain)
     measured = {"loss": {"increase_nats": increase, "increase_se": error}}
-    loss = tiles(bench.predict(draft), measured)[-1]
+    loss = tiles(bench.predict(candidate), measured)[-1]
     assert loss.error == "± not known"
     assert loss.measured.endswith("± not known")
-    assert TunedConfig.load(bench.export(draft, measured).save(tmp_path / "a.json")).evidence
+    assert TunedConfig.load(bench.export(candidate, measured).save(tmp_path / "a.json")).evidence
     rules = {name: rule(trace, profile) for name, rule in RULES.items()}
     point = figures.MeasuredPoint(1.0, (0.9, 1.1), increase, error, "it")
-    curve = bench.tradeoff("uniform", draft.cache)
+    curve = bench.tradeoff("uniform", candidate.cache)
     drawn = [
         figures.plot_tradeoff(figures.tradeoff_info(curve, measured=[point])),
         figures.plot_loss_by_rule(
             figures.loss_by_rule_info(rules, profile, {"uniform": [skipping]}, plain)
         ),
-        figures.plot_stand_ins(figures.stand_ins_info({"nothing": skipping}, plain)),
+        figures.plot_surrogates(figures.surrogates_info({"nothing": skipping}, plain)),
         figures.plot_sensitivity(figures.sensitivity_info(profile, 0.6)),
         figures.plot_sensitivity_shares(figures.sensitivity_shares_info(profiles)),
         figures.plot_estimator_agreement(figures.estimator_agreement_info(profiles, trace)),

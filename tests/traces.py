@@ -64,16 +64,16 @@ def make_trace(
     )
 
 
-def guessing(trace: RoutingTrace, share_right: float, seed: int = 0) -> RoutingTrace:
-    """Return the trace with next-router guesses of which a share is right."""
+def predicting(trace: RoutingTrace, share_right: float, seed: int = 0) -> RoutingTrace:
+    """Return the trace with next-router candidates of which a share is right."""
     rng = np.random.default_rng(seed)
     spec = trace.spec
     wrong = rng.integers(0, spec.n_experts, trace.expert_indices.shape)
     is_right = rng.random((trace.n_tokens, spec.n_layers, 1)) < share_right
-    guessed = np.where(is_right, trace.expert_indices, wrong)
-    guessed[:, 0] = -1
-    scores = np.where(guessed >= 0, trace.weights, 0)
-    return replace(trace, predictions={"next_router": {1: Prediction(guessed, scores)}})
+    predicted = np.where(is_right, trace.expert_indices, wrong)
+    predicted[:, 0] = -1
+    scores = np.where(predicted >= 0, trace.weights, 0)
+    return replace(trace, predictions={"next_router": {1: Prediction(predicted, scores)}})
 
 
 def make_sensitivity(

@@ -2,6 +2,6 @@
 
 import sys
 
-from adapmoe_lab.cli.main import main
+from adapmoe_lab.cli.commands import main
 
 sys.exit(main())

@@ -17,7 +17,7 @@ import torch
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.memory_plan import HEADROOM, in_words, memory_needs
-from adapmoe_lab.models.checkpoint.meta_model import ModelOutline, configured_top_k
+from adapmoe_lab.models.checkpoint.meta_model import MetaModel, configured_top_k
 from adapmoe_lab.models.support import family_class, find_family
 from adapmoe_lab.policies.allocation.slots import N_STAGING
 from adapmoe_lab.records import PRECISIONS
@@ -156,7 +156,7 @@ class Fit:
         return self.most_s_per_token * (1.0 - (self.device_share or 0.0))
 
 
-def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = None) -> list[Fit]:
+def fits(model: MetaModel, machine: Machine, context_tokens: int | None = None) -> list[Fit]:
     """Return what a model's experts take in every precision, from its configuration alone."""
     n_layers, n_experts = len(model.layers), model.layers[0].n_experts
     top_k = configured_top_k(model.config)
@@ -188,7 +188,7 @@ def fits(model: ModelOutline, machine: Machine, context_tokens: int | None = Non
     return found
 
 
-def model_report(model: ModelOutline, machine: Machine, context_tokens: int | None = None) -> str:
+def model_report(model: MetaModel, machine: Machine, context_tokens: int | None = None) -> str:
     """Return in words what a model would take on a machine."""
     config = model.config
     n_layers, n_experts = len(model.layers), model.layers[0].n_experts

@@ -14,10 +14,10 @@ import torch
 from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.generation import decode
-from adapmoe_lab.engine.host_driven.executor import OffloadEngine
+from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.memory_plan import MemoryPlan
-from adapmoe_lab.engine.pace import resident_layer_s
 from adapmoe_lab.engine.prefetch.predictors import Predictor, predictors_of
+from adapmoe_lab.engine.resident_layer import resident_layer_s
 from adapmoe_lab.engine.store.on_disk import save_store
 from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
 from adapmoe_lab.engine.transfer.link import NO_LINK, EmulatedLink
@@ -31,7 +31,7 @@ from adapmoe_lab.models.hooks.residual_stream import (
 )
 from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, PrefetchTable, TunedConfig
 from adapmoe_lab.records.arguments import finite_number, one_string, whole_number
-from adapmoe_lab.records.prefetch import Moment
+from adapmoe_lab.records.prefetch import HookPoint
 
 
 class LabModel:
@@ -53,7 +53,7 @@ class LabModel:
         tokenizer: Any,
         spec: MoESpec,
         hook: ExpertsHook,
-        engine: OffloadEngine,
+        engine: HostDrivenExecutor,
         memory: MemoryPlan,
     ) -> None:
         """Take over a model whose experts the engine already serves; use `load` to make one."""
@@ -67,7 +67,7 @@ class LabModel:
         self._in_use = threading.RLock()
         self._predictors: dict[str | None, tuple[Predictor, ...]] = {}
         self._watching = ExitStack()
-        self._measured_pace: StepPace | None = None
+        self._measured_costs: StepPace | None = None
 
     def __enter__(self) -> Self:
         """Use the model for a block, and close it afterwards."""
@@ -124,8 +124,8 @@ class LabModel:
             predictors = ()
             if config.prefetch is not None:
                 predictors = self._kept_predictors(config.prefetch.fitted)
-            previous_pace = self.engine.pace
-            self.engine.pace = self._pace(config)
+            previous_pace = self.engine.step_costs
+            self.engine.step_costs = self._pace(config)
             try:
                 self.engine.configure(
                     config.gating,
@@ -136,13 +136,13 @@ class LabModel:
                     predictors,
                 )
             except BaseException:
-                self.engine.pace = previous_pace
+                self.engine.step_costs = previous_pace
                 raise
             self._watch(config.prefetch)
             self.config = config
 
     def predictors(self, fitted: Predictors | None = None) -> tuple[Predictor, ...]:
-        """Return everything that foresees this model's routing, fitted predictors if given.
+        """Return everything that predicts this model's routing, fitted predictors if given.
 
         Raises:
             RecordError: they were fitted to another model.
@@ -166,7 +166,7 @@ class LabModel:
         """
         engine, hardware = self.engine, config.hardware
         if isinstance(engine.clock, VirtualClock):
-            return engine.pace
+            return engine.step_costs
         if config.prefetch is None:
             return StepPace()
         if hardware is not None:
@@ -174,9 +174,9 @@ class LabModel:
             dense_layer_s = hardware.dense_layer_s(self.spec.n_layers, is_gated)
             expert_s = tuple(map(tuple, hardware.expert_times(self.spec.precision).tolist()))
             return StepPace(dense_layer_s, expert_s, load_s=hardware.load_s)
-        if self._measured_pace is None:
-            self._measured_pace = StepPace(dense_layer_s=self._resident_layer_s())
-        return self._measured_pace
+        if self._measured_costs is None:
+            self._measured_costs = StepPace(dense_layer_s=self._resident_layer_s())
+        return self._measured_costs
 
     def _resident_layer_s(self) -> float:
         n_runs = sum(layer.n_runs for layer in self.layers)
@@ -188,7 +188,7 @@ class LabModel:
         self._watching = hooks = ExitStack()
         hooks.enter_context(token_ids_observed_by(self.hf, self.engine.begin_pass))
         hooks.enter_context(last_hidden_observed_by(self.hf, self.engine.end_pass))
-        if table is not None and table.speaks_at(Moment.LAYER_OUTPUT):
+        if table is not None and table.predicts_at(HookPoint.LAYER_OUTPUT):
             hooks.enter_context(
                 layer_outputs_observed_by(self.hf, self.layers, self.engine.end_layer)
             )
@@ -233,7 +233,7 @@ class LabModel:
             if not layer_s:
                 raise ValueError(
                     f"{target.name!r} keeps a ratio to the time of a layer, and on a virtual clock "
-                    "that nothing was told a layer takes none. Set engine.pace, or load with "
+                    "that nothing was told a layer takes none. Set engine.step_costs, or load with "
                     "link='none'."
                 )
             load_s = layer_s * target.load_ratio

@@ -11,7 +11,7 @@ import torch
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import choose_device
-from adapmoe_lab.engine.host_driven.executor import OffloadEngine
+from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.load_arguments import (
     ExpertDtype,
@@ -34,7 +34,7 @@ from adapmoe_lab.models.checkpoint.checkpoint import (
     partial_identity,
     routed_weights,
 )
-from adapmoe_lab.models.checkpoint.meta_model import DTYPES, ModelOutline, describe
+from adapmoe_lab.models.checkpoint.meta_model import DTYPES, MetaModel, describe
 from adapmoe_lab.models.families import served_layers
 from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
 from adapmoe_lab.policies.allocation.slots import check_size
@@ -148,8 +148,8 @@ def load(
     try:
         hook = ExpertsHook(hf, layers)
         routers = [layer.router for layer in layers]
-        crossed = _unpaced_link(where, clock)
-        engine = OffloadEngine(experts, crossed, clock, where, hf.dtype, routers)
+        crossed = _link_without_delay(where, clock)
+        engine = HostDrivenExecutor(experts, crossed, clock, where, hf.dtype, routers)
         hook.attach(engine)
         model = LabModel(tokenizer, spec, hook, engine, plan)
         if target is not None:
@@ -161,7 +161,7 @@ def load(
     return model
 
 
-def _check_shape(config: TunedConfig, model: ModelOutline) -> None:
+def _check_shape(config: TunedConfig, model: MetaModel) -> None:
     """Refuse a config for a model of another shape before anything is made of its plans."""
     shape = len(model.layers), model.layers[0].n_experts
     if shape != (config.model["n_layers"], config.model["n_experts"]):
@@ -208,5 +208,5 @@ def known_targets() -> list[str]:
     return list(load_targets(data_folder() / "targets.json"))
 
 
-def _unpaced_link(device: torch.device, clock: Clock) -> Link:
+def _link_without_delay(device: torch.device, clock: Clock) -> Link:
     return CudaLink(device, clock) if device.type == "cuda" else EmulatedLink(NO_LINK, clock)

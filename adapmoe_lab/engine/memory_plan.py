@@ -16,7 +16,7 @@ from adapmoe_lab.models.checkpoint.footprint import (
     score_bytes,
     work_bytes,
 )
-from adapmoe_lab.models.checkpoint.meta_model import DTYPES, ModelOutline
+from adapmoe_lab.models.checkpoint.meta_model import DTYPES, MetaModel
 from adapmoe_lab.policies.allocation.slots import N_STAGING, budget_bytes, uniform_plan
 from adapmoe_lab.records import CachePlan, MoESpec
 from adapmoe_lab.records.arguments import whole_number
@@ -103,7 +103,7 @@ class MemoryPlan:
 
 
 def memory_needs(
-    model: ModelOutline,
+    model: MetaModel,
     top_k: int,
     device: torch.device,
     context_tokens: int | None = None,

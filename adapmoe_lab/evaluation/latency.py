@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from adapmoe_lab.engine.generation import decode
-from adapmoe_lab.engine.host_driven.executor import OffloadEngine
+from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
@@ -35,7 +35,7 @@ class _Phase:
 class _Stopwatch:
     """Splits a run into its prefill and decode steps; telling others about it is not timed."""
 
-    def __init__(self, engine: OffloadEngine, tell: Callable[[int], None]) -> None:
+    def __init__(self, engine: HostDrivenExecutor, tell: Callable[[int], None]) -> None:
         self.phases = (_Phase(), _Phase())
         self.per_token: list[float] = []
         self._engine = engine

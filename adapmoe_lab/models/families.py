@@ -108,7 +108,7 @@ def find_moe_layers(hf: PreTrainedModel) -> list[MoELayer]:
 def served_layers(hf: PreTrainedModel, known: list[MoELayer]) -> list[MoELayer]:
     """Return the layers of a model loaded without its experts.
 
-    `known` are those of its outline, whose parameters tell what the routers read.
+    `known` are those of its meta_model, whose parameters tell what the routers read.
     """
     return [
         replace(

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-SEAM = "use_experts_implementation"
+EXTENSION_POINT = "use_experts_implementation"
 """The decorator by which a modelling file offers its experts to other implementations."""
 
 FamilyClass = Literal["exact", "unverified", "refused"]
@@ -180,16 +180,18 @@ VERIFIED: Mapping[str, Family] = MappingProxyType(
 )  # fmt: skip
 """Families whose logits and greedy continuations equal the unmodified model's in the tests."""
 
-_NO_SEAM = "it does not use transformers' experts interface, so its experts cannot be served"
+_NO_EXTENSION_POINT = (
+    "it does not use transformers' experts interface, so its experts cannot be served"
+)
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "dbrx": _NO_SEAM,
-        "doge": f"its experts are rows of embeddings, not matrices, and {_NO_SEAM}",
-        "jetmoe": _NO_SEAM,
-        "llama4": _NO_SEAM,
-        "llama4_text": _NO_SEAM,
-        "longcat_flash": _NO_SEAM,
+        "dbrx": _NO_EXTENSION_POINT,
+        "doge": f"its experts are rows of embeddings, not matrices, and {_NO_EXTENSION_POINT}",
+        "jetmoe": _NO_EXTENSION_POINT,
+        "llama4": _NO_EXTENSION_POINT,
+        "llama4_text": _NO_EXTENSION_POINT,
+        "longcat_flash": _NO_EXTENSION_POINT,
     }
 )
 """Families with routed experts that cannot be served, each with the reason."""
@@ -214,7 +216,7 @@ def _offers_experts(folder: str) -> bool:
     """Search a model folder's modelling files as text; nothing of them is imported."""
     models = Path(transformers.__file__).parent / "models"
     files = (models / folder).glob("modeling_*.py")
-    return any(f"@{SEAM}" in file.read_text(encoding="utf-8") for file in files)
+    return any(f"@{EXTENSION_POINT}" in file.read_text(encoding="utf-8") for file in files)
 
 
 def family_class(model_type: str) -> FamilyClass:

@@ -33,16 +33,25 @@ TIMES = (
     "host_copy_s",
     "miss_s",
     "gate_s",
-    "guess_s",
-    "gated_guess_s",
-    "ask_s",
-    "ask_output_s",
+    "predict_s",
+    "gated_predict_s",
+    "predict_overhead_s",
+    "predict_output_overhead_s",
     "host_sync_s",
     "launch_s",
 )
 RATES = ("host_memory_bytes_per_s", "host_matmul_bytes_per_s")
 LATER = ("pageable_copy_s", "expert_s_by_precision", *TIMES[2:], "wait_s", *RATES)
 """What the first profiles had not measured."""
+SAVED_AS = MappingProxyType(
+    {
+        "predict_s": "guess_s",
+        "gated_predict_s": "gated_guess_s",
+        "predict_overhead_s": "ask_s",
+        "predict_output_overhead_s": "ask_output_s",
+    }
+)
+"""Names in the file, where they are not those of the fields."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +84,12 @@ class HardwareProfile:
             waking up takes time; below where the host works on while a GPU waits, and then no
             more is taken off than was waited.
         gate_s: seconds that gating adds to a layer, whatever it skips.
-        guess_s: seconds the host takes to ask a predictor about a layer and to weigh its answer.
-        gated_guess_s: the same where the answer is put to the gate too.
-        ask_s: seconds that a moment at which predictors are asked takes beside their guesses.
-        ask_output_s: seconds that it takes more at a layer's output, for which a GPU is waited for.
+        predict_s: seconds the host takes to ask a predictor about a layer and to weigh its answer.
+        gated_predict_s: the same where the answer is put to the gate too.
+        predict_overhead_s: seconds that a moment at which predictors are asked takes beside their
+            candidates.
+        predict_output_overhead_s: seconds that it takes more at a layer's output, for which a GPU
+            is waited for.
         host_sync_s: seconds until the host knows that an idle device is idle; CUDA only.
         launch_s: seconds the host takes to launch a kernel; CUDA only.
         host_memory_bytes_per_s: bytes read and written by a large copy in host memory.
@@ -99,10 +110,10 @@ class HardwareProfile:
     miss_s: float | None = None
     wait_s: float | None = None
     gate_s: float | None = None
-    guess_s: float | None = None
-    gated_guess_s: float | None = None
-    ask_s: float | None = None
-    ask_output_s: float | None = None
+    predict_s: float | None = None
+    gated_predict_s: float | None = None
+    predict_overhead_s: float | None = None
+    predict_output_overhead_s: float | None = None
     host_sync_s: float | None = None
     launch_s: float | None = None
     host_memory_bytes_per_s: float | None = None
@@ -233,10 +244,10 @@ class HardwareProfile:
             "a miss": self.miss_s,
             "a wait": self.wait_s,
             "gating a layer": self.gate_s,
-            "a guess": self.guess_s,
-            "a guess under a gate": self.gated_guess_s,
-            "asking": self.ask_s,
-            "asking at a layer's output": self.ask_output_s,
+            "a prediction": self.predict_s,
+            "a prediction under a gate": self.gated_predict_s,
+            "asking": self.predict_overhead_s,
+            "asking at a layer's output": self.predict_output_overhead_s,
             "synchronising": self.host_sync_s,
             "a launch": self.launch_s,
         }
@@ -262,7 +273,10 @@ class HardwareProfile:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values that `from_json` reads back."""
-        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
+        return {
+            SAVED_AS.get(name, name): _plain(getattr(self, name))
+            for name in self.__dataclass_fields__
+        }
 
     @classmethod
     def from_json(
@@ -273,7 +287,8 @@ class HardwareProfile:
         Raises:
             RecordError: a value is unknown, missing or wrong; the text names `source`.
         """
-        return cls(**fields_of(cls, values, source, LATER))
+        renamed = {saved: name for name, saved in SAVED_AS.items()}
+        return cls(**fields_of(cls, values, source, LATER, renamed))
 
     def save(self, path: str | Path) -> Path:
         """Write the profile as JSON, whole or not at all, and return its path."""

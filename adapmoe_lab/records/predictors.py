@@ -1,4 +1,4 @@
-"""What was fitted to foresee routing: maps from activations, and a table of tokens."""
+"""What was fitted to predict routing: maps from activations, and a table of tokens."""
 
 from __future__ import annotations
 

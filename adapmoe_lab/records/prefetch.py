@@ -1,4 +1,4 @@
-"""What is fetched ahead of its layer, by which guesses, and how far they are trusted."""
+"""What is fetched ahead of its layer, by which candidates, and how far they are trusted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adapmoe_lab.records.files import RecordError, digest, fields_of, frozen_arr
 from adapmoe_lab.records.predictors import Predictors
 
 
-class Moment(IntEnum):
+class HookPoint(IntEnum):
     """When a predictor can be asked, and what it is then shown.
 
     At the first and the last of them, layer 0 is its source as well as its target.
@@ -31,17 +31,17 @@ class Moment(IntEnum):
     """A forward pass is done: the final hidden state [T, D] of the token before each."""
 
 
-MOMENTS: Mapping[str, Moment] = MappingProxyType(
+HOOK_POINTS: Mapping[str, HookPoint] = MappingProxyType(
     {
-        "token_table": Moment.TOKEN,
-        "token_embedding": Moment.TOKEN,
-        "next_router": Moment.EXPERTS_INPUT,
-        "ridge": Moment.EXPERTS_INPUT,
-        "own_norm": Moment.LAYER_OUTPUT,
-        "last_hidden": Moment.LAST_HIDDEN,
+        "token_table": HookPoint.TOKEN,
+        "token_embedding": HookPoint.TOKEN,
+        "next_router": HookPoint.EXPERTS_INPUT,
+        "ridge": HookPoint.EXPERTS_INPUT,
+        "own_norm": HookPoint.LAYER_OUTPUT,
+        "last_hidden": HookPoint.LAST_HIDDEN,
     }
 )
-"""The moment of each predictor."""
+"""The hook_point of each predictor."""
 
 FITTED = ("ridge", "token_table", "last_hidden")
 """Predictors that have to be fitted."""
@@ -49,14 +49,14 @@ FITTED = ("ridge", "token_table", "last_hidden")
 
 @dataclass(frozen=True, eq=False)
 class PrefetchSource:
-    """One predictor at one distance, and how often its guesses are right.
+    """One predictor at one distance, and how often its candidates are right.
 
     Attributes:
-        predictor: one of `MOMENTS`.
+        predictor: one of `HOOK_POINTS`.
         distance: layers between the one it looks at and the one it speaks of; 0 for those that
             speak of the first layer before it is reached.
-        probability: float64 [L, C], chance that the guess of each rank, likeliest first, will be
-            needed in each layer spoken of; 0 is never fetched.
+        probability: float64 [L, C], chance that the prediction of each rank, likeliest first, will
+            be needed in each layer spoken of; 0 is never fetched.
     """
 
     predictor: str
@@ -65,34 +65,35 @@ class PrefetchSource:
 
     def __post_init__(self) -> None:
         """Freeze the probabilities and check that the predictor speaks at this distance."""
-        if self.predictor not in MOMENTS:
+        if self.predictor not in HOOK_POINTS:
             raise RecordError(
-                f"Predictor {self.predictor!r} is unknown; expected one of {', '.join(MOMENTS)}."
+                f"Predictor {self.predictor!r} is unknown; expected one of "
+                f"{', '.join(HOOK_POINTS)}."
             )
-        speaks_of_later = self.moment in (Moment.EXPERTS_INPUT, Moment.LAYER_OUTPUT)
-        if (self.distance > 0) != speaks_of_later or self.distance < 0:
+        predicts_later = self.hook_point in (HookPoint.EXPERTS_INPUT, HookPoint.LAYER_OUTPUT)
+        if (self.distance > 0) != predicts_later or self.distance < 0:
             raise RecordError(
                 f"Predictor {self.predictor!r} speaks of "
-                + ("later layers, at distances from 1" if speaks_of_later else "layer 0 only")
+                + ("later layers, at distances from 1" if predicts_later else "layer 0 only")
                 + f"; got distance {self.distance}."
             )
         probability = frozen_array("probability", self.probability, np.float64, (None, None))
         if not ((probability >= 0) & (probability <= 1)).all():
-            raise RecordError("Probabilities of guesses must lie in 0..1.")
+            raise RecordError("Probabilities of predictions must lie in 0..1.")
         object.__setattr__(self, "probability", probability)
 
     @property
-    def moment(self) -> Moment:
+    def hook_point(self) -> HookPoint:
         """When it speaks."""
-        return MOMENTS[self.predictor]
+        return HOOK_POINTS[self.predictor]
 
 
 @dataclass(frozen=True, eq=False)
 class PrefetchTable:
-    """Whose guesses are followed, and how much room the experts fetched ahead have.
+    """Whose candidates are followed, and how much room the experts fetched ahead have.
 
     Attributes:
-        sources: predictors, one for each moment and distance.
+        sources: predictors, one for each hook_point and distance.
         buffer_slots: experts that can be on their way or waiting at once, beside the cache.
         fitted: what was fitted of those predictors that have to be.
     """
@@ -103,16 +104,18 @@ class PrefetchTable:
 
     def __post_init__(self) -> None:
         """Order the sources by distance and check that they agree."""
-        sources = tuple(sorted(self.sources, key=lambda s: (s.distance, s.moment)))
+        sources = tuple(sorted(self.sources, key=lambda s: (s.distance, s.hook_point)))
         if not sources or self.buffer_slots < 1:
             raise RecordError(
                 f"Prefetch needs a predictor and room for an expert; got {len(sources)} "
                 f"predictors and buffer_slots={self.buffer_slots}."
             )
-        spoken = [(source.moment, source.distance) for source in sources]
+        spoken = [(source.hook_point, source.distance) for source in sources]
         if len(set(spoken)) < len(spoken):
             told = ", ".join(f"{s.predictor} at distance {s.distance}" for s in sources)
-            raise RecordError(f"One predictor can speak at each moment and distance; got {told}.")
+            raise RecordError(
+                f"One predictor can predict at each hook point and distance; got {told}."
+            )
         if len({len(source.probability) for source in sources}) > 1:
             raise RecordError("The predictors' probabilities are for different numbers of layers.")
         unfitted = [s.predictor for s in sources if s.predictor in FITTED]
@@ -127,9 +130,9 @@ class PrefetchTable:
         """L, the number of layers spoken of."""
         return len(self.sources[0].probability)
 
-    def speaks_at(self, moment: Moment) -> bool:
-        """Whether any of the predictors is asked at a moment."""
-        return any(source.moment == moment for source in self.sources)
+    def predicts_at(self, hook_point: HookPoint) -> bool:
+        """Whether any of the predictors is asked at a hook_point."""
+        return any(source.hook_point == hook_point for source in self.sources)
 
     def n_bytes(self, expert_bytes: int) -> int:
         """Return the device bytes of a buffer for experts of this size, and of what is fitted."""

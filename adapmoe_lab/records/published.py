@@ -94,8 +94,8 @@ class PublishedAdapMoE:
         mmlu: runs of Mixtral-8x7B by evaluation, in ascending order of T.
         single_expert_ratio: float64 [L], share of Mixtral-8x7B's tokens run with one expert in the
             authors' own use of the rule.
-        prefetch_accuracy: float64 [L], share of its needed experts that are foreseen; 0 for the
-            first layer, which nothing foresees.
+        prefetch_accuracy: float64 [L], share of its needed experts that are predicted; 0 for the
+            first layer, which nothing predicts.
         slots: int64 [L] by their sum, what the authors' allocator made of these two.
     """
 

@@ -22,7 +22,7 @@ SCALARS = ("model_fingerprint", "method", "n_tokens", "texts", "gradient_weighte
 
 @dataclass(frozen=True, eq=False)
 class Surrogates(TensorRecord):
-    """Stand-ins for the experts a token drops, resident on the device.
+    """Surrogates for the experts a token drops, resident on the device.
 
     With kept experts A, dropped experts B, router weights w and W their sums, a layer gives
 

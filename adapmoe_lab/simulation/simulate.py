@@ -15,7 +15,7 @@ from adapmoe_lab.records import (
     SensitivityProfile,
     TunedConfig,
 )
-from adapmoe_lab.simulation.replay.recorded_candidates import recorded_guesses
+from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
 from adapmoe_lab.simulation.replay.replay import HIT, Replay, replay
 from adapmoe_lab.simulation.timing.timeline import StepCosts, Timeline, run_timeline
 
@@ -134,20 +134,20 @@ def replayed_and_timed(
 
     Args:
         trace: recorded routing; every token is replayed as a decode step of its own.
-        config: cache plan, eviction and prefetch; its gating only judges guesses here.
+        config: cache plan, eviction and prefetch; its gating only judges candidates here.
         keep: bool [T, L, K], which of the routed experts are run.
         hardware: measured times; without it nothing is timed, and nothing fetched ahead.
         n_events: how many events of the timeline to keep.
     """
     steps, spec = trace.as_decode(), trace.spec
     table = config.prefetch if hardware is not None else None
-    guesses = recorded_guesses(steps, table, config.gating)
-    replayed = replay(steps, keep, config.plan, config.eviction, guesses)
+    candidates = recorded_candidates(steps, table, config.gating)
+    replayed = replay(steps, keep, config.plan, config.eviction, candidates)
     if hardware is None:
         return replayed, None
     costs = StepCosts.on(hardware, spec.sizes_in(config.precision), config.gating is not None)
     room = table.buffer_slots if table is not None else 0
-    return replayed, run_timeline(replayed, costs, guesses, room, n_events)
+    return replayed, run_timeline(replayed, costs, candidates, room, n_events)
 
 
 def _bytes_missed(replayed: Replay, precision: PrecisionPlan) -> NDArray[np.int64]:
@@ -157,7 +157,7 @@ def _bytes_missed(replayed: Replay, precision: PrecisionPlan) -> NDArray[np.int6
     n_bytes = np.zeros(replayed.hits.shape[0], dtype=np.int64)
     for layer, starts in enumerate(replayed.starts):
         own = slice(starts[0], starts[-1])
-        is_missing = replayed.fates[layer, own] != HIT
+        is_missing = replayed.outcomes[layer, own] != HIT
         crossed = np.append(0, np.cumsum(sizes[layer, replayed.members[layer, own]] * is_missing))
         n_bytes += np.diff(crossed[starts - starts[0]])
     return n_bytes

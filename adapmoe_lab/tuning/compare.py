@@ -40,7 +40,7 @@ class BenchRow:
         link: the link, on a CPU `emulated:<target>` or `none`.
         load_ratio: time to load one expert over the resident time of one layer; None if the link
             is real or there is none.
-        asked_fraction: share of expert activations that the cuts were chosen to skip.
+        requested_fraction: share of expert activations that the cuts were chosen to skip.
         skipped_fraction: share that was skipped while decoding; other text, other share.
         experts_per_token: experts run per token and layer.
         decode_speedup: time per output token without skipping over that with it, medians of runs.
@@ -51,7 +51,7 @@ class BenchRow:
 
     link: str
     load_ratio: float | None
-    asked_fraction: float
+    requested_fraction: float
     skipped_fraction: float
     experts_per_token: float
     decode_speedup: float
@@ -71,7 +71,10 @@ class BenchReport:
     def save(self, path: str | Path) -> Path:
         """Write the report as JSON, whole or not at all, and return its path."""
         path = Path(path)
-        save_json(path, asdict(self), allow_nan=False)
+        document = asdict(self)
+        for row in document["rows"]:
+            row["asked_fraction"] = row.pop("requested_fraction")  # as files of before name it
+        save_json(path, document, allow_nan=False)
         return path
 
     def table(self) -> str:
@@ -85,7 +88,8 @@ class BenchReport:
             unratioed = NO_LINK if row.link == NO_LINK else "real"
             ratio = unratioed if row.load_ratio is None else f"{row.load_ratio:.2f}"
             lines.append(
-                f"| {row.link} | {ratio} | {row.asked_fraction:.1%} | {row.skipped_fraction:.1%} | "
+                f"| {row.link} | {ratio} | {row.requested_fraction:.1%} | "
+                f"{row.skipped_fraction:.1%} | "
                 f"{row.experts_per_token:.2f} | {row.decode_speedup:.2f}x | "
                 f"{row.loads_ratio:.2f}x | "
                 f"{row.loss_increase_nats:+.4f} {error_text(row.loss_increase_se, '.4f')} |"
@@ -161,7 +165,7 @@ def run_bench(
         load_ratio = target.load_ratio if target is not None else None
         with nullcontext() if is_real else model.linked(target):
             say(f"Measuring decode over {model.engine.link.name}, {rounds} rounds.")
-            reports = _in_turns(model, [plain, *configs], held, new_tokens, rounds)
+            reports = _interleaved(model, [plain, *configs], held, new_tokens, rounds)
             samples += [
                 {"link": model.engine.link.name, "decode_s": report.decode.samples.tolist()}
                 for report in reports
@@ -195,7 +199,7 @@ def _links(model: LabModel, names: str | Iterable[str] | None) -> list[LinkTarge
     return [link_target(name, device) for name in listed]
 
 
-def _in_turns(
+def _interleaved(
     model: LabModel,
     configs: Sequence[TunedConfig],
     prompts: Sequence[str],
@@ -230,7 +234,7 @@ def _merged(reports: Sequence[LatencyReport]) -> LatencyReport:
 def _row(
     model: LabModel,
     load_ratio: float | None,
-    asked_fraction: float,
+    requested_fraction: float,
     plain: LatencyReport,
     gated: LatencyReport,
     loss_increase: tuple[float, float | None],
@@ -239,7 +243,7 @@ def _row(
     return BenchRow(
         link=model.engine.link.name,
         load_ratio=load_ratio,
-        asked_fraction=asked_fraction,
+        requested_fraction=requested_fraction,
         skipped_fraction=skipped,
         experts_per_token=(1 - skipped) * model.spec.top_k,
         decode_speedup=plain.decode.ratio_to(gated.decode, varied=VARIED),

@@ -26,9 +26,9 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.records.arguments import finite_number
-from adapmoe_lab.simulation.search.cache_search import Residency, best_residency
+from adapmoe_lab.simulation.search.cache_search import CacheChoice, best_cache
 from adapmoe_lab.simulation.search.prefetch_search import (
-    NOBODY,
+    NO_SOURCES,
     best_prefetch,
     buffer_slots,
     ms_per_token,
@@ -125,7 +125,7 @@ def tune(
     if model is not None:
         allowed = None if is_fixed else max_loss_increase_nats
         config, measured = _verified(skipping, skipped_fraction, allowed, model, texts)
-    chosen, tried = best_residency(trace, plan, config.gating)
+    chosen, tried = best_cache(trace, plan, config.gating)
     config = replace(config, plan=chosen.plan, eviction=chosen.eviction)
     prefetch_tried = None
     if prefetch and hardware is not None:
@@ -137,7 +137,7 @@ def tune(
     baseline = simulate(trace, without, hardware, sensitivity=sensitivity)
     return config.with_evidence(
         method=method,
-        residency=residency_summary(chosen, tried),
+        residency=cache_summary(chosen, tried),
         prefetch=prefetch_tried,
         trace=trace.fingerprint(),
         verified=measured is not None,
@@ -166,11 +166,11 @@ def _fetching_ahead(
         plan = uniform_plan(spec, budget, beside_bytes=surrogate_bytes + n_bytes)
     except ValueError:  # no room for a buffer
         return config, None
-    chosen, _ = best_residency(trace, plan, config.gating)
+    chosen, _ = best_cache(trace, plan, config.gating)
     beside = replace(config, plan=chosen.plan, eviction=chosen.eviction)
     table, times = best_prefetch(trace, beside, hardware, fitted=predictors)
-    times[NOBODY] = ms_per_token(simulate(trace, config, hardware))
-    if table is None or min(times.values()) > (1 - MIN_PREFETCH_GAIN) * times[NOBODY]:
+    times[NO_SOURCES] = ms_per_token(simulate(trace, config, hardware))
+    if table is None or min(times.values()) > (1 - MIN_PREFETCH_GAIN) * times[NO_SOURCES]:
         return config, times
     return replace(beside, prefetch=table), times
 
@@ -213,7 +213,7 @@ def check_skippable(spec: MoESpec) -> None:
         )
 
 
-def residency_summary(chosen: Residency, tried: Sequence[Residency]) -> dict[str, Any]:
+def cache_summary(chosen: CacheChoice, tried: Sequence[CacheChoice]) -> dict[str, Any]:
     """Return which residency was chosen, and the loads of all that were tried, as JSON values."""
     return {
         "slots": chosen.division,

@@ -1,4 +1,4 @@
-"""The controls of the workbench: they turn what a person does into a draft, and say so."""
+"""The controls of the workbench: they turn what a person does into a candidate, and say so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from adapmoe_lab.records import OFF
 from adapmoe_lab.simulation.search.prefetch_search import buffer_slots
 from adapmoe_lab.views.widgets import OwningBox, ThresholdCurve
-from adapmoe_lab.workbench.draft import Bench, Cache, Draft
+from adapmoe_lab.workbench.session import Cache, Candidate, Session
 
 BY_HAND = "by hand"
 BUDGET_STEP = 0.005
@@ -27,11 +27,11 @@ class Controls(OwningBox):
     """One budget slider, one cut per layer, one cache size, and how far ahead is fetched.
 
     Attributes:
-        draft: what the controls say now.
+        candidate: what the controls say now.
     """
 
-    def __init__(self, bench: Bench, on_change: Callable[[Draft], None]) -> None:
-        """Build the controls for a bench; `on_change` receives every new draft."""
+    def __init__(self, bench: Session, on_change: Callable[[Candidate], None]) -> None:
+        """Build the controls for a bench; `on_change` receives every new candidate."""
         self._bench = bench
         self._on_change = on_change
         self._lock = threading.RLock()  # callbacks may come on two threads
@@ -54,11 +54,11 @@ class Controls(OwningBox):
             disabled=not bench.max_layers_ahead, **wide,
         )  # fmt: skip
         self.memory = ipywidgets.HTML()
-        self.draft = bench.suggestion(self.rule.value, self._cache)
+        self.candidate = bench.suggestion(self.rule.value, self._cache)
         self._follow_budget()
         self.curve = ThresholdCurve(
-            values=self.draft.cuts.tolist(),
-            baseline=self.draft.cuts.tolist(),
+            values=self.candidate.cuts.tolist(),
+            baseline=self.candidate.cuts.tolist(),
             baseline_text="chosen by the rule",
             vmin=1 / spec.top_k,
             vmax=1.0,
@@ -89,8 +89,8 @@ class Controls(OwningBox):
             self._is_following = False
 
     def _follow_budget(self) -> None:
-        """Show what the draft skips; a slider sends back what it was given, on its own steps."""
-        fraction = self._bench.skipped_fraction(self.draft)
+        """Show what the candidate skips; a slider sends back what it was given, in its steps."""
+        fraction = self._bench.skipped_fraction(self.candidate)
         steps = round(fraction / BUDGET_STEP)
         self._followed_budget = self.budget.value = steps * BUDGET_STEP
 
@@ -103,10 +103,10 @@ class Controls(OwningBox):
             if self._is_following or (change["owner"] is self.budget and self._is_echo()):
                 return
             self._followed_budget = None
-            draft = self._bench.draft(self.rule.value, self.budget.value, self._cache)
+            candidate = self._bench.candidate(self.rule.value, self.budget.value, self._cache)
             with self._following():
-                self.curve.values = self.curve.baseline = draft.cuts.tolist()
-            self._set(draft)
+                self.curve.values = self.curve.baseline = candidate.cuts.tolist()
+            self._set(candidate)
 
     def _curve_moved(self, change: dict[str, object]) -> None:
         with self._lock:
@@ -114,21 +114,21 @@ class Controls(OwningBox):
                 return
             shown = np.array(change["new"], dtype=np.float64)
             cuts = np.where(shown >= self.curve.vmax, OFF, shown)
-            draft = Draft(cuts, self._cache, BY_HAND)
-            if draft.key == self.draft.key:
+            candidate = Candidate(cuts, self._cache, BY_HAND)
+            if candidate.key == self.candidate.key:
                 return
-            self._set(draft)
+            self._set(candidate)
             with self._following():
                 self._follow_budget()
 
     def _cache_moved(self, _: object) -> None:
         with self._lock:
             self._tell_memory()
-            self._set(Draft(self.draft.cuts, self._cache, self.draft.chosen_by))
+            self._set(Candidate(self.candidate.cuts, self._cache, self.candidate.chosen_by))
 
-    def _set(self, draft: Draft) -> None:
-        self.draft = draft
-        self._on_change(draft)
+    def _set(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self._on_change(candidate)
 
     def _tell_memory(self) -> None:
         spec = self._bench.trace.spec

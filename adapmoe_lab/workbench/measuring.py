@@ -1,4 +1,4 @@
-"""What the workbench's two buttons run: latency and loss of one draft, as plain values."""
+"""What the workbench's two buttons run: latency and loss of one candidate, as plain values."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.tuning.tune import check_skippable
-from adapmoe_lab.workbench.draft import Bench
 from adapmoe_lab.workbench.measuring import MAX_LOSS_TOKENS, Measuring
+from adapmoe_lab.workbench.session import Session
 from adapmoe_lab.workbench.widgets import Panel
 
 CLOSED = "This workbench is closed; make a new one with lab.Workbench(model)."
@@ -87,7 +87,7 @@ class Workbench:
             sensitivity = measure_sensitivity(model, shipped[:half], compensation=compensation)
         hardware = probe_hardware(model) if hardware is None else hardware
         measuring = Measuring(model, held)
-        panel = Panel(Bench(trace, sensitivity, hardware, compensation), measuring, repr(model))
+        panel = Panel(Session(trace, sensitivity, hardware, compensation), measuring, repr(model))
         # The one reference to the panel, which knows nothing of the workbench: whichever way it
         # is closed, and if the workbench is dropped, it goes, and what it holds with it.
         self._closing = closing = weakref.finalize(self, panel.close)

@@ -15,9 +15,9 @@ from adapmoe_lab.simulation.simulate import Simulation
 from adapmoe_lab.views import figures
 from adapmoe_lab.views.widgets import DownloadButton, Job, LatestWins, LiveFigure, OwningBox
 from adapmoe_lab.workbench.controls import Controls
-from adapmoe_lab.workbench.draft import Bench, Cache, Draft
 from adapmoe_lab.workbench.measuring import Measuring, Progress
-from adapmoe_lab.workbench.readout import as_html, tiles
+from adapmoe_lab.workbench.session import Cache, Candidate, Session
+from adapmoe_lab.workbench.summary import as_html, tiles
 
 DEFAULT_FILE = "tuned.json"
 
@@ -25,14 +25,14 @@ DEFAULT_FILE = "tuned.json"
 class Panel(OwningBox):
     """The widgets of a workbench and what they do."""
 
-    def __init__(self, bench: Bench, measuring: Measuring, about: str) -> None:
+    def __init__(self, bench: Session, measuring: Measuring, about: str) -> None:
         """Build them; `about` says which model this is."""
         self._bench = bench
         self._measuring = measuring
         self._measured: dict[tuple[bytes, Cache], dict[str, Any]] = {}
-        self._worker: LatestWins[Draft] = LatestWins(self._recompute, self._show_error)
+        self._worker: LatestWins[Candidate] = LatestWins(self._recompute, self._show_error)
         self.controls = Controls(self._bench, self._moved)
-        self.readout = ipywidgets.HTML()
+        self.summary = ipywidgets.HTML()
         self.layers_figure, self.tradeoff_figure = LiveFigure(), LiveFigure()
         self.error = ipywidgets.HTML()
         self.latency_job = self._job(self._measuring.latency, "latency", "Measure latency")
@@ -49,18 +49,18 @@ class Panel(OwningBox):
             description="Close", icon="times", tooltip="Close the workbench and let the model go"
         )
         super().__init__(self._rows(about))
-        self._recompute(self.controls.draft)
+        self._recompute(self.controls.candidate)
 
     @property
     def config(self) -> TunedConfig:
         """The present setting as a config, with its predicted and measured evidence."""
-        draft = self.controls.draft
-        return self._bench.export(draft, self._measured.get(draft.key, {}))
+        candidate = self.controls.candidate
+        return self._bench.export(candidate, self._measured.get(candidate.key, {}))
 
     @property
     def config_without_skipping(self) -> TunedConfig:
         """The same cache with nothing skipped, to compare with."""
-        return replace(self._bench.config(self.controls.draft), gating=None)
+        return replace(self._bench.config(self.controls.candidate), gating=None)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the plots show the present setting; return False if time ran out."""
@@ -75,7 +75,7 @@ class Panel(OwningBox):
         told = html.escape(about).replace("\n", "<br>")
         left = ipywidgets.VBox([self.controls], layout={"flex": "1 1 380px", "min_width": "340px"})
         right = ipywidgets.VBox(
-            [self.readout, self.layers_figure, self.tradeoff_figure],
+            [self.summary, self.layers_figure, self.tradeoff_figure],
             layout={"flex": "2 1 560px", "min_width": "420px"},
         )
         export = ipywidgets.HBox(
@@ -95,46 +95,46 @@ class Panel(OwningBox):
     def _job(
         self, measure: Callable[[TunedConfig, Progress], dict[str, Any]], name: str, label: str
     ) -> Job:
-        """Return a job that measures the draft present when it starts."""
+        """Return a job that measures the candidate present when it starts."""
 
-        def work(progress: Progress) -> tuple[Draft, dict[str, Any]]:
-            draft = self.controls.draft
-            return draft, measure(self._bench.config(draft), progress)
+        def work(progress: Progress) -> tuple[Candidate, dict[str, Any]]:
+            candidate = self.controls.candidate
+            return candidate, measure(self._bench.config(candidate), progress)
 
-        def done(result: tuple[Draft, dict[str, Any]]) -> None:
-            draft, values = result
-            self._measured.setdefault(draft.key, {})[name] = values
-            self._worker.submit(self.controls.draft)
+        def done(result: tuple[Candidate, dict[str, Any]]) -> None:
+            candidate, values = result
+            self._measured.setdefault(candidate.key, {})[name] = values
+            self._worker.submit(self.controls.candidate)
 
         return Job(work, label, on_done=done)
 
-    def _moved(self, draft: Draft) -> None:
+    def _moved(self, candidate: Candidate) -> None:
         self._measuring.touch()
-        self._worker.submit(draft)
+        self._worker.submit(candidate)
 
-    def _recompute(self, draft: Draft) -> None:
-        """Show the quick prediction of a draft, then the full one unless a newer draft is there."""
-        self._show(draft, self._bench.predict(draft, quick=True))
+    def _recompute(self, candidate: Candidate) -> None:
+        """Show a candidate's quick prediction, then the full one unless there is a newer one."""
+        self._show(candidate, self._bench.predict(candidate, quick=True))
         self._measuring.touch()
-        if draft is not self.controls.draft:
+        if candidate is not self.controls.candidate:
             return
-        prediction = self._bench.predict(draft)
-        self._show(draft, prediction)
-        self._draw_tradeoff(draft, prediction)
+        prediction = self._bench.predict(candidate)
+        self._show(candidate, prediction)
+        self._draw_tradeoff(candidate, prediction)
         self.download_button.content = self.config.as_one_file(
             Path(self.download_button.filename).stem
         )
         self.error.value = ""
         self._measuring.touch()
 
-    def _show(self, draft: Draft, prediction: Simulation) -> None:
-        self.readout.value = as_html(tiles(prediction, self._measured.get(draft.key, {})))
-        baseline = self._bench.without_skipping(draft.cache)
+    def _show(self, candidate: Candidate, prediction: Simulation) -> None:
+        self.summary.value = as_html(tiles(prediction, self._measured.get(candidate.key, {})))
+        baseline = self._bench.without_skipping(candidate.cache)
         self.layers_figure.show(
             figures.plot_layer_bars(figures.layer_bars_info(prediction, baseline))
         )
 
-    def _draw_tradeoff(self, draft: Draft, prediction: Simulation) -> None:
+    def _draw_tradeoff(self, candidate: Candidate, prediction: Simulation) -> None:
         points = [
             figures.MeasuredPoint(
                 ms_per_token=both["latency"]["ms_per_token"],
@@ -144,9 +144,9 @@ class Panel(OwningBox):
                 label=f"{both['latency']['skipped_fraction']:.1%} skipped",
             )
             for (_, cache), both in self._measured.items()
-            if cache == draft.cache and {"latency", "loss"} <= set(both)
+            if cache == candidate.cache and {"latency", "loss"} <= set(both)
         ]
-        curve = self._bench.tradeoff(self.controls.rule.value, draft.cache)
+        curve = self._bench.tradeoff(self.controls.rule.value, candidate.cache)
         info = figures.tradeoff_info(curve, prediction, points)
         self.tradeoff_figure.show(figures.plot_tradeoff(info))
 

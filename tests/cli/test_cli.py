@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import adapmoe_lab as lab
-from adapmoe_lab.cli.main import main
+from adapmoe_lab.cli.commands import main
 from adapmoe_lab.records import RoutingTrace, TunedConfig
 
 
@@ -136,7 +136,7 @@ def no_load(tmp_path, monkeypatch):
     def load(_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("adapmoe_lab.cli.main._load", load)
+    monkeypatch.setattr("adapmoe_lab.cli.commands._load", load)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "five.jsonl").write_text('{"text": 5}')

@@ -7,7 +7,7 @@ from transformers import MixtralConfig
 from adapmoe_lab.cli.doctor import Machine, examine, fits, known_models, model_report, report
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.models.checkpoint.checkpoint import look_at_model
-from adapmoe_lab.models.checkpoint.meta_model import outline_of
+from adapmoe_lab.models.checkpoint.meta_model import meta_model_of
 
 GIB = 2**30
 
@@ -53,14 +53,14 @@ def test_sizes_are_the_published_ones(name, expert_mib):
 @pytest.mark.parametrize("precision", ["float32", "int4"])
 def test_what_it_says_of_a_model_is_what_is_then_taken(model_type, precision, tmp_path):
     folder = save_tiny(model_type, tmp_path)
-    outline = look_at_model(folder)
-    (fit,) = [f for f in fits(outline, examine()) if f.precision == precision]
+    meta_model = look_at_model(folder)
+    (fit,) = [f for f in fits(meta_model, examine()) if f.precision == precision]
     model = load(folder, expert_dtype=precision, device="cpu", link="none")
     assert fit.all_experts_bytes == pytest.approx(model.engine.store.n_bytes, rel=0.05)
     assert fit.expert_bytes == pytest.approx(model.spec.stored_expert_bytes, rel=0.05)
     others = {id(t): t for t in (*model.hf.parameters(), *model.hf.buffers())}.values()
     taken = sum(t.numel() * t.element_size() for t in others)
-    assert outline.other_bytes == pytest.approx(taken, rel=0.05)
+    assert meta_model.other_bytes == pytest.approx(taken, rel=0.05)
 
 
 def test_a_model_is_judged_by_its_config_alone(tmp_path):
@@ -78,7 +78,7 @@ def test_a_model_is_judged_by_its_config_alone(tmp_path):
 def test_mixtral_on_a_small_gpu():
     """Published dimensions: 45.1e9 of its 46.7e9 parameters are experts."""
     config = MixtralConfig(dtype="bfloat16")
-    mixtral = outline_of("mixtral", config, "bfloat16")
+    mixtral = meta_model_of("mixtral", config, "bfloat16")
     machine = Machine("GPU", 24 * GIB, 64 * GIB, 25e9)
     by_name = {fit.precision: fit for fit in fits(mixtral, machine)}
     assert by_name["bfloat16"].expert_bytes == 3 * 4096 * 14336 * 2
@@ -89,7 +89,7 @@ def test_mixtral_on_a_small_gpu():
 
 
 def test_too_small_a_gpu_has_no_slots():
-    mixtral = outline_of("mixtral", MixtralConfig(dtype="bfloat16"), "bfloat16")
+    mixtral = meta_model_of("mixtral", MixtralConfig(dtype="bfloat16"), "bfloat16")
     machine = Machine("GPU", 4 * GIB, 64 * GIB, 25e9)
     assert [fit.device_share for fit in fits(mixtral, machine)] == [None] * 8
     assert "none" in model_report(mixtral, machine)

@@ -35,7 +35,7 @@ def test_closing_gives_back_experts_and_slots(load_tiny, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     model = half_cached(load_tiny(**arguments))
     decode(model.hf, model.encode(PROMPT), 2)
-    parts = [model.engine.store.row(0, 0).untyped_storage(), *model.engine.cached._slots]
+    parts = [model.engine.store.buffer(0, 0).untyped_storage(), *model.engine.cached._slots]
     held = [weakref.ref(part) for part in parts]
     del parts
     gc.collect()

@@ -131,7 +131,7 @@ def test_no_expert_is_neither_kept_nor_dropped(load_tiny):
 
 
 def test_gradients_reach_the_input_through_the_stand_ins(load_tiny):
-    """What the second expert's stand-in adds is linear in the input, so its gradient is known."""
+    """What the second expert's surrogate adds is linear in the input, so its gradient is known."""
     model = load_tiny()
     surrogates = random_surrogates(model.spec, ranks=[2] * 3, gain=[0.0] * 3)
     model.apply(compensated(model, GatingTable.per_layer([0.0] * 3, 2), surrogates))

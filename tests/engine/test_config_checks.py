@@ -53,9 +53,9 @@ def test_the_old_pace_stays_where_a_config_cannot_be_put_in_force(model, monkeyp
     def no_room(*_):
         raise MemoryError
 
-    before, pace = model.config, model.engine.pace
+    before, pace = model.config, model.engine.step_costs
     assert pace.dense_layer_s > 0
     monkeypatch.setattr(model.engine, "configure", no_room)
     with pytest.raises(MemoryError):
         model.apply(TunedConfig.untuned(model.spec))
-    assert (model.config, model.engine.pace) == (before, pace)
+    assert (model.config, model.engine.step_costs) == (before, pace)

@@ -52,13 +52,13 @@ def test_rows_are_kept_within_the_budget(folder):
     reads, write = [], model.engine.store._write
     model.engine.store._write = lambda *args: (reads.append(args[:2]), write(*args))
     for _ in range(3):
-        model.engine.store.row(0, 1)
+        model.engine.store.buffer(0, 1)
     assert reads == [(0, 1)]
     for expert in range(4):
         for layer in range(3):
-            model.engine.store.row(layer, expert)
+            model.engine.store.buffer(layer, expert)
     assert len(reads) == 12  # the first was still there
-    model.engine.store.row(0, 1)
+    model.engine.store.buffer(0, 1)
     assert len(reads) == 13  # and has left since
     assert model.engine.store._used_bytes <= model.engine.store._cache_bytes
 

@@ -95,7 +95,7 @@ def test_what_replaces_skipped_experts_is_that_of_the_formula(tiny_checkpoint, w
 @pytest.mark.parametrize("kind", PREDICTORS)
 def test_fetching_ahead_changes_no_token(tiny_checkpoint, texts, kind, way):
     model = loaded(tiny_checkpoint, clock=VirtualClock())
-    model.engine.pace = StepPace(dense_layer_s=2**-8, expert_s=2**-11, head_s=2**-9)
+    model.engine.step_costs = StepPace(dense_layer_s=2**-8, expert_s=2**-11, head_s=2**-9)
     model.engine.link.bytes_per_s = model.spec.stored_expert_bytes / 2**-9
     fitted = fit_predictors(model, texts) if kind == "fitted" else None
     if way == "cast":

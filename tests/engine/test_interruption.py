@@ -28,8 +28,8 @@ class FailingLink:
             self._count()
         self.link.wait(arrival)
 
-    def unpaced(self):
-        return self.link.unpaced()
+    def without_link_delay(self):
+        return self.link.without_link_delay()
 
     def _count(self):
         self.left -= 1
@@ -65,9 +65,9 @@ def test_an_interrupt_between_tokens(load_tiny, at_step):
 
 @pytest.mark.parametrize("at", [1, 4, 9])
 def test_an_exception_while_an_expert_computes(load_tiny, monkeypatch, at):
-    from adapmoe_lab.engine.host_driven import combine as expert_sum
+    from adapmoe_lab.engine.host_driven import combine
 
-    model, calls, run = half_cached(load_tiny()), [], expert_sum.run_expert
+    model, calls, run = half_cached(load_tiny()), [], combine.run_expert
 
     def run_or_fail(*arguments):
         calls.append(1)
@@ -75,7 +75,7 @@ def test_an_exception_while_an_expert_computes(load_tiny, monkeypatch, at):
             raise MemoryError("no room")
         return run(*arguments)
 
-    monkeypatch.setattr(expert_sum, "run_expert", run_or_fail)
+    monkeypatch.setattr(combine, "run_expert", run_or_fail)
     with pytest.raises(MemoryError):
         decode(model.hf, model.encode(PROMPT), 24)
     assert decode(model.hf, model.encode(PROMPT), 24) == reference_text(load_tiny)

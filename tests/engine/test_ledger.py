@@ -1,4 +1,4 @@
-"""Checksum ledgers: what one process records, every other one knows."""
+"""Checksum manifests: what one process records, every other one knows."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from adapmoe_lab.engine.store.checksums import checksum, lasting_ledger
+from adapmoe_lab.engine.store.checksums import checksum, kept_manifest
 from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.records.files import CACHE_VARIABLE
 
@@ -21,13 +21,13 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_what_many_record_at_once_is_all_kept(cache):
-    """Each opens the ledger at the same moment, when there is none yet."""
+    """Each opens the manifest at the same moment, when there is none yet."""
     rows = [torch.full((16,), number, dtype=torch.uint8) for number in range(N_AT_ONCE)]
     together = Barrier(N_AT_ONCE)
 
     def record(name, expert):
         together.wait()
-        lasting_ledger(name, (1, N_AT_ONCE), "a model").check(0, expert, rows[expert])
+        kept_manifest(name, (1, N_AT_ONCE), "a model").check(0, expert, rows[expert])
 
     with ThreadPoolExecutor(N_AT_ONCE) as pool:
         for attempt in range(20):
@@ -38,17 +38,17 @@ def test_what_many_record_at_once_is_all_kept(cache):
 
 
 def test_another_process_knows_what_was_recorded(cache):
-    lasting_ledger("one", (1, 1), "a model").check(0, 0, torch.zeros(4, dtype=torch.uint8))
+    kept_manifest("one", (1, 1), "a model").check(0, 0, torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(CheckpointError, match="in a model has the checksum"):
-        lasting_ledger("one", (1, 1), "a model").check(0, 0, torch.ones(4, dtype=torch.uint8))
+        kept_manifest("one", (1, 1), "a model").check(0, 0, torch.ones(4, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array at all"])
 def test_a_damaged_ledger_says_what_to_delete(cache, content):
-    lasting_ledger("one", (1, 1), "a model")
+    kept_manifest("one", (1, 1), "a model")
     (cache / "one.npy").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"one\.npy, which keeps .* is damaged .*; delete it"):
-        lasting_ledger("one", (1, 1), "a model")
+        kept_manifest("one", (1, 1), "a model")
 
 
 def test_a_file_system_without_hard_links_has_ledgers_too(cache, monkeypatch):
@@ -56,7 +56,7 @@ def test_a_file_system_without_hard_links_has_ledgers_too(cache, monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr("os.link", unsupported)
-    lasting_ledger("one", (1, 1), "a model").check(0, 0, torch.zeros(4, dtype=torch.uint8))
+    kept_manifest("one", (1, 1), "a model").check(0, 0, torch.zeros(4, dtype=torch.uint8))
     assert [path.name for path in cache.iterdir()] == ["one.npy"]
 
 
@@ -65,18 +65,18 @@ def test_a_cache_folder_that_cannot_be_made_costs_the_memory_of_other_runs_only(
 ):
     (tmp_path / "file").touch()
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
-    ledger = lasting_ledger("one", (1, 2), "a model")
-    ledger.check(0, 0, torch.zeros(4, dtype=torch.uint8))
-    ledger.check(0, 1, torch.ones(4, dtype=torch.uint8))
+    manifest = kept_manifest("one", (1, 2), "a model")
+    manifest.check(0, 0, torch.zeros(4, dtype=torch.uint8))
+    manifest.check(0, 1, torch.ones(4, dtype=torch.uint8))
 
 
 def test_a_ledger_that_cannot_be_written_still_tells_what_changed(cache, monkeypatch):
     zeros, ones = torch.zeros(4, dtype=torch.uint8), torch.ones(4, dtype=torch.uint8)
-    lasting_ledger("one", (1, 2), "a model").check(0, 0, zeros)
+    kept_manifest("one", (1, 2), "a model").check(0, 0, zeros)
     before = (cache / "one.npy").read_bytes()
     monkeypatch.setattr("os.access", lambda *_: False)
-    ledger = lasting_ledger("one", (1, 2), "a model")
-    ledger.check(0, 1, ones)
+    manifest = kept_manifest("one", (1, 2), "a model")
+    manifest.check(0, 1, ones)
     with pytest.raises(CheckpointError, match="Expert 0 of MoE layer 0 in a model has the check"):
-        ledger.check(0, 0, ones)
+        manifest.check(0, 0, ones)
     assert (cache / "one.npy").read_bytes() == before

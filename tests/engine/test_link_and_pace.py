@@ -90,14 +90,14 @@ def test_without_a_link_loads_take_no_time(load_tiny):
 
 
 def test_a_virtual_clock_cannot_tell_a_layers_time(load_tiny, target):
-    with pytest.raises(ValueError, match=r"virtual clock .* engine\.pace, or .* link='none'"):
+    with pytest.raises(ValueError, match=r"virtual clock .* engine\.step_costs, or .* link='none'"):
         load_tiny(link=target.name, clock=VirtualClock())
 
 
 def test_a_link_is_as_fast_whatever_config_is_in_force(load_tiny, target):
     """A layer that skips experts is quicker; the machine that is imitated skips none."""
     model = load_tiny(clock=VirtualClock())
-    model.engine.pace = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
+    model.engine.step_costs = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
     with model.linked(target):
         plain = state(model.engine.link)
     skipping = GatingTable.per_layer([0.0] * 3, top_k=2)
@@ -120,28 +120,28 @@ def test_step_costs_are_those_of_the_config_that_is_applied(load_tiny, paced_pro
     fast = HardwareProfile("fast", "pcie", [1000], [1e-3], 3e-3, 1e-4, gate_s=1e-3)
     fresh = load_tiny()
     fresh.apply(prefetching(fresh))
-    measured = fresh.engine.pace
+    measured = fresh.engine.step_costs
     assert measured == StepPace(dense_layer_s=MEASURED_S)
     model = load_tiny()
     for hardware, dense_layer_s in ((slow, 10.0), (fast, 1e-3), (slow, 10.0)):
         model.apply(prefetching(model, hardware))
-        assert model.engine.pace.dense_layer_s == pytest.approx(dense_layer_s)
-        assert model.engine.pace.load_s(1000) == hardware.load_s(1000)
+        assert model.engine.step_costs.dense_layer_s == pytest.approx(dense_layer_s)
+        assert model.engine.step_costs.load_s(1000) == hardware.load_s(1000)
         model.apply(prefetching(model))
-        assert model.engine.pace == measured
-        assert model.engine.cached.prefetcher.pace == measured
+        assert model.engine.step_costs == measured
+        assert model.engine.cached.prefetcher.step_costs == measured
     gating = GatingTable.per_layer([OFF] * 3, top_k=2)
     with model.running(replace(prefetching(model, fast), gating=gating)):
-        assert model.engine.pace.dense_layer_s == pytest.approx(2e-3)
-    assert model.engine.pace == measured
+        assert model.engine.step_costs.dense_layer_s == pytest.approx(2e-3)
+    assert model.engine.step_costs == measured
     model.apply(TunedConfig.untuned(model.spec))
-    assert model.engine.pace == StepPace()
+    assert model.engine.step_costs == StepPace()
     assert len(paced_probe) == 2  # once for each model
 
 
 def test_a_virtual_clocks_step_costs_are_the_users(load_tiny):
     model = load_tiny(clock=VirtualClock())
-    model.engine.pace = pace = StepPace(dense_layer_s=1e-3)
+    model.engine.step_costs = pace = StepPace(dense_layer_s=1e-3)
     model.apply(prefetching(model, HardwareProfile("slow", "pcie", [1000], [5.0], 30.0, 2.0)))
     model.apply(TunedConfig.untuned(model.spec))
-    assert model.engine.pace is pace
+    assert model.engine.step_costs is pace

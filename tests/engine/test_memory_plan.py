@@ -20,16 +20,16 @@ MIB = 2**20
 
 
 @pytest.fixture
-def outline():
+def meta_model():
     return look_at_model("demo")
 
 
 @pytest.fixture
-def plan(outline, monkeypatch):
+def plan(meta_model, monkeypatch):
     """Return a planner for the demo (48 MiB of experts in float32) with so many MiB free."""
-    formats = [[outline.expert_format(layer, "float32")] * 8 for layer in range(8)]
-    spec = describe(outline, formats)
-    needs = memory_needs(outline, spec.top_k, CPU, 256)
+    formats = [[meta_model.expert_format(layer, "float32")] * 8 for layer in range(8)]
+    spec = describe(meta_model, formats)
+    needs = memory_needs(meta_model, spec.top_k, CPU, 256)
 
     def plan_with(device, device_mib, host_mib=10_000, **arguments):
         monkeypatch.setattr(memory, "_free_bytes", lambda _: device_mib * MIB)
@@ -41,10 +41,10 @@ def plan(outline, monkeypatch):
     return plan_with
 
 
-def test_what_is_not_experts_is_what_the_loaded_model_has(outline):
+def test_what_is_not_experts_is_what_the_loaded_model_has(meta_model):
     model = load("demo", link="none", announce=lambda _: None)
     loaded = {id(t): t for t in (*model.hf.parameters(), *model.hf.buffers())}.values()
-    assert outline.other_bytes == sum(t.numel() * t.element_size() for t in loaded)
+    assert meta_model.other_bytes == sum(t.numel() * t.element_size() for t in loaded)
 
 
 def test_everything_gets_a_slot_where_it_fits(plan):
@@ -96,10 +96,10 @@ def test_what_cannot_fit_at_all_says_what_to_give_up(plan):
         plan(GPU, 20, expert_memory="100%")
 
 
-def test_a_longer_context_takes_more(outline):
-    short, long = (memory_needs(outline, 2, CPU, tokens) for tokens in (256, 512))
+def test_a_longer_context_takes_more(meta_model):
+    short, long = (memory_needs(meta_model, 2, CPU, tokens) for tokens in (256, 512))
     assert long.kv_cache == 2 * short.kv_cache == 2 * 256 * 8 * 2 * 4 * 32 * 2
-    assert memory_needs(outline, 2, CPU, 256, 2).kv_cache == long.kv_cache
+    assert memory_needs(meta_model, 2, CPU, 256, 2).kv_cache == long.kv_cache
 
 
 def test_nothing_that_fits_is_refused_with_the_numbers(plan):

@@ -10,7 +10,7 @@ from replays import step_by_step
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.generation import decode
-from adapmoe_lab.engine.host_driven.executor import OffloadEngine
+from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.models.families import Router, UnsupportedModelError
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
@@ -123,7 +123,7 @@ def test_an_observer_sees_what_was_computed(load_tiny):
 def test_scores_that_cannot_be_had_are_refused_before_anything_runs(load_tiny):
     engine = load_tiny().engine
     router = Router(torch.nn.Linear(4, 4), 4, reads_experts_input=False)
-    other = OffloadEngine(
+    other = HostDrivenExecutor(
         engine.store, engine.link, engine.clock, engine.device, torch.float32, [router] * 3
     )
     plan = slots_plan(load_tiny().spec, 2)

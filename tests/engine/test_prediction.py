@@ -1,4 +1,4 @@
-"""What predictors foresee, against the unmodified model's own routers, norms and states."""
+"""What predictors predict, against the unmodified model's own routers, norms and states."""
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.profiling.predictors.fit import fit_predictors
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import PrefetchSource, PrefetchTable, TunedConfig
-from adapmoe_lab.simulation.replay.recorded_candidates import recorded_guesses
+from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
 from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.timing.timeline import StepCosts, run_timeline
 
@@ -27,14 +27,14 @@ PACE = StepPace(dense_layer_s=2**-8, expert_s=2**-11, head_s=2**-9)
 
 
 def following(spec, sources, fitted=None, buffer_slots=3):
-    """Return a prefetch table that trusts every guess."""
+    """Return a prefetch table that trusts every prediction."""
     sure = np.full((spec.n_layers, spec.top_k), 0.95)
     return PrefetchTable([PrefetchSource(*who, sure) for who in sources], buffer_slots, fitted)
 
 
 def quick_link(model):
     """Let a virtual clock and link leave time between layers for two experts."""
-    model.engine.pace = PACE
+    model.engine.step_costs = PACE
     model.engine.link.bytes_per_s = model.spec.stored_expert_bytes / 2**-9
     return model
 
@@ -75,8 +75,10 @@ def test_fitted_predictors_are_followed_as_they_were_recorded(load_tiny, texts):
             decode(model.hf, model.encode(PROMPT), 40)
         took, traffic = model.engine.clock.now() - start, model.engine.traffic
     trace = recorder.trace()
-    guesses = recorded_guesses(trace, table)
-    replayed = replay(trace, kept_experts(trace, None), slots_plan(model.spec, 1), "lru", guesses)
+    candidates = recorded_candidates(trace, table)
+    replayed = replay(
+        trace, kept_experts(trace, None), slots_plan(model.spec, 1), "lru", candidates
+    )
     costs = StepCosts.of(
         model.engine.store.expert_bytes,
         model.engine.link.seconds,
@@ -84,7 +86,7 @@ def test_fitted_predictors_are_followed_as_they_were_recorded(load_tiny, texts):
         expert_s=PACE.expert_s,
         head_s=PACE.head_s,
     )
-    timeline = run_timeline(replayed, costs, guesses, table.buffer_slots)
+    timeline = run_timeline(replayed, costs, candidates, table.buffer_slots)
     np.testing.assert_array_equal(timeline.used.sum(axis=0), traffic.prefetch_used)
     np.testing.assert_array_equal(timeline.wasted.sum(axis=0), traffic.prefetch_wasted)
     assert traffic.prefetch_used[0] > 0
@@ -109,7 +111,7 @@ class Stop(BaseException):
     """Stands for the interrupt that a kernel's stop button raises."""
 
 
-@pytest.mark.parametrize("method", ["copy", "wait", "finish", "copy_ahead", "begin_pieces"])
+@pytest.mark.parametrize("method", ["copy", "wait", "finish", "copy_ahead", "begin_chunks"])
 @pytest.mark.parametrize("at", [1, 2, 5])
 def test_an_interrupt_anywhere_leaves_nothing_wrong_behind(load_tiny, monkeypatch, method, at):
     model = quick_link(load_tiny(clock=VirtualClock()))
@@ -136,15 +138,15 @@ def test_what_is_asked_ahead_is_forgotten_with_the_slots():
     clock = VirtualClock()
     link = EmulatedLink("emulated:x", clock, bytes_per_s=100.0)
     source, target = torch.arange(40, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)
-    copy = link.copy_ahead(source, target, urgency=0)
-    clock.spend(0.25)  # two and a half pieces of a tenth of a second
-    link.begin_pieces()
+    copy = link.copy_ahead(source, target, priority=0)
+    clock.spend(0.25)  # two and a half chunks of a tenth of a second
+    link.begin_chunks()
     assert (copy.n_begun, copy.bytes_begun) == (3, 30)
     assert torch.equal(target[:30], source[:30])
     assert not target[30:].any()
     link.drain()
     clock.spend(1.0)
-    link.begin_pieces()
+    link.begin_chunks()
     assert copy.n_begun == 3
 
 
@@ -152,8 +154,8 @@ def test_the_most_urgent_goes_first_and_a_demand_before_all():
     clock = VirtualClock()
     link = EmulatedLink("emulated:x", clock, bytes_per_s=100.0)
     row = torch.zeros(40, dtype=torch.uint8)
-    later = link.copy_ahead(row, row.clone(), urgency=2)
-    sooner = link.copy_ahead(row, row.clone(), urgency=1)
+    later = link.copy_ahead(row, row.clone(), priority=2)
+    sooner = link.copy_ahead(row, row.clone(), priority=1)
     clock.spend(0.45)
     assert link.copy(row, row.clone()) == pytest.approx(0.5 + 0.4)
     assert (sooner.n_begun, later.n_begun) == (4, 1)

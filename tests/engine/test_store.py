@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.store.expert_store import ROW_ALIGNMENT
+from adapmoe_lab.engine.store.expert_store import BUFFER_ALIGNMENT
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import PRECISIONS
 
@@ -102,9 +102,9 @@ def test_rows_are_aligned_and_do_not_overlap(tiny_checkpoint):
     )
     store = model.engine.store
     for layer in range(L):
-        rows = [store.row(layer, expert) for expert in range(E)]
+        rows = [store.buffer(layer, expert) for expert in range(E)]
         starts = [row.data_ptr() - rows[0].data_ptr() for row in rows]
-        assert all(start % ROW_ALIGNMENT == 0 for start in starts)
+        assert all(start % BUFFER_ALIGNMENT == 0 for start in starts)
         ends = [start + row.numel() for start, row in zip(starts, rows, strict=True)]
         assert all(end <= start for end, start in zip(ends[:-1], starts[1:], strict=True))
 

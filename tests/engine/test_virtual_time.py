@@ -30,8 +30,8 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.records.config import EVICTION_POLICIES
-from adapmoe_lab.records.prefetch import Moment
-from adapmoe_lab.simulation.replay.recorded_candidates import recorded_guesses
+from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
 from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.timing.timeline import StepCosts, run_timeline
 
@@ -43,7 +43,7 @@ def paced(model, bytes_per_s):
 
 def test_resident_experts_take_computing_only(load_tiny):
     model = load_tiny(clock=VirtualClock())
-    model.engine.pace = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
+    model.engine.step_costs = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
     decode(model.hf, model.encode(PROMPT), 8)  # every expert that the next run needs is loaded
     start = model.engine.clock.now()
     decode(model.hf, model.encode(PROMPT)[:1], 1)
@@ -71,7 +71,7 @@ def test_the_link_serves_one_copy_after_another():
     assert clock.now() == pytest.approx(0.6)
     clock.spend(5.0)
     assert link.copy(source, target) == pytest.approx(6.2)
-    with link.unpaced():
+    with link.without_link_delay():
         assert link.copy(source, target) == pytest.approx(6.2)
 
 
@@ -98,7 +98,7 @@ def demo():
         "demo", dtype="float32", device="cpu", link="none", clock=VirtualClock(),
         announce=lambda _: None,
     )  # fmt: skip
-    model.engine.pace = PACE
+    model.engine.step_costs = PACE
     return paced(model, bytes_per_s=2**29)
 
 
@@ -111,7 +111,7 @@ def mixed():
         clock=VirtualClock(), announce=lambda _: None,
     )  # fmt: skip
     expert_s = tuple(tuple((1 + (3 * e + n) % 7) * 2**-13 for e in range(8)) for n in range(8))
-    model.engine.pace = replace(PACE, expert_s=expert_s)
+    model.engine.step_costs = replace(PACE, expert_s=expert_s)
     return paced(model, bytes_per_s=2**29)
 
 
@@ -155,7 +155,7 @@ def decode_batch(model, prompts, n_steps):
 
     routers = [layer.router for layer in model.layers]
 
-    def guessed(distance):
+    def predicted(distance):
         """Return what every layer's router says of the experts' input so many layers before."""
         experts, scores = np.full((2, sum(rows), n_layers, 2), -1.0)
         ends = np.cumsum(rows)
@@ -173,7 +173,7 @@ def decode_batch(model, prompts, n_steps):
         expert_indices=stacked(lambda p: p.indices),
         weights=stacked(lambda p: p.weights),
         router_probs=stacked(lambda p: router_scores(routers[p.layer], p.hidden).numpy()),
-        predictions={"next_router": {distance: guessed(distance) for distance in (1, 2, 3)}},
+        predictions={"next_router": {distance: predicted(distance) for distance in (1, 2, 3)}},
         sequence_starts=[0],
         step_ids=np.repeat(np.arange(len(rows)), rows),
         is_decode=np.zeros(sum(rows), dtype=bool),
@@ -195,16 +195,16 @@ def run_and_replay(model, config, run, **asking):
 
     `asking` is what that takes in the replay.
     """
-    engine, table, pace = model.engine, config.prefetch, model.engine.pace
+    engine, table, pace = model.engine, config.prefetch, model.engine.step_costs
     prompts = [model.encode(text)[:16] for text in calibration_texts()[:3]]
     with model.running(config):
         engine.clock.spend(1.0)  # the link is idle by then
         start = engine.clock.now()
         trace = run(model, prompts, 12)
         traffic, took = engine.traffic, engine.clock.now() - start
-    guesses = recorded_guesses(trace, table, config.gating)
+    candidates = recorded_candidates(trace, table, config.gating)
     keep = kept_experts(trace, config.gating)
-    replayed = replay(trace, keep, config.plan, config.eviction, guesses)
+    replayed = replay(trace, keep, config.plan, config.eviction, candidates)
     costs = StepCosts.of(
         engine.store.expert_bytes,
         engine.link.seconds,
@@ -213,7 +213,7 @@ def run_and_replay(model, config, run, **asking):
         head_s=pace.head_s,
     )
     costs = replace(costs, **asking)
-    timeline = run_timeline(replayed, costs, guesses, table.buffer_slots if table else 0)
+    timeline = run_timeline(replayed, costs, candidates, table.buffer_slots if table else 0)
     return traffic, took, replayed, timeline
 
 
@@ -258,19 +258,25 @@ def test_fetching_ahead_is_counted_and_timed_alike(demo, is_global, load_s, run,
 @pytest.mark.parametrize("load_s", [2**-12, 2**-9, 2**-7])
 @pytest.mark.parametrize("spoken", [EVERYBODY, NEXT_THREE])
 def test_asking_takes_time_and_changes_no_decision(demo, monkeypatch, load_s, spoken):
-    ask_s, guess_s, ask_output_s = 2**-12, 2**-14, 2**-13
+    predict_overhead_s, predict_s, predict_output_overhead_s = 2**-12, 2**-14, 2**-13
     scores = Prefetcher._scores
 
-    def slow(self, speaking, layer, x):
-        at_output = speaking[0][0].moment == Moment.LAYER_OUTPUT
-        self._clock.spend(ask_s + at_output * ask_output_s + len(speaking) * guess_s)
-        return scores(self, speaking, layer, x)
+    def slow(self, predicting, layer, x):
+        at_output = predicting[0][0].moment == HookPoint.LAYER_OUTPUT
+        self._clock.spend(
+            predict_overhead_s + at_output * predict_output_overhead_s + len(predicting) * predict_s
+        )
+        return scores(self, predicting, layer, x)
 
     paced(demo, demo.spec.stored_expert_bytes / load_s)
     config = config_of(demo, "lru", False, following(*spoken))
     at_once = run_and_replay(demo, config, decode_alone)
     monkeypatch.setattr(Prefetcher, "_scores", slow)
-    costs = {"ask_s": ask_s, "guess_s": guess_s, "ask_output_s": ask_output_s}
+    costs = {
+        "predict_overhead_s": predict_overhead_s,
+        "predict_s": predict_s,
+        "predict_output_overhead_s": predict_output_overhead_s,
+    }
     accounts = run_and_replay(demo, config, decode_alone, **costs)
     assert_equal_accounts(*accounts)
     assert accounts[0].prefetch_used.sum() >= at_once[0].prefetch_used.sum() > 0

@@ -17,7 +17,7 @@ from adapmoe_lab.engine.transfer.link import CudaLink
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.allocation.slots import slots_plan
-from adapmoe_lab.policies.prefetch.expected_gain import N_PIECES
+from adapmoe_lab.policies.prefetch.expected_gain import N_CHUNKS
 from adapmoe_lab.profiling.hardware.probe import probe_hardware
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable, TunedConfig
@@ -81,13 +81,13 @@ def test_pieces_fill_the_time_that_is_expected_to_be_quiet_and_no_more():
     link = CudaLink(torch.device("cuda"), RealClock())
     source = torch.randint(255, (2**28,), dtype=torch.uint8, pin_memory=True)
     target = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
-    copy = link.copy_ahead(source, target, urgency=0)
-    piece_s = link.seconds(2**28 // N_PIECES)
-    link.begin_pieces()
+    copy = link.copy_ahead(source, target, priority=0)
+    chunk_s = link.seconds(2**28 // N_CHUNKS)
+    link.begin_chunks()
     link.expect_quiet(until=link.clock.now())
     assert copy.n_begun == 0
-    link.expect_quiet(until=link.clock.now() + 1.5 * piece_s)
-    link.begin_pieces()
+    link.expect_quiet(until=link.clock.now() + 1.5 * chunk_s)
+    link.begin_chunks()
     assert copy.n_begun == 2
     demanded = link.copy(source[:8], target[-8:])
     link.expect_quiet(until=link.clock.now())
@@ -104,7 +104,9 @@ def test_pieces_fill_the_time_that_is_expected_to_be_quiet_and_no_more():
 
 def test_experts_are_pinned_and_slots_are_on_the_device(demo):
     assert isinstance(demo.engine.link, CudaLink)
-    assert all(demo.engine.store.row(*number).is_pinned() for number in demo.engine.store.numbers())
+    assert all(
+        demo.engine.store.buffer(*number).is_pinned() for number in demo.engine.store.numbers()
+    )
     assert not any(parameter.numel() for parameter in demo.layers[0].experts.parameters())
     allocated = torch.cuda.memory_allocated()
     demo.apply(config_with(demo, 2))

@@ -30,7 +30,7 @@ def test_packed_experts_equal_those_on_the_cpu(precision):
     on_cpu = load("demo", device="cpu", dtype="float32", expert_dtype=precision, link="none")
     on_gpu = loaded(expert_dtype=precision, expert_memory="50%")
     for number in on_cpu.engine.store.numbers():
-        cpu, gpu = (model.engine.store.row(*number).float() for model in (on_cpu, on_gpu))
+        cpu, gpu = (model.engine.store.buffer(*number).float() for model in (on_cpu, on_gpu))
         assert (cpu != gpu).float().mean() < 0.01, "packing differs by more than rounding"
     torch.testing.assert_close(logits(on_gpu), logits(on_cpu), rtol=0.02, atol=0.05)
     short = on_gpu.encode(PROMPT)
@@ -49,13 +49,13 @@ def test_a_prepared_store_is_exact_and_pinned(tmp_path):
     expected = logits(loaded(expert_dtype="int4"))
     loaded(expert_dtype="int4", store=tmp_path / "experts")
     model = loaded(store=tmp_path / "experts", expert_memory="50%")
-    assert model.engine.store.row(0, 0).is_pinned()
+    assert model.engine.store.buffer(0, 0).is_pinned()
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
 
 
 def test_closing_unpins(tmp_path):
     model = loaded()
-    row = model.engine.store.row(0, 0)
+    row = model.engine.store.buffer(0, 0)
     assert row.is_pinned()
     model.engine.store.close()
     assert not row.is_pinned()

@@ -47,7 +47,7 @@ def test_the_width_of_an_expert_is_that_of_its_own_parameters(model):
 def test_the_machine_is_probed_without_predictors(model):
     profile = probe_hardware(model, n_steps=4, rounds=1)
     assert (profile.copy_s > 0).all()
-    assert profile.guess_s is None
+    assert profile.predict_s is None
 
 
 def test_its_routing_cannot_be_recorded_and_that_is_told_at_once(model, tmp_path):

@@ -52,7 +52,7 @@ CACHE_PLAN = (
 PREFETCH = (
     "05_prefetch",
     [
-        "Which experts a layer will need, foreseen",
+        "Which experts a layer will need, predicted",
         "One token, on demand and with fetching ahead",
         "What fetching ahead saves",
         "Whom to follow",

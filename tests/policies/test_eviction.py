@@ -19,9 +19,9 @@ from adapmoe_lab.policies.eviction.rules import (
     ROUTER_AVERAGE,
     after_use,
     mean_score,
+    priority_in_new_pass,
+    priority_in_new_step,
     token_weight,
-    value_in_new_pass,
-    value_in_new_step,
 )
 from adapmoe_lab.simulation.replay import pool_loops as loops
 
@@ -31,17 +31,17 @@ RULES = sorted({policy.rule for policy in POLICIES.values()})
 
 @numba.njit
 def compiled_step(rule, value, memory, total, n_tokens, was_resident, hint, clock, n_layers):
-    value = loops.value_in_new_pass(rule, value)
+    value = loops.priority_in_new_pass(rule, value)
     score = loops.mean_score(total, loops.token_weight(n_tokens))
-    value = loops.value_in_new_step(rule, value, score)
+    value = loops.priority_in_new_step(rule, value, score)
     return loops.after_use(
         rule, value, memory, was_resident, hint, clock, n_layers, clock // n_layers
     )
 
 
 def step(rule, value, memory, total, n_tokens, was_resident, hint, clock, n_layers):
-    value = value_in_new_pass(rule, value)
-    value = value_in_new_step(rule, value, mean_score(total, token_weight(n_tokens)))
+    value = priority_in_new_pass(rule, value)
+    value = priority_in_new_step(rule, value, mean_score(total, token_weight(n_tokens)))
     return after_use(rule, value, memory, was_resident, hint, clock, n_layers, clock // n_layers)
 
 
@@ -100,8 +100,8 @@ def test_averages_of_the_largest_numbers_stay_in_range():
     largest = mean_score(2**24 * 7, token_weight(7))
     uses = scores = 0
     for _ in range(3000):
-        uses = after_use(LFU_AGED, value_in_new_step(LFU_AGED, uses, 0), 0, 1, 0, 0, 1, 0)[0]
-        scores = value_in_new_step(ROUTER_AVERAGE, scores, largest)
+        uses = after_use(LFU_AGED, priority_in_new_step(LFU_AGED, uses, 0), 0, 1, 0, 0, 1, 0)[0]
+        scores = priority_in_new_step(ROUTER_AVERAGE, scores, largest)
     for value, most in ((uses, 20 * 2**46), (scores, 50 * 2**42)):
         assert value == pytest.approx(most, rel=1e-3)
         assert value < NEVER_LEAVES
@@ -110,7 +110,7 @@ def test_averages_of_the_largest_numbers_stay_in_range():
 def test_what_was_not_used_for_long_is_all_alike():
     few, many = 2**46, 20 * 2**46
     for _ in range(800):
-        few, many = (value_in_new_step(LFU_AGED, value, 0) for value in (few, many))
+        few, many = (priority_in_new_step(LFU_AGED, value, 0) for value in (few, many))
     assert few == many < 2**46
 
 

@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 
 from adapmoe_lab.policies.gating.keep import keep_by_cuts
 from adapmoe_lab.policies.prefetch.expected_gain import (
-    candidates,
+    chunk_bounds,
     expected_gain_s,
-    kept_guesses,
+    kept_candidates,
+    likely_needed,
     needed_at,
-    piece_bounds,
 )
 from adapmoe_lab.records import GatingTable
 
@@ -18,7 +18,7 @@ seconds = st.floats(0, 10)
 
 @given(st.integers(0, 10**9))
 def test_pieces_are_the_whole_expert_in_nearly_equal_parts(n_bytes):
-    bounds = piece_bounds(n_bytes)
+    bounds = chunk_bounds(n_bytes)
     assert (bounds[0], bounds[-1]) == (0, n_bytes)
     parts = np.diff(bounds)
     assert parts.max() - parts.min() <= 1
@@ -34,7 +34,7 @@ def test_a_gain_is_at_most_a_load_and_nothing_without_idle_time(chance, begins, 
 
 def test_a_sure_guess_saves_the_idle_time_and_a_wrong_one_costs_a_piece():
     assert expected_gain_s(1.0, 2.0, 5.0, 4.0, 1.0) == 3.0
-    assert expected_gain_s(1.0, 2.0, 5.0, 4.0, 1.5) == 2.0  # pieces that take six seconds
+    assert expected_gain_s(1.0, 2.0, 5.0, 4.0, 1.5) == 2.0  # chunks that take six seconds
     assert expected_gain_s(0.0, 2.0, 5.0, 4.0, 1.0) == -1.0
     assert expected_gain_s(0.5, 2.0, 9.0, 4.0, 1.0) == 2.0  # it is over before it can harm
 
@@ -45,12 +45,12 @@ def test_layers_in_between_are_waited_for():
 
 
 def test_guesses_of_one_token_stay_in_order():
-    experts, chance = candidates(np.array([[4, -1, 2]]), np.array([0.5, 0.9, 0.7]))
+    experts, chance = likely_needed(np.array([[4, -1, 2]]), np.array([0.5, 0.9, 0.7]))
     assert (experts.tolist(), chance.tolist()) == ([4, 2], [0.5, 0.7])
 
 
 def test_guesses_of_several_tokens_are_independent():
-    experts, chance = candidates(np.array([[4, 2], [2, 1], [2, -1]]), np.array([0.5, 0.25]))
+    experts, chance = likely_needed(np.array([[4, 2], [2, 1], [2, -1]]), np.array([0.5, 0.25]))
     assert experts.tolist() == [2, 4, 1]
     np.testing.assert_allclose(chance, [1 - 0.75 * 0.5 * 0.5, 0.5, 0.25])
 
@@ -60,25 +60,25 @@ def test_guesses_that_the_gate_would_skip_are_left_out():
     scores = np.random.default_rng(0).dirichlet(np.ones(4), 200)[:, :4]
     scores = -np.sort(-scores, axis=1).astype(np.float16)
     experts = np.tile(np.arange(4), (200, 1))
-    keep = kept_guesses(experts, scores, table, 0)
+    keep = kept_candidates(experts, scores, table, 0)
     expected = keep_by_cuts(scores[:, :3].astype(np.float32), table.cuts[0])
     np.testing.assert_array_equal(keep[:, :3], expected)
     assert not keep[:, 3].any()  # beyond the router's three
     assert 0 < keep[:, 1].mean() < 1
-    all_kept, _ = candidates(experts[:1], np.ones(4), scores[:1], (table, 1))
+    all_kept, _ = likely_needed(experts[:1], np.ones(4), scores[:1], (table, 1))
     assert all_kept.tolist() == [0, 1, 2]
 
 
 def test_no_guess_at_all_is_no_guess_kept():
     none = np.full((2, 2), -1)
     table = GatingTable(np.array([[0.6]]))
-    assert not kept_guesses(none, np.zeros((2, 2)), table, 0).any()
-    experts, chance = candidates(none, np.ones(2))
+    assert not kept_candidates(none, np.zeros((2, 2)), table, 0).any()
+    experts, chance = likely_needed(none, np.ones(2))
     assert (len(experts), len(chance)) == (0, 0)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3])
 def test_candidates_are_distinct(n_tokens):
-    guessed = np.array([[3, 1]] * n_tokens)
-    experts, _ = candidates(guessed, np.array([0.5, 0.5]))
+    predicted = np.array([[3, 1]] * n_tokens)
+    experts, _ = likely_needed(predicted, np.array([0.5, 0.5]))
     assert sorted(experts.tolist()) == [1, 3]

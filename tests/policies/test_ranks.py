@@ -7,7 +7,7 @@ import pytest
 from stand_ins import random_surrogates
 from traces import make_spec
 
-from adapmoe_lab.policies.allocation.ranks import affordable_ranks, ranks_by_worth
+from adapmoe_lab.policies.allocation.ranks import affordable_ranks, ranks_by_benefit
 
 
 @pytest.mark.parametrize("n_ranks", [0, 1, 5, 9, 20])
@@ -19,13 +19,13 @@ def test_no_division_is_worth_more(n_ranks, seed):
         return sum(worth[layer, :rank].sum() for layer, rank in enumerate(ranks))
 
     every = [ranks for ranks in product(range(5), repeat=3) if sum(ranks) <= n_ranks]
-    found = ranks_by_worth(worth, n_ranks)
+    found = ranks_by_benefit(worth, n_ranks)
     assert tuple(found) in every
     assert total(found) == pytest.approx(max(map(total, every)))
 
 
 def test_layers_of_equal_worth_are_served_in_order():
-    assert ranks_by_worth(np.ones((3, 2)), 3).tolist() == [2, 1, 0]
+    assert ranks_by_benefit(np.ones((3, 2)), 3).tolist() == [2, 1, 0]
 
 
 def test_what_is_affordable_keeps_the_budget():

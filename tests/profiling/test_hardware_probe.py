@@ -27,7 +27,7 @@ LOAD_S = 3e-3
 def virtual(load_tiny, **arguments):
     """Return a model on a virtual machine that takes `COSTS` and loads an expert in `LOAD_S`."""
     model = load_tiny(clock=VirtualClock(), **arguments)
-    model.engine.pace = COSTS
+    model.engine.step_costs = COSTS
     model.engine.link.name = "emulated:virtual"
     model.engine.link.bytes_per_s = model.spec.stored_expert_bytes / LOAD_S
     return model
@@ -42,8 +42,8 @@ def test_it_finds_the_costs_of_a_virtual_machine(load_tiny, expert_memory):
     assert hardware.load_s(model.spec.stored_expert_bytes) == pytest.approx(LOAD_S)
     assert hardware.link_bytes_per_s == pytest.approx(model.engine.link.bytes_per_s)
     assert hardware.miss_s == pytest.approx(0, abs=1e-12)
-    asked = hardware.gate_s, hardware.guess_s, hardware.gated_guess_s
-    asked += hardware.ask_s, hardware.ask_output_s
+    asked = hardware.gate_s, hardware.predict_s, hardware.gated_predict_s
+    asked += hardware.predict_overhead_s, hardware.predict_output_overhead_s
     assert asked == pytest.approx((0, 0, 0, 0, 0), abs=1e-9)
     assert hardware.wait_s == pytest.approx(0, abs=1e-9)
 
@@ -70,8 +70,10 @@ def test_it_finds_what_asking_takes_whatever_is_followed(load_tiny, monkeypatch,
         monkeypatch.setattr(owner, name, takes(seconds, getattr(owner, name)))
     hardware = probe_hardware(model, n_steps=12, rounds=2)
     assert hardware.dense_step_s == pytest.approx(model.spec.n_layers * COSTS.dense_layer_s)
-    assert (hardware.guess_s, hardware.gated_guess_s) == pytest.approx((2e-4, 2e-4))
-    assert (hardware.ask_s, hardware.ask_output_s) == pytest.approx((5e-4, 1e-3 - 2e-4))
+    assert (hardware.predict_s, hardware.gated_predict_s) == pytest.approx((2e-4, 2e-4))
+    assert (hardware.predict_overhead_s, hardware.predict_output_overhead_s) == pytest.approx(
+        (5e-4, 1e-3 - 2e-4)
+    )
 
 
 def test_from_it_the_time_of_a_virtual_run_is_predicted(load_tiny):
@@ -121,7 +123,13 @@ def test_it_measures_every_part_on_a_cpu(load_tiny):
     assert set(hardware.expert_s_by_precision) == {"int8", "bfloat16", "int4"}
     assert min(hardware.expert_s_by_precision.values()) > 0
     assert min(hardware.dense_step_s, hardware.layer_host_s, hardware.host_copy_s) > 0
-    assert min(hardware.ask_s + hardware.guess_s, hardware.ask_s + hardware.gated_guess_s) > 0
+    assert (
+        min(
+            hardware.predict_overhead_s + hardware.predict_s,
+            hardware.predict_overhead_s + hardware.gated_predict_s,
+        )
+        > 0
+    )
     assert hardware.layer_host_s * 3 < hardware.dense_step_s
     assert hardware.host_memory_bytes_per_s > 1e8
     assert hardware.host_matmul_bytes_per_s > 1e8

@@ -72,7 +72,7 @@ def test_the_doctor_counts_loads_of_every_run(folder):
 def test_an_emulated_link_is_held_against_one_run_of_a_layer(folder):
     target = link_target(known_targets()[0], torch.device("cpu"))
     model = lab.load(folder, dtype="float32", device="cpu", link="none", clock=VirtualClock())
-    model.engine.pace = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
+    model.engine.step_costs = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
     model.emulate_link(target)
     one_layer_s = 1e-3 + 2 * 1e-4
     load_s = model.spec.stored_expert_bytes / model.engine.link.bytes_per_s

@@ -60,7 +60,7 @@ def passes_of(model, texts):
 
 @torch.no_grad()
 def test_linear_experts_are_recovered_exactly(tmp_path, bytes_of_text):
-    """Experts without a gate whose activation is taken away: the stand-ins are the experts."""
+    """Experts without a gate whose activation is taken away: the surrogates are the experts."""
     model = load(save_tiny("nemotron_h", tmp_path), dtype="float32", device="cpu", link="none")
     for layer in model.layers:
         layer.experts.act_fn = torch.nn.Identity()
@@ -75,7 +75,7 @@ def test_linear_experts_are_recovered_exactly(tmp_path, bytes_of_text):
     assert np.abs(surrogates.gain).max() < 1e-3
     store = model.engine.store
     for expert in range(8):
-        weights = store.views(0, expert, store.row(0, expert))
+        weights = store.views(0, expert, store.buffer(0, expert))
         product = weights["down_proj"] @ weights["up_proj"]
         found = surrogates.up[0][expert] @ surrogates.down[0][expert]
         np.testing.assert_allclose(found, product.numpy(), atol=2e-3)

@@ -21,25 +21,25 @@ PARTS = {
     "step": 5e-3,
     "expert": 1e-4,
     "gate": 3e-4,
-    "guess": 2e-5,
-    "gated_guess": 2e-5,
-    "ask": 1e-4,
+    "predict": 2e-5,
+    "gated_predict": 2e-5,
+    "predict_overhead": 1e-4,
 }
 """Seconds."""
 
 
-def steps_that_take(step, expert, gate, guess, gated_guess, ask):
+def steps_that_take(step, expert, gate, prediction, gated_predict, ask):
     """Return steps whose parts take so much, over two layers without misses."""
     nothing = np.zeros(2, dtype=np.int64)
     return [
         TimedStep(
-            step + n_run * expert + is_gated * gate + n_asks * ask
-            + n_guesses * (gated_guess if is_gated else guess),
-            n_run, is_gated, n_guesses, n_asks, 0, nothing, nothing,
+            step + n_run * expert + is_gated * gate + n_queries * ask
+            + n_candidates * (gated_predict if is_gated else prediction),
+            n_run, is_gated, n_candidates, n_queries, 0, nothing, nothing,
         )
         for n_run in (2, 4)
         for is_gated in (False, True)
-        for n_guesses, n_asks in ((0, 0), (1, 1), (3, 1))
+        for n_candidates, n_queries in ((0, 0), (1, 1), (3, 1))
     ]  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def test_the_mixed_config_runs_from_its_store(saved, load_model):
 def test_the_traffic_of_then(saved, load_model):
     config = TunedConfig.load(saved / "config.json")
     model = load_model(config=config, clock=VirtualClock())
-    model.engine.pace = StepPace(dense_layer_s=1e-3, expert_s=1e-4, load_s=lambda n: n / 1e7)
+    model.engine.step_costs = StepPace(dense_layer_s=1e-3, expert_s=1e-4, load_s=lambda n: n / 1e7)
     model.apply(config)
     model.generate("Once upon a time", 24)
     assert model.engine.traffic.to_json() == EXPECTED["traffic"]

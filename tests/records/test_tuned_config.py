@@ -171,13 +171,13 @@ def test_prefetch_is_kept_with_what_was_fitted_for_it(tmp_path):
         ),
         (
             lambda spec: PrefetchSource("next_router", 1, np.full((3, 2), 1.5)),
-            r"Probabilities of guesses must lie in 0\.\.1",
+            r"Probabilities of predictions must lie in 0\.\.1",
         ),
         (lambda spec: prefetching(spec, predictor="ridge"), "ridge must be fitted; give what"),
         (lambda spec: PrefetchTable([], 2), "needs a predictor and room for an expert; got 0"),
         (
             lambda spec: PrefetchTable([PrefetchSource("ridge", 1, np.ones((3, 2)))] * 2, 2),
-            "One predictor can speak at each moment and distance",
+            "One predictor can predict at each hook point and distance",
         ),
         (
             lambda spec: replace(prefetching(make_spec(n_layers=4)), model=dict(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from traces import guessing, make_trace
+from traces import make_trace, predicting
 
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
@@ -35,12 +35,12 @@ def resident_before(trace, keep, n_slots):
 
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_probabilities_are_those_of_guesses_of_absent_experts(is_gated):
-    trace = guessing(make_trace(n_tokens=1000), 0.7)
+    trace = predicting(make_trace(n_tokens=1000), 0.7)
     gating = UniformCut(trace).table(0.25) if is_gated else None
     table = plan_prefetch(trace, gating=gating, plan=slots_plan(trace.spec, 3))
     keep = kept_experts(trace, gating)
     held = resident_before(trace, keep, 3)
-    guessed = trace.predictions["next_router"][1].experts
+    predicted = trace.predictions["next_router"][1].experts
     for layer in (1, 2):
         for rank in range(2):
             if is_gated and rank == 1:  # only where the gate would keep the second
@@ -49,7 +49,7 @@ def test_probabilities_are_those_of_guesses_of_absent_experts(is_gated):
                 is_meant = share < gating.cuts[layer, 0]
             else:
                 is_meant = np.ones(trace.n_tokens, dtype=bool)
-            who = guessed[:, layer, rank]
+            who = predicted[:, layer, rank]
             is_absent = ~held[np.arange(trace.n_tokens), layer, who] & is_meant
             needed = ((trace.expert_indices[:, layer] == who[:, None]) & keep[:, layer]).any(axis=1)
             expected = needed[is_absent].mean()
@@ -59,15 +59,15 @@ def test_probabilities_are_those_of_guesses_of_absent_experts(is_gated):
 
 def test_good_guesses_are_followed_and_bad_ones_are_not():
     hardware = HardwareProfile("cpu", "emulated:x", [250, 1000], [0.0005, 0.002], 0.006, 0.0005)
-    costly = replace(hardware, guess_s=0.001)
+    costly = replace(hardware, predict_s=0.001)
     trace = make_trace(n_tokens=600)
     config = replace(TunedConfig.untuned(trace.spec), plan=slots_plan(trace.spec, 4))
-    table, times = best_prefetch(guessing(trace, 0.9), config, hardware)
+    table, times = best_prefetch(predicting(trace, 0.9), config, hardware)
     assert table is not None
     assert times["the next layer"] < times["nobody"]
-    simulated = simulate(guessing(trace, 0.9), replace(config, prefetch=table), hardware)
+    simulated = simulate(predicting(trace, 0.9), replace(config, prefetch=table), hardware)
     assert simulated.ms_per_token == times["the next layer"]
-    table, times = best_prefetch(guessing(trace, 0.0), config, costly)
+    table, times = best_prefetch(predicting(trace, 0.0), config, costly)
     assert table is None
     assert min(times, key=lambda name: times[name]) == "nobody"
 

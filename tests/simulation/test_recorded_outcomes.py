@@ -72,7 +72,7 @@ def outcome_hashes(eviction: str) -> dict[str, str]:
             kept = hashlib.sha256(replayed.hits.tobytes() + replayed.loads.tobytes())
             for layer, starts in enumerate(replayed.starts):
                 kept.update(replayed.members[layer, : starts[-1]].tobytes())
-                kept.update(replayed.fates[layer, : starts[-1]].tobytes())
+                kept.update(replayed.outcomes[layer, : starts[-1]].tobytes())
             found[f"{name}, {title}"] = kept.hexdigest()[:16]
     return found
 

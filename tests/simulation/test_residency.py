@@ -11,9 +11,9 @@ from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records import GatingTable
 from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.search.cache_search import (
-    best_residency,
+    best_cache,
+    cache_choices,
     gap_closed,
-    residencies,
     slot_divisions,
 )
 
@@ -49,7 +49,7 @@ def test_loads_are_those_of_a_replay_after_the_first_tokens():
     trace = make_trace(n_tokens=300)
     gating = GatingTable.per_layer([0.7, 0.8, 0.9], 2)
     plan = slots_plan(trace.spec, 3)
-    found = residencies(trace, {"mine": plan}, ["lfu", "belady"], gating, first_counted=100)
+    found = cache_choices(trace, {"mine": plan}, ["lfu", "belady"], gating, first_counted=100)
     assert [(r.division, r.eviction) for r in found] == [("mine", "lfu"), ("mine", "belady")]
     for residency in found:
         keep = kept_experts(trace, gating)
@@ -59,7 +59,7 @@ def test_loads_are_those_of_a_replay_after_the_first_tokens():
 
 def test_the_best_loads_least_of_all_that_was_tried():
     trace = uneven_trace()
-    best, tried = best_residency(trace, slots_plan(trace.spec, 4))
+    best, tried = best_cache(trace, slots_plan(trace.spec, 4))
     assert len(tried) == 6
     assert best.loads_per_token == min(r.loads_per_token for r in tried)
     assert best.division == "measured"
@@ -71,13 +71,13 @@ def test_what_changes_half_way_is_not_praised_for_its_first_half():
     trace = uneven_trace()
     experts = trace.expert_indices.copy()
     experts[200:, :2] = experts[200:, 1::-1]  # the layers change places
-    best, _ = best_residency(replace(trace, expert_indices=experts), slots_plan(trace.spec, 4))
+    best, _ = best_cache(replace(trace, expert_indices=experts), slots_plan(trace.spec, 4))
     assert best.division == "uniform"
 
 
 def test_where_everything_fits_the_plainest_is_kept():
     trace = make_trace()
-    best, _ = best_residency(trace, slots_plan(trace.spec, 8))
+    best, _ = best_cache(trace, slots_plan(trace.spec, 8))
     assert (best.division, best.eviction) == ("uniform", "lru")
 
 

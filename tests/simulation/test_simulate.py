@@ -78,7 +78,7 @@ def test_right_guesses_hide_loads_and_move_the_same_bytes():
     np.testing.assert_array_equal(after.hit_rate, before.hit_rate)
     assert after.prefetch_used_per_token[0] == 0  # of the first layer nothing is said
     assert (after.loads_per_token[1:] < 0.2 * before.loads_per_token[1:]).all()
-    assert not after.prefetch_wasted_per_token.any()  # the trace's guesses are its routing
+    assert not after.prefetch_wasted_per_token.any()  # the trace's candidates are its routing
     assert after.bytes_per_token == pytest.approx(before.bytes_per_token)
     assert after.ms_per_token < before.ms_per_token
     assert after.mean_hit_rate == pytest.approx(before.mean_hit_rate)
@@ -88,7 +88,7 @@ def test_gating_takes_time_in_every_layer_and_for_every_guess():
     trace = make_trace(n_tokens=300)
     hardware = HardwareProfile(
         "cpu", "emulated:x", [1000], [0.0], 0.006, 0.0005,
-        gate_s=0.001, guess_s=0.0005, gated_guess_s=0.001,
+        gate_s=0.001, predict_s=0.0005, gated_predict_s=0.001,
     )  # fmt: skip
     gated = replace(TunedConfig.untuned(trace.spec), gating=UniformCut(trace).table(0.2))
     sure = PrefetchTable([PrefetchSource("next_router", 1, np.ones((3, 2)))], buffer_slots=4)
@@ -104,11 +104,11 @@ def test_gating_takes_time_in_every_layer_and_for_every_guess():
 
 def test_asking_takes_time_at_every_moment_and_more_at_a_layers_output():
     trace = make_trace(n_tokens=300)
-    guesses = trace.predictions["next_router"]
-    trace = replace(trace, predictions={"next_router": guesses, "own_norm": guesses})
+    candidates = trace.predictions["next_router"]
+    trace = replace(trace, predictions={"next_router": candidates, "own_norm": candidates})
     hardware = HardwareProfile(
         "cpu", "emulated:x", [1000], [0.0], 0.006, 0.0005,
-        guess_s=0.0005, ask_s=0.001, ask_output_s=0.002,
+        predict_s=0.0005, predict_overhead_s=0.001, predict_output_overhead_s=0.002,
     )  # fmt: skip
     plain = TunedConfig.untuned(trace.spec)
     unasked = simulate(trace, plain, hardware).ms_per_token

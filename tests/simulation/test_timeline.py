@@ -8,8 +8,8 @@ from traces import make_spec, make_trace
 
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.records.prefetch import Moment
-from adapmoe_lab.simulation.replay.recorded_candidates import Guesses
+from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.simulation.replay.recorded_candidates import Candidates
 from adapmoe_lab.simulation.replay.replay import Replay, replay
 from adapmoe_lab.simulation.timing.timeline import EVENT_KINDS, StepCosts, run_timeline
 
@@ -18,21 +18,23 @@ LOAD_S, DENSE_S, EXPERT_S = 4.0, 2.0, 1.0
 
 
 def replay_of(*layers):
-    """Return one step in which each layer needs experts, as {expert: fate}."""
+    """Return one step in which each layer needs experts, as {expert: outcome}."""
     members = np.array([list(layer) for layer in layers], dtype=np.int16)
-    fates = np.array([list(layer.values()) for layer in layers], dtype=np.int8)
+    outcomes = np.array([list(layer.values()) for layer in layers], dtype=np.int8)
     starts = np.tile([0, members.shape[1]], (len(layers), 1))
-    counts = [(fates == fate).sum(axis=1)[None] for fate in (HIT, LOAD, STREAM)]
+    counts = [(outcomes == outcome).sum(axis=1)[None] for outcome in (HIT, LOAD, STREAM)]
     absent = np.ones((1, 1, len(layers), 2), dtype=bool)
-    return Replay(*counts, np.ones(1, dtype=bool), members, starts, fates, absent)
+    return Replay(*counts, np.ones(1, dtype=bool), members, starts, outcomes, absent)
 
 
-def guess_of(target, experts, probability=0.9, n_layers=2, distance=1, moment=Moment.EXPERTS_INPUT):
+def candidate_of(
+    target, experts, probability=0.9, n_layers=2, distance=1, hook_point=HookPoint.EXPERTS_INPUT
+):
     """Return what the experts' input of the layer before tells of one layer, or its output."""
-    guessed = np.full((1, 1, n_layers, 2), -1, dtype=np.int16)
-    guessed[0, 0, target, : len(experts)] = experts
+    predicted = np.full((1, 1, n_layers, 2), -1, dtype=np.int16)
+    predicted[0, 0, target, : len(experts)] = experts
     chance = np.full((1, 1, n_layers, 2), probability)
-    return Guesses(np.array([moment]), np.array([distance]), guessed, chance)
+    return Candidates(np.array([hook_point]), np.array([distance]), predicted, chance)
 
 
 def costs_of(n_layers=2, load_s=LOAD_S, expert_s=EXPERT_S):
@@ -82,10 +84,10 @@ def test_a_layer_without_guesses_takes_what_its_events_take(load_s):
     for hits, loads, streamed in np.ndindex(4, 4, 5):
         if hits + loads + streamed == 0:
             continue
-        fates = [HIT] * hits + [LOAD] * loads + [STREAM] * streamed
-        members = dict(enumerate(np.random.default_rng(hits).permutation(fates).tolist()))
+        outcomes = [HIT] * hits + [LOAD] * loads + [STREAM] * streamed
+        members = dict(enumerate(np.random.default_rng(hits).permutation(outcomes).tolist()))
         wide = costs_of(1, load_s)
-        wide = StepCosts(DENSE_S, 1.0, 0.0, wide.rest.repeat(2, axis=1), wide.piece.repeat(2, 1))
+        wide = StepCosts(DENSE_S, 1.0, 0.0, wide.rest.repeat(2, axis=1), wide.chunk.repeat(2, 1))
         timeline = run_timeline(replay_of(members), wide)
         expected = DENSE_S + layer_by_events(hits, loads, streamed, load_s, 1.0)
         assert timeline.ended_s[0] == pytest.approx(expected)
@@ -101,7 +103,7 @@ def test_layers_timed_by_themselves_take_what_the_whole_clock_says(wait_s):
         costs,
         expert_s=np.random.default_rng(0).uniform(0.1, 0.5, (3, 16)),
         rest=costs.rest.repeat(2, axis=1),
-        piece=costs.piece.repeat(2, axis=1),
+        chunk=costs.chunk.repeat(2, axis=1),
         head_s=1.1,
         miss_s=0.05,
         wait_s=wait_s,
@@ -125,21 +127,21 @@ def test_what_the_host_does_while_a_device_waits_is_hidden_as_far_as_it_waits():
 
 
 @pytest.mark.parametrize(
-    ("moment", "expected"), [(Moment.EXPERTS_INPUT, 12.5), (Moment.LAYER_OUTPUT, 16.0)]
+    ("hook_point", "expected"), [(HookPoint.EXPERTS_INPUT, 12.5), (HookPoint.LAYER_OUTPUT, 16.0)]
 )
-def test_nothing_is_hidden_where_the_host_waits_for_a_layers_output(moment, expected):
-    """Nobody guesses anything; the layers are those of the test above."""
+def test_nothing_is_hidden_where_the_host_waits_for_a_layers_output(hook_point, expected):
+    """Nobody candidates anything; the layers are those of the test above."""
     replayed = replay_of({0: HIT}, {5: LOAD})
     costs = replace(costs_of(), dense_layer_s=5.0, wait_s=-3.5)
-    silent = guess_of(1, [], moment=moment)
+    silent = candidate_of(1, [], hook_point=hook_point)
     assert run_timeline(replayed, costs, silent, 2).ended_s[0] == expected
 
 
 def test_a_right_guess_saves_what_is_over_when_it_is_asked_for():
-    """Asked at 2; pieces of 1 s from 2 to 5, when the next layer asks; the rest is demanded."""
+    """Asked at 2; chunks of 1 s from 2 to 5, when the next layer asks; the rest is demanded."""
     replayed = replay_of({0: HIT}, {5: LOAD})
     before = run_timeline(replayed, costs_of())
-    after = run_timeline(replayed, costs_of(), guess_of(1, [5]), 2, n_events=20)
+    after = run_timeline(replayed, costs_of(), candidate_of(1, [5]), 2, n_events=20)
     assert before.ended_s[0] == 2 + 1 + 2 + 4 + 1
     assert after.ended_s[0] == before.ended_s[0] - 3
     assert (after.used.tolist(), after.wasted.sum()) == ([[0, 1]], 0)
@@ -153,9 +155,9 @@ def test_a_right_guess_saves_what_is_over_when_it_is_asked_for():
 
 def test_a_wrong_guess_delays_a_demand_by_less_than_a_piece():
     replayed = replay_of({0: HIT}, {5: LOAD})
-    slow = costs_of(load_s=2.4 * LOAD_S)  # pieces of 2.4 s: the second ends 1.8 s too late
+    slow = costs_of(load_s=2.4 * LOAD_S)  # chunks of 2.4 s: the second ends 1.8 s too late
     without = run_timeline(replayed, slow)
-    wrong = run_timeline(replayed, slow, guess_of(1, [6]), 2)
+    wrong = run_timeline(replayed, slow, candidate_of(1, [6]), 2)
     assert wrong.ended_s[0] == pytest.approx(without.ended_s[0] + 1.8)
     assert (wrong.used.sum(), wrong.wasted.tolist()) == (0, [[0, 1]])
     assert wrong.n_bytes[0] == 400 + 200
@@ -164,38 +166,38 @@ def test_a_wrong_guess_delays_a_demand_by_less_than_a_piece():
 def test_a_guess_of_what_is_here_or_not_worth_it_is_not_fetched():
     replayed = replay_of({0: HIT}, {5: LOAD})
     here = Replay(**{**vars(replayed), "absent": np.zeros_like(replayed.absent)})
-    for run, guesses in (
-        (here, guess_of(1, [6])),
-        (replayed, guess_of(1, [6], probability=0.0)),
-        (replayed, guess_of(1, [6], probability=0.2)),  # 0.2 x 3 s against 0.8 x 1 s
+    for run, candidates in (
+        (here, candidate_of(1, [6])),
+        (replayed, candidate_of(1, [6], probability=0.0)),
+        (replayed, candidate_of(1, [6], probability=0.2)),  # 0.2 x 3 s against 0.8 x 1 s
     ):
-        timeline = run_timeline(run, costs_of(), guesses, 2)
+        timeline = run_timeline(run, costs_of(), candidates, 2)
         assert timeline.wasted.sum() == 0
         assert timeline.n_bytes[0] == 400
 
 
 def test_no_guess_is_followed_when_the_link_has_no_idle_time():
-    """Layer 0 loads until 6 and is done at 7; layer 1 asks at 9, so one second guess is begun."""
+    """Layer 0 loads until 6, is done at 7; layer 1 needs its own at 9: one second one begins."""
     replayed = replay_of({0: LOAD, 1: HIT}, {5: LOAD, 6: LOAD})
-    busy = run_timeline(replayed, costs_of(), guess_of(1, [5, 6]), 4)
+    busy = run_timeline(replayed, costs_of(), candidate_of(1, [5, 6]), 4)
     assert busy.used.tolist() == [[0, 1]]
     crowded = replay_of({0: LOAD, 1: LOAD, 2: LOAD}, {5: LOAD, 6: HIT, 7: HIT})
-    never = run_timeline(crowded, costs_of(expert_s=0.0), guess_of(1, [6], probability=0.3), 4)
+    never = run_timeline(crowded, costs_of(expert_s=0.0), candidate_of(1, [6], probability=0.3), 4)
     assert never.wasted.sum() == 0
 
 
 def test_the_buffer_holds_no_more_than_its_slots():
     replayed = replay_of({0: HIT, 1: HIT}, {5: LOAD, 6: LOAD})
     quick = costs_of(load_s=0.4)
-    assert run_timeline(replayed, quick, guess_of(1, [5, 6]), 2).used.sum() == 2
-    assert run_timeline(replayed, quick, guess_of(1, [5, 6]), 1).used.sum() == 1
+    assert run_timeline(replayed, quick, candidate_of(1, [5, 6]), 2).used.sum() == 2
+    assert run_timeline(replayed, quick, candidate_of(1, [5, 6]), 1).used.sum() == 1
 
 
 def test_demands_go_first_and_what_was_begun_goes_on_after_them():
-    """Guessed for layer 2 while layer 0 runs; the demand of layer 1 comes between its pieces."""
+    """Guessed for layer 2 while layer 0 runs; the demand of layer 1 comes between its chunks."""
     replayed = replay_of({0: HIT}, {3: LOAD}, {5: LOAD})
-    guesses = guess_of(2, [5], n_layers=3, distance=2)
-    timeline = run_timeline(replayed, costs_of(3), guesses, 2, n_events=30)
+    candidates = candidate_of(2, [5], n_layers=3, distance=2)
+    timeline = run_timeline(replayed, costs_of(3), candidates, 2, n_events=30)
     link = timeline.events[timeline.events[:, 0] >= 2]
     kinds = [EVENT_KINDS[int(kind)] for kind in link[:, 0]]
     assert kinds == ["ahead"] * 3 + ["demand", "ahead"]

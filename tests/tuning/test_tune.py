@@ -148,7 +148,7 @@ def test_fetching_ahead_is_taken_where_it_is_predicted_to_pay():
     assert ahead.plan.n_slots < alone.plan.n_slots
     unmeasured = tune(trace, profile_of, skipped_fraction=0.0)
     assert unmeasured.prefetch is None
-    costly = tune(trace, profile_of, replace(quick, guess_s=0.005), skipped_fraction=0.0)
+    costly = tune(trace, profile_of, replace(quick, predict_s=0.005), skipped_fraction=0.0)
     assert costly.prefetch is None
 
 

@@ -22,7 +22,7 @@ def loads_of(trace, plan, eviction="lru", gating=None):
 
 def test_a_slot_is_worth_what_a_replay_saves_by_it():
     trace = make_trace(n_tokens=300)
-    info = figures.slot_worth_info(trace)
+    info = figures.marginal_benefit_info(trace)
     for slots in (0, 1, 4, 8):
         loads = loads_of(trace, slots_plan(trace.spec, slots))
         assert info.loads[:, slots].sum() == pytest.approx(loads)
@@ -36,14 +36,14 @@ def test_a_uniform_router_follows_the_line_of_chance():
     experts = np.stack([choose_uniformly(rng, 4000, 8, 2) for _ in range(2)], axis=1)
     gating = GatingTable.per_layer([0.7, 0.7], 2)
     uniform = replace(trace, expert_indices=experts)
-    info = figures.slot_worth_info(uniform)
+    info = figures.marginal_benefit_info(uniform)
     assert info.loads.mean(axis=0) == pytest.approx(info.by_chance, abs=0.03)
-    gated = figures.slot_worth_info(uniform, gating)
+    gated = figures.marginal_benefit_info(uniform, gating)
     assert gated.by_chance[0] == pytest.approx(kept_experts(uniform, gating).sum() / 8000)
 
 
 def test_every_layer_has_its_line_and_one_stands_for_all_in_the_key():
-    figure = figures.plot_slot_worth(figures.slot_worth_info(make_trace()))
+    figure = figures.plot_marginal_benefit(figures.marginal_benefit_info(make_trace()))
     shown = [trace.name for trace in figure.data if trace.showlegend is not False]
     assert shown[:3] == ["uniform router", "each layer, first light, last dark", "mean"]
     assert len(figure.data) == 1 + 3 + 1 + 1

@@ -79,7 +79,7 @@ def every_figure():
         "loss_by_rule": figures.plot_loss_by_rule(
             figures.loss_by_rule_info({"one": uniform}, a_profile(), {"one": [loss]}, loss)
         ),
-        "stand_ins": figures.plot_stand_ins(figures.stand_ins_info({"nothing": loss}, loss)),
+        "stand_ins": figures.plot_surrogates(figures.surrogates_info({"nothing": loss}, loss)),
         "predictability": figures.plot_predictability(figures.predictability_info(trace)),
         "published_cuts": figures.plot_published_cuts(figures.published_cuts_info(published)),
         "published_accuracy": figures.plot_published_accuracy(

@@ -109,7 +109,7 @@ def test_losses_of_a_rule_that_is_not_there_are_refused():
 
 def test_stand_ins_are_compared_with_no_skipping_and_with_the_first():
     reports = {"nothing": a_report(0.010, 0.2), "rank 16": a_report(0.004, 0.2)}
-    info = figures.stand_ins_info(reports, a_report())
+    info = figures.surrogates_info(reports, a_report())
     assert info.names == ("nothing", "rank 16")
     assert info.increase == pytest.approx([10.0, 4.0])
     assert info.increase_se == pytest.approx([1 / 3**0.5, 0.4 / 3**0.5])
@@ -120,6 +120,6 @@ def test_stand_ins_are_compared_with_no_skipping_and_with_the_first():
 
 def test_stand_ins_on_other_texts_are_not_compared():
     with pytest.raises(ValueError, match="can only be compared on the same texts"):
-        figures.stand_ins_info({"nothing": replace(a_report(0.01), texts="others")}, a_report())
+        figures.surrogates_info({"nothing": replace(a_report(0.01), texts="others")}, a_report())
     with pytest.raises(ValueError, match="no loss to compare; measure at least one"):
-        figures.stand_ins_info({}, a_report())
+        figures.surrogates_info({}, a_report())

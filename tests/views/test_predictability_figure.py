@@ -1,4 +1,4 @@
-"""The figure of what is foreseen, against the report that it shows."""
+"""The figure of what is predicted, against the report that it shows."""
 
 from dataclasses import replace
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from traces import guessing, make_spec, make_trace
+from traces import make_spec, make_trace, predicting
 
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
@@ -27,16 +27,16 @@ from adapmoe_lab.views.figures.timing.timeline import LOOKS
 HARDWARE = HardwareProfile(
     "gpu", "pcie", [250, 1000], [1e-3, 4e-3], dense_step_s=6e-3, expert_s=1e-3
 )
-"""A layer of 2 ms and an expert of 1 ms each; a load of 4 ms in pieces of 1 ms."""
+"""A layer of 2 ms and an expert of 1 ms each; a load of 4 ms in chunks of 1 ms."""
 
 
-def one_token(guessed):
-    """Return a token that needs experts 0 and 1 in two layers; the second one is guessed."""
+def one_token(predicted):
+    """Return a token that needs experts 0 and 1 in two layers; the second one is predicted."""
     spec = make_spec(n_layers=2, top_k=1)
-    guesses = Prediction([[[-1], [guessed]]], [[[0], [1]]])
+    candidates = Prediction([[[-1], [predicted]]], [[[0], [1]]])
     return RoutingTrace(
         spec, [7], [[[0], [1]]], np.ones((1, 2, 1)), np.full((1, 2, 8), 1 / 8),
-        {"next_router": {1: guesses}}, [0], [0], [True], ("one",),
+        {"next_router": {1: candidates}}, [0], [0], [True], ("one",),
     )  # fmt: skip
 
 
@@ -58,8 +58,8 @@ def told(step):
 
 
 def test_a_step_is_what_it_is_on_paper():
-    """On demand 2 + 4 + 1 for each layer; ahead, three of four pieces cross in 6..9."""
-    trace = one_token(guessed=1)
+    """On demand 2 + 4 + 1 for each layer; ahead, three of four chunks cross in 6..9."""
+    trace = one_token(predicted=1)
     hardware = replace(HARDWARE, dense_step_s=4e-3)
     info = figures.timeline_info(trace, following(trace.spec, 4), hardware)
     without, ahead = info.steps
@@ -85,7 +85,7 @@ def test_a_step_is_what_it_is_on_paper():
 
 
 def test_a_wrong_guess_crosses_for_nothing():
-    trace = one_token(guessed=5)
+    trace = one_token(predicted=5)
     hardware = replace(HARDWARE, dense_step_s=4e-3)
     _, ahead = figures.timeline_info(trace, following(trace.spec, 4), hardware).steps
     assert ("wasted", 1, 5, 6, 9) in told(ahead)
@@ -94,8 +94,8 @@ def test_a_wrong_guess_crosses_for_nothing():
 
 @pytest.mark.parametrize("token", [0, 57, 199])
 def test_events_add_up_to_the_counters_of_the_clock(token):
-    trace = guessing(make_trace(), 0.6)
-    hardware = replace(HARDWARE, miss_s=2e-4, wait_s=1e-4, guess_s=5e-5, host_copy_s=1e-4)
+    trace = predicting(make_trace(), 0.6)
+    hardware = replace(HARDWARE, miss_s=2e-4, wait_s=1e-4, predict_s=5e-5, host_copy_s=1e-4)
     config = following(trace.spec, 3)
     info = figures.timeline_info(trace, config, hardware, token)
     for step, each in zip(info.steps, (replace(config, prefetch=None), config), strict=True):
@@ -112,7 +112,7 @@ def test_events_add_up_to_the_counters_of_the_clock(token):
 
 
 def test_a_token_like_the_average_is_chosen():
-    trace = guessing(make_trace(), 0.6)
+    trace = predicting(make_trace(), 0.6)
     info = figures.timeline_info(trace, following(trace.spec, 3), HARDWARE)
     assert [step.step_ms for step in info.steps] == pytest.approx(info.mean_ms, rel=0.1)
 
@@ -126,7 +126,7 @@ def test_a_timeline_needs_something_fetched_ahead_and_a_token():
 
 
 def test_bars_are_drawn_in_two_rows_and_named_once():
-    trace = one_token(guessed=1)
+    trace = one_token(predicted=1)
     hardware = replace(HARDWARE, dense_step_s=4e-3)
     figure = figures.plot_timeline(figures.timeline_info(trace, following(trace.spec, 4), hardware))
     bars = figure.data[: 2 * len(LOOKS)]
@@ -146,7 +146,7 @@ def test_bars_are_drawn_in_two_rows_and_named_once():
 
 def test_the_gain_is_that_of_configs_in_the_same_memory():
     """Half of 24 experts: 10 slots beside the staging of 2, or 6 and a buffer of 4."""
-    trace = guessing(make_trace(n_tokens=600), 0.9)
+    trace = predicting(make_trace(n_tokens=600), 0.9)
     info = figures.prefetch_gain_info(trace, HARDWARE, (2, 0.5), (0.5, 0.75))
     link = HARDWARE.at_load_ratio(trace.spec, 0.5)
     plain = TunedConfig.untuned(trace.spec)
@@ -164,8 +164,8 @@ def test_the_gain_is_that_of_configs_in_the_same_memory():
 
 
 def test_foresight_is_what_right_guesses_bring():
-    trace = guessing(make_trace(n_tokens=600), 0.7)
-    right = guessing(make_trace(n_tokens=600), 1.0)
+    trace = predicting(make_trace(n_tokens=600), 0.7)
+    right = predicting(make_trace(n_tokens=600), 1.0)
     info = figures.prefetch_gain_info(trace, HARDWARE, (1,), (0.5, 0.75))
     best = figures.prefetch_gain_info(right, HARDWARE, (1,), (0.5, 0.75))
     np.testing.assert_allclose(
@@ -174,7 +174,7 @@ def test_foresight_is_what_right_guesses_bring():
 
 
 def test_without_room_for_a_buffer_nobody_is_followed():
-    trace = guessing(make_trace(), 0.9)
+    trace = predicting(make_trace(), 0.9)
     info = figures.prefetch_gain_info(trace, HARDWARE, (1,), (0.25, 0.75))
     assert info.best[0][0] == "nobody"
     assert info.saved[0, 0] == 0
@@ -183,7 +183,7 @@ def test_without_room_for_a_buffer_nobody_is_followed():
 
 
 def test_a_line_per_link_and_one_per_choice():
-    trace = guessing(make_trace(), 0.9)
+    trace = predicting(make_trace(), 0.9)
     info = figures.prefetch_gain_info(trace, HARDWARE, (2, 0.5), (0.5, 0.75))
     figure = figures.plot_prefetch_gain(info)
     shown = [line for line in figure.data if line.showlegend]
@@ -192,7 +192,7 @@ def test_a_line_per_link_and_one_per_choice():
     assert shown[1].customdata[:, 0].tolist() == list(info.best[1])
     choices = figures.plot_prefetch_choices(info, 0.5)
     assert [line.name for line in choices.data] == [
-        "nobody", "the next layer", "were every guess right",
+        "nobody", "the next layer", "were every prediction right",
     ]  # fmt: skip
     ratio = info.ms["the next layer"][1] / info.ms["nobody"][1]
     assert choices.data[1].y == pytest.approx(ratio)

@@ -14,7 +14,7 @@ from adapmoe_lab.records import OFF, GatingTable, Surrogates, TunedConfig
 from adapmoe_lab.simulation.simulate import Simulation
 from adapmoe_lab.workbench import panel as panel_module
 from adapmoe_lab.workbench.panel import Workbench
-from adapmoe_lab.workbench.readout import as_html, tiles
+from adapmoe_lab.workbench.summary import as_html, tiles
 
 WAIT_S = 60
 
@@ -35,7 +35,7 @@ def shown(panel):
     """Return the tiles' predicted and measured texts by name."""
     found = re.findall(
         r'data-tile="([^"]+)".*?class="predicted">([^<]+).*?class="measured[^"]*">([^<]+)<',
-        panel.readout.value,
+        panel.summary.value,
     )
     return {name: (predicted.strip(), measured) for name, predicted, measured in found}
 
@@ -57,7 +57,7 @@ def test_the_curve_moves_the_slider(workbench):
     curve.values = [0.5, OFF, OFF]
     assert workbench.wait(WAIT_S)
     assert workbench.controls.budget.value == pytest.approx(1 / 6, abs=0.01)
-    assert workbench.controls.draft.chosen_by == "by hand"
+    assert workbench.controls.candidate.chosen_by == "by hand"
     assert shown(workbench)["Skipped"][0] == "16.7%"
 
 
@@ -65,9 +65,9 @@ def test_a_slider_that_sends_its_rounded_value_back_does_not_undo_the_curve(work
     workbench.controls.curve.values = [0.55, OFF, OFF]
     echoed = workbench.controls.budget.value
     workbench.controls.budget.value = echoed + 1e-4
-    assert workbench.controls.draft.chosen_by == "by hand"
+    assert workbench.controls.candidate.chosen_by == "by hand"
     workbench.controls.budget.value = echoed + 0.01
-    assert workbench.controls.draft.chosen_by == "uniform"
+    assert workbench.controls.candidate.chosen_by == "uniform"
 
 
 def test_more_slots_raise_the_hit_rate(workbench):

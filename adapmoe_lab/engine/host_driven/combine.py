@@ -66,7 +66,7 @@ class LayerRun:
     ) -> Iterator[tuple[Positions, torch.Tensor]]:
         """Yield, expert by expert, where it was chosen and its outputs [n, D], not yet weighted."""
         positions = self._positions(hidden.device)
-        for expert, weights in source.arrivals(self.layer, positions, hidden):
+        for expert, weights in source.fetch_experts(self.layer, positions, hidden):
             at = positions[expert]
             yield at, run_expert(self.module, weights, hidden[at[0]])
 
@@ -106,7 +106,7 @@ class LayerRun:
         return torch.zeros(shape, dtype=dtype, device=hidden.device)
 
 
-class StreamedExpertSum(torch.autograd.Function):
+class StreamedCombine(torch.autograd.Function):
     """A layer's expert sum whose backward pass reads the experts from the store once more.
 
     Nothing of an expert is kept between the passes, so a layer never holds more than one expert
@@ -134,7 +134,7 @@ class StreamedExpertSum(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         """Return the gradients of hidden states and weights; show the layer to the observers."""
         with torch.autocast(gradient.device.type, enabled=False):  # as it is in `forward`
-            return StreamedExpertSum._backward(ctx, gradient)
+            return StreamedCombine._backward(ctx, gradient)
 
     @staticmethod
     def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:

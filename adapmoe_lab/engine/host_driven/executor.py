@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from adapmoe_lab.engine.device import on_host
-from adapmoe_lab.engine.host_driven.combine import GradientObserver, LayerRun, StreamedExpertSum
+from adapmoe_lab.engine.host_driven.combine import GradientObserver, LayerRun, StreamedCombine
 from adapmoe_lab.engine.host_driven.expert_sources import CachedExperts, ExpertSource, StoredExperts
-from adapmoe_lab.engine.host_driven.surrogates import Compensation
+from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
 from adapmoe_lab.engine.layer_pass import LayerPass, Observer
 from adapmoe_lab.engine.prefetch.predictors import Predictor
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
@@ -27,7 +27,7 @@ from adapmoe_lab.records.files import digest
 from adapmoe_lab.records.routing import UNGATED
 
 
-class OffloadEngine:
+class HostDrivenExecutor:
     """Executes a model's experts from a store through a cache on the device.
 
     Implements `models.hook.ExpertsExecutor`. One forward at a time; an exception or interrupt at
@@ -53,9 +53,9 @@ class OffloadEngine:
         self.clock = clock
         self.device = device
         self.dtype = dtype
-        self.pace = StepPace()
+        self.step_costs = StepPace()
         self.gating: GatingTable | None = None
-        self.compensation: Compensation | None = None
+        self.compensation: SurrogateOutputs | None = None
         self.observers: list[Observer] = []
         self.gradient_observers: list[GradientObserver] = []
         self.is_closed = False
@@ -105,8 +105,8 @@ class OffloadEngine:
         `gating` is what will skip experts.
         """
         return Prefetcher(
-            table, predictors, self.store, self.link, self.clock, device or self.device, self.pace,
-            gating,
+            table, predictors, self.store, self.link, self.clock, device or self.device,
+ self.step_costs,            gating,
         )  # fmt: skip
 
     def release(self) -> None:
@@ -128,13 +128,13 @@ class OffloadEngine:
         if self.is_closed:
             raise RuntimeError("This model is closed, its experts are freed; load it again.")
 
-    def _on_device(self, surrogates: Surrogates | None) -> Compensation | None:
+    def _on_device(self, surrogates: Surrogates | None) -> SurrogateOutputs | None:
         if surrogates is None:
             return None
         present = self.compensation
         if present is not None and present.surrogates is surrogates:
             return present
-        return Compensation(surrogates, self.device, self.dtype)
+        return SurrogateOutputs(surrogates, self.device, self.dtype)
 
     @property
     def skipping(self) -> str:
@@ -227,7 +227,7 @@ class OffloadEngine:
     def end_layer(self, layer: int, output: torch.Tensor) -> None:
         """Fetch ahead by the output [T, D] of a layer."""
         if self._prefetcher is not None:
-            self._prefetcher.look_again(layer, output, self.cached.cache)
+            self._prefetcher.on_layer_output(layer, output, self.cached.cache)
 
     def end_pass(self, last_hidden: torch.Tensor) -> None:
         """Fetch ahead by the last hidden states [T, D]; on a virtual clock the rest takes time.
@@ -238,7 +238,7 @@ class OffloadEngine:
             return
         if self._prefetcher is not None and self._n_sequences == 1:
             self._prefetcher.end_pass(last_hidden[-1:], self.cached.cache)
-        self.clock.spend(self.pace.head_s)
+        self.clock.spend(self.step_costs.head_s)
 
     @property
     def _prefetcher(self) -> Prefetcher | None:
@@ -246,20 +246,20 @@ class OffloadEngine:
         is_cached = self._source is self.cached and not torch.is_grad_enabled()
         return self.cached.prefetcher if is_cached else None
 
-    def unpaced(self) -> AbstractContextManager[None]:
+    def without_link_delay(self) -> AbstractContextManager[None]:
         """Return a context in which an emulated link holds nothing."""
-        return self.link.unpaced()
+        return self.link.without_link_delay()
 
-    def arrivals(
+    def fetch_experts(
         self, layer: int, experts: Collection[int], hidden: torch.Tensor
     ) -> Iterator[tuple[int, Weights]]:
         """Yield each expert from wherever it comes; on a virtual clock, running it takes time.
 
         So the engine is an `ExpertSource` itself.
         """
-        for arrival in self._source.arrivals(layer, experts, hidden):
+        for arrival in self._source.fetch_experts(layer, experts, hidden):
             yield arrival
-            self.clock.spend(self.pace.of_expert(layer, arrival[0]))
+            self.clock.spend(self.step_costs.of_expert(layer, arrival[0]))
 
     def run_layer(
         self,
@@ -294,7 +294,7 @@ class OffloadEngine:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        self.clock.spend(self.pace.dense_layer_s)
+        self.clock.spend(self.step_costs.dense_layer_s)
         # on a GPU this is the layer's one synchronisation
         indices, weights = on_host([top_k_index, top_k_weights.float()])
         keep = indices < self.store.n_experts(layer)
@@ -305,7 +305,7 @@ class OffloadEngine:
                 top_k_weights = torch.from_numpy(scaled).to(top_k_weights)
         run = LayerRun(layer, experts, indices, keep)
         if torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad):
-            output, parts = StreamedExpertSum.apply(
+            output, parts = StreamedCombine.apply(
                 hidden, top_k_weights, run, self, self._direct, tuple(self.gradient_observers)
             )
         else:

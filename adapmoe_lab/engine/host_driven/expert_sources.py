@@ -24,7 +24,7 @@ from adapmoe_lab.records import CachePlan
 class ExpertSource(Protocol):
     """Hands out the weights of the experts that one layer needs in one forward pass."""
 
-    def arrivals(
+    def fetch_experts(
         self, layer: int, experts: Collection[int], hidden: torch.Tensor
     ) -> Iterator[tuple[int, Weights]]:
         """Yield each expert once, with weights valid until the next one is asked for.
@@ -42,13 +42,13 @@ class StoredExperts:
         self._store = store
         self._device = device
 
-    def arrivals(
+    def fetch_experts(
         self, layer: int, experts: Collection[int], hidden: torch.Tensor
     ) -> Iterator[tuple[int, Weights]]:
         """Yield experts in ascending order; on the CPU without a copy."""
         for expert in sorted(experts):
-            row = self._store.row(layer, expert).to(self._device)
-            yield expert, self._store.views(layer, expert, row)
+            buffer = self._store.buffer(layer, expert).to(self._device)
+            yield expert, self._store.views(layer, expert, buffer)
 
 
 class CachedExperts:
@@ -67,7 +67,7 @@ class CachedExperts:
         routers: Sequence[Router] = (),
         prefetcher: Prefetcher | None = None,
     ) -> None:
-        """Allocate the slots of a plan and the staging rows; every slot starts empty.
+        """Allocate the slots of a plan and the staging buffers; every slot starts empty.
 
         Args:
             store: where the experts lie on the host.
@@ -105,7 +105,7 @@ class CachedExperts:
         self._bytes_demanded = 0
 
     def close(self) -> None:
-        """Give up slots, staging rows and what fetches ahead; nothing can be asked for then."""
+        """Give up slots, staging buffers and what fetches ahead; nothing can be asked for then."""
         self._slots, self._views, self.prefetcher = [], [], None
         self._staging = self._staging.new_empty(0)
 
@@ -119,19 +119,19 @@ class CachedExperts:
         """Bytes that crossed the link since the start, wasted ones included."""
         return self._bytes_demanded + (self.prefetcher.n_bytes if self.prefetcher else 0)
 
-    def arrivals(
+    def fetch_experts(
         self, layer: int, experts: Collection[int], hidden: torch.Tensor
     ) -> Iterator[tuple[int, Weights]]:
         """Yield the resident experts, then those fetched ahead, then the others as they arrive.
 
         Every copy that has room is asked for at once; experts without a slot stream through the
-        staging rows, one loading while the other is read. A slot counts as holding an expert
+        staging buffers, one loading while the other is read. A slot counts as holding an expert
         only after its copy was waited for: whatever stops the iteration in between leaves slots
         free, never wrong.
         """
         step = self.cache.plan_step(layer, experts, self._scores(layer, hidden))
         missing = {**{load.expert: load for load in step.loads}, **dict.fromkeys(step.streamed)}
-        begun = self.prefetcher.settle(layer, missing) if self.prefetcher else {}
+        begun = self.prefetcher.resolve(layer, missing) if self.prefetcher else {}
         self.cache.vacate(step)
         try:
             yield from self._as_they_come(layer, step, missing, begun, hidden)
@@ -152,41 +152,42 @@ class CachedExperts:
             self._link.finish(copy)
         loads = [load for load in step.loads if load.expert not in begun]
         streamed = [expert for expert in step.streamed if expert not in begun]
-        loading = [(load, self._copy(layer, load.expert, self._row(load))) for load in loads]
-        rows = list(self._staging)
+        loading = [(load, self._copy(layer, load.expert, self._slot_of(load))) for load in loads]
+        buffers = list(self._staging)
         staged = [
-            self._copy(layer, expert, row) for expert, row in zip(streamed, rows, strict=False)
+            self._copy(layer, expert, buffer)
+            for expert, buffer in zip(streamed, buffers, strict=False)
         ]
         self.hits[layer] += len(step.hits)
         self.misses[layer] += len(loads) + len(streamed)
         if self.prefetcher:
-            self.prefetcher.look_ahead(layer, hidden, self.cache, step, streamed[N_STAGING:])
+            self.prefetcher.on_experts_input(layer, hidden, self.cache, step, streamed[N_STAGING:])
         for expert in step.hits:
             yield expert, self._views[layer][expert]
         for expert, copy in begun.items():
             self._link.wait(copy.arrival)
-            load, row = missing[expert], copy.destination
+            load, buffer = missing[expert], copy.destination
             if load is not None:
-                row = self._row(load)[: row.numel()].copy_(row)
-                self._occupy(load, row)
-            yield expert, self._store.views(layer, expert, row)
+                buffer = self._slot_of(load)[: buffer.numel()].copy_(buffer)
+                self._occupy(load, buffer)
+            yield expert, self._store.views(layer, expert, buffer)
         for load, arrival in loading:
             self._link.wait(arrival)
-            self._occupy(load, self._row(load))
+            self._occupy(load, self._slot_of(load))
             yield load.expert, self._views[layer][load.expert]
         for position, expert in enumerate(streamed):
-            row = rows[position % N_STAGING]
+            buffer = buffers[position % N_STAGING]
             self._link.wait(staged[position])
-            yield expert, self._store.views(layer, expert, row)
+            yield expert, self._store.views(layer, expert, buffer)
             if position + N_STAGING < len(streamed):
-                staged.append(self._copy(layer, streamed[position + N_STAGING], row))
+                staged.append(self._copy(layer, streamed[position + N_STAGING], buffer))
 
     def _pool_widths(self, plan: CachePlan) -> list[int]:
         """Return the bytes of a slot of each pool."""
         widths = [self._store.slot_bytes(layer) for layer in range(self._store.n_layers)]
         return [max(widths)] if plan.is_global else widths
 
-    def _row(self, load: Load) -> torch.Tensor:
+    def _slot_of(self, load: Load) -> torch.Tensor:
         pool = 0 if self.plan.is_global else load.layer
         return self._slots[pool][load.slot]
 
@@ -195,11 +196,11 @@ class CachedExperts:
             return None
         return router_scores(self._routers[layer], hidden.detach()).cpu().numpy()
 
-    def _occupy(self, load: Load, row: torch.Tensor) -> None:
-        self._views[load.layer][load.expert] = self._store.views(load.layer, load.expert, row)
+    def _occupy(self, load: Load, buffer: torch.Tensor) -> None:
+        self._views[load.layer][load.expert] = self._store.views(load.layer, load.expert, buffer)
         self.cache.occupy(load)
 
     def _copy(self, layer: int, expert: int, target: torch.Tensor) -> object:
-        row = self._store.row(layer, expert)
-        self._bytes_demanded += row.numel()
-        return self._link.copy(row, target[: row.numel()])
+        buffer = self._store.buffer(layer, expert)
+        self._bytes_demanded += buffer.numel()
+        return self._link.copy(buffer, target[: buffer.numel()])

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from adapmoe_lab.records import Surrogates
 
 
-class Compensation:
+class SurrogateOutputs:
     """A model's surrogates on the device; they are never moved again.
 
     Attributes:

@@ -1,7 +1,7 @@
-"""Foreseeing which experts a layer will need, before its router is asked.
+"""Predicting which experts a layer will need, before its router is asked.
 
-Recording and prefetch ask the same objects at the same moments, so that what was recorded is what
-prefetch will see.
+Recording and prefetch ask the same objects at the same hook_points, so that what was recorded is
+what prefetch will see.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from adapmoe_lab.models.families import (
 )
 from adapmoe_lab.models.hooks.residual_stream import find_input_norms
 from adapmoe_lab.records import Predictors
-from adapmoe_lab.records.prefetch import MOMENTS, Moment
+from adapmoe_lab.records.prefetch import HOOK_POINTS, HookPoint
 
 MAX_DISTANCE = 3
 """Layers ahead that are looked at; AdapMoE goes as far (arXiv 2408.10284, section 4.2)."""
 
 
 class Predictor(Protocol):
-    """Foresees the router scores of later layers.
+    """Predicts the router scores of later layers.
 
     Attributes:
         name: what traces and configs call it.
-        moment: when it can be asked, and what it is then shown.
+        hook_point: when it can be asked, and what it is then shown.
     """
 
     name: str
-    moment: Moment
+    hook_point: HookPoint
 
     def targets(self, layer: int) -> range:
-        """Return the layers it can foresee from a source layer."""
+        """Return the layers it can predict from a source layer."""
         ...
 
     def scores(self, source: int, target: int, x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ class NextRouter:
     """The target's router on an earlier layer's experts input, AdapMoE's predictor."""
 
     name = "next_router"
-    moment = MOMENTS[name]
+    hook_point = HOOK_POINTS[name]
 
     def __init__(self, routers: Sequence[Router], max_distance: int = MAX_DISTANCE) -> None:
         """Ask the routers of all layers."""
@@ -78,7 +78,7 @@ class OwnNorm:
     """The next layer's own norm and router on the residual stream: all but its attention."""
 
     name = "own_norm"
-    moment = MOMENTS[name]
+    hook_point = HOOK_POINTS[name]
 
     def __init__(self, routers: Sequence[Router], norms: Sequence[nn.Module]) -> None:
         """Ask routers behind the norms, one of each per layer."""
@@ -98,7 +98,7 @@ class Ridge:
     """A linear map for every pair of layers, fitted by ridge regression."""
 
     name = "ridge"
-    moment = MOMENTS[name]
+    hook_point = HOOK_POINTS[name]
 
     def __init__(self, routers: Sequence[Router], fitted: Predictors) -> None:
         """Bring the maps to where the routers are."""
@@ -123,7 +123,7 @@ class LastHidden:
     """Layer 0 from the last hidden state of the token before, AdapMoE's first-layer gate."""
 
     name = "last_hidden"
-    moment = MOMENTS[name]
+    hook_point = HOOK_POINTS[name]
 
     def __init__(self, routers: Sequence[Router], fitted: Predictors) -> None:
         """Bring the gate to where the routers are."""
@@ -142,7 +142,7 @@ class TokenEmbedding:
     """Layer 0's own norm and router on the token's embedding: layer 0 without its attention."""
 
     name = "token_embedding"
-    moment = MOMENTS[name]
+    hook_point = HOOK_POINTS[name]
 
     def __init__(self, embeddings: nn.Module, router: Router, norm: nn.Module) -> None:
         """Ask layer 0's router behind its norm."""
@@ -163,7 +163,7 @@ class TokenTable:
     """Layer 0's scores as they were for the same token before."""
 
     name = "token_table"
-    moment = MOMENTS[name]
+    hook_point = HOOK_POINTS[name]
 
     def __init__(
         self, router: Router, fitted: Predictors, unseen: TokenEmbedding | None = None

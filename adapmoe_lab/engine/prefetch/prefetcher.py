@@ -18,17 +18,17 @@ from adapmoe_lab.engine.transfer.link import Link
 from adapmoe_lab.engine.transfer.prefetch_copy import AheadCopy
 from adapmoe_lab.policies.eviction.expert_cache import ExpertCache, StepPlan
 from adapmoe_lab.policies.prefetch.expected_gain import (
-    candidates,
+    chunk_bounds,
     expected_gain_s,
+    likely_needed,
     needed_at,
-    piece_bounds,
 )
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable
-from adapmoe_lab.records.prefetch import Moment
+from adapmoe_lab.records.prefetch import HookPoint
 
 
 @dataclass(eq=False)
-class _Row:
+class _Entry:
     """An expert in the buffer, or on its way there."""
 
     layer: int
@@ -78,17 +78,17 @@ class Prefetcher:
         """Allocate the buffer.
 
         Args:
-            table: whose guesses to follow.
+            table: whose candidates to follow.
             predictors: what speaks; at least those of the table.
             store: where the experts lie on the host.
             link: what they cross.
             clock: what time is read from.
             device: where the buffer is.
             pace: what computing is expected to take.
-            gating: what will skip experts: guesses that it would skip are not followed.
+            gating: what will skip experts: candidates that it would skip are not followed.
         """
         self.table = table
-        self.pace = pace
+        self.step_costs = pace
         self._predictors = {predictor.name: predictor for predictor in predictors}
         self._check_predictors()
         self._store = store
@@ -96,11 +96,11 @@ class Prefetcher:
         self._clock = clock
         shape = (table.buffer_slots, int(store.expert_bytes.max()))
         self._buffer = torch.empty(shape, dtype=torch.uint8, device=device)
-        self._rows: list[_Row | None] = [None] * table.buffer_slots
+        self._entries: list[_Entry | None] = [None] * table.buffer_slots
         self.used = np.zeros(store.n_layers, dtype=np.int64)
         self.wasted = np.zeros(store.n_layers, dtype=np.int64)
         self._gating = gating
-        self._bytes_settled = 0
+        self._bytes_resolved = 0
         self._load_s = link.seconds if pace.load_s is None else lru_cache(pace.load_s)
 
     def _check_predictors(self) -> None:
@@ -114,35 +114,37 @@ class Prefetcher:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all pieces begun so far."""
-        return self._bytes_settled + sum(row.copy.bytes_begun for row in self._rows if row)
+        """Bytes of all chunks begun so far."""
+        return self._bytes_resolved + sum(
+            entry.copy.bytes_begun for entry in self._entries if entry
+        )
 
-    def settle(self, layer: int, missing: Collection[int]) -> dict[int, AheadCopy]:
-        """Return what was begun ahead of a layer's missing experts, and give up its other guesses.
+    def resolve(self, layer: int, missing: Collection[int]) -> dict[int, AheadCopy]:
+        """Return what was begun of a layer's missing experts, and cancel its other prefetches.
 
-        The copies' rows stay taken until `release`.
+        The copies' entries stay taken until `release`.
         """
-        self._link.begin_pieces()
+        self._link.begin_chunks()
         begun = {}
-        for number, row in self._rows_of(layer):
-            if row.copy.n_begun and row.expert in missing:
-                begun[row.expert] = row.copy
+        for number, entry in self._entries_of(layer):
+            if entry.copy.n_begun and entry.expert in missing:
+                begun[entry.expert] = entry.copy
                 self.used[layer] += 1
             else:
-                self.wasted[layer] += row.copy.n_begun > 0
-                self._give_up(number, row)
+                self.wasted[layer] += entry.copy.n_begun > 0
+                self._cancel(number, entry)
         return dict(sorted(begun.items()))
 
     def release(self, layer: int) -> None:
-        """Free the rows of a layer, whose experts were computed or moved."""
-        for number, row in self._rows_of(layer):
-            self._give_up(number, row)
+        """Free the entries of a layer, whose experts were computed or moved."""
+        for number, entry in self._entries_of(layer):
+            self._cancel(number, entry)
 
     def begin_pass(self, token_ids: torch.Tensor, cache: ExpertCache) -> None:
         """Ask for the first layer's experts, by the tokens [T] of the pass that begins."""
-        self._ask(Moment.TOKEN, 0, token_ids, cache, self._outlook())
+        self._issue_prefetches(HookPoint.TOKEN, 0, token_ids, cache, self._outlook())
 
-    def look_ahead(
+    def on_experts_input(
         self,
         layer: int,
         hidden: torch.Tensor,
@@ -163,71 +165,76 @@ class Prefetcher:
         missing = [*(load.expert for load in step.loads), *step.streamed]
         late_s, hits_s, missing_s, last_s = 0.0, 0.0, 0.0, 0.0
         for expert in step.hits:
-            hits_s += self.pace.of_expert(layer, expert)
+            hits_s += self.step_costs.of_expert(layer, expert)
         for expert in sorted(missing):
-            missing_s += self.pace.of_expert(layer, expert)
-            last_s = max(last_s, self.pace.of_expert(layer, expert))
+            missing_s += self.step_costs.of_expert(layer, expert)
+            last_s = max(last_s, self.step_costs.of_expert(layer, expert))
         for expert in late:
             late_s += self._link.seconds(int(self._store.expert_bytes[layer, expert]))
         link_ready += late_s
         ready_at = max(now + hits_s, link_ready) + last_s
         outlook = _Outlook(max(now, link_ready), ready_at, hits_s + missing_s, late_s)
-        self._ask(Moment.EXPERTS_INPUT, layer, hidden, cache, outlook)
+        self._issue_prefetches(HookPoint.EXPERTS_INPUT, layer, hidden, cache, outlook)
 
-    def look_again(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:
+    def on_layer_output(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:
         """Ask by a layer's output [T, D], which the next starts from, if anybody speaks then."""
-        if self.table.speaks_at(Moment.LAYER_OUTPUT):
-            self._ask(Moment.LAYER_OUTPUT, layer, output, cache, self._outlook())
+        if self.table.predicts_at(HookPoint.LAYER_OUTPUT):
+            self._issue_prefetches(HookPoint.LAYER_OUTPUT, layer, output, cache, self._outlook())
 
     def end_pass(self, last_hidden: torch.Tensor, cache: ExpertCache) -> None:
         """Ask for the first layer's experts of the next token, by this one's last state [1, D]."""
-        outlook = self._outlook(after_s=self.pace.head_s)
-        self._ask(Moment.LAST_HIDDEN, 0, last_hidden, cache, outlook)
+        outlook = self._outlook(after_s=self.step_costs.head_s)
+        self._issue_prefetches(HookPoint.LAST_HIDDEN, 0, last_hidden, cache, outlook)
 
     def _outlook(self, after_s: float = 0.0) -> _Outlook:
         """Return the outlook when nothing is demanded and the layer is done after some seconds."""
         now = self._clock.now()
         return _Outlook(max(now, self._link.free_at()), now + after_s)
 
-    def _ask(
-        self, moment: Moment, layer: int, x: torch.Tensor, cache: ExpertCache, outlook: _Outlook
+    def _issue_prefetches(
+        self,
+        hook_point: HookPoint,
+        layer: int,
+        x: torch.Tensor,
+        cache: ExpertCache,
+        outlook: _Outlook,
     ) -> None:
-        """Ask for those guesses that are worth it, of all predictors that speak at a moment."""
-        speaking = [
+        """Query all predictors of a hook point, and issue the prefetches that are worth it."""
+        predicting = [
             (source, layer + source.distance)
             for source in self.table.sources
-            if source.moment == moment and layer + source.distance < self._store.n_layers
+            if source.hook_point == hook_point and layer + source.distance < self._store.n_layers
         ]
-        said = self._scores(speaking, layer, x) if speaking else []
-        for (source, target), scores in zip(speaking, said, strict=True):
+        said = self._scores(predicting, layer, x) if predicting else []
+        for (source, target), scores in zip(predicting, said, strict=True):
             needed_at_s = needed_at(
                 outlook.ready_at,
                 max(1, source.distance),
-                self.pace.dense_layer_s,
+                self.step_costs.dense_layer_s,
                 outlook.layer_experts_s,
             )
-            experts, chances = self._guesses(source, target, *scores)
-            self._drop_others(target, experts)
+            experts, chances = self._candidates(source, target, *scores)
+            self._cancel_others(target, experts)
             for expert, chance in zip(experts.tolist(), chances.tolist(), strict=True):
                 is_here = cache.slot_of[target, expert] >= 0
-                if not is_here and self._is_worth(
+                if not is_here and self._gains_time(
                     target, expert, chance, outlook.begins_at, needed_at_s
                 ):
                     self._fetch(target, expert)
-        self._link.expect_quiet(outlook.ready_at + self.pace.dense_layer_s - outlook.late_s)
+        self._link.expect_quiet(outlook.ready_at + self.step_costs.dense_layer_s - outlook.late_s)
 
     def _scores(
-        self, speaking: Sequence[tuple[PrefetchSource, int]], layer: int, x: torch.Tensor
+        self, predicting: Sequence[tuple[PrefetchSource, int]], layer: int, x: torch.Tensor
     ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Return the likeliest experts of targets, and their scores, both [T, C], on the host."""
         found = []
-        for source, target in speaking:
+        for source, target in predicting:
             scores = self._predictors[source.predictor].scores(layer, target, x)
             found += likeliest(scores, len(source.probability[target]))
         together = on_host(found)
         return list(zip(together[::2], together[1::2], strict=True))
 
-    def _guesses(
+    def _candidates(
         self,
         source: PrefetchSource,
         target: int,
@@ -235,45 +242,45 @@ class Prefetcher:
         scores: NDArray[np.float32],
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         gating = None if self._gating is None else (self._gating, target)
-        return candidates(experts, source.probability[target], scores, gating)
+        return likely_needed(experts, source.probability[target], scores, gating)
 
-    def _drop_others(self, layer: int, experts: NDArray[np.int64]) -> None:
-        """Give up earlier guesses of a layer that are not begun and not repeated."""
-        guessed = set(experts.tolist())
-        for number, row in self._rows_of(layer):
-            if not row.copy.n_begun and row.expert not in guessed:
-                self._give_up(number, row)
+    def _cancel_others(self, layer: int, experts: NDArray[np.int64]) -> None:
+        """Give up earlier candidates of a layer that are not begun and not repeated."""
+        predicted = set(experts.tolist())
+        for number, entry in self._entries_of(layer):
+            if not entry.copy.n_begun and entry.expert not in predicted:
+                self._cancel(number, entry)
 
-    def _is_worth(
+    def _gains_time(
         self, layer: int, expert: int, chance: float, begins_at: float, needed_at_s: float
     ) -> bool:
         """Whether an absent expert, not on its way yet, is expected to gain time."""
-        if any(row.expert == expert for _, row in self._rows_of(layer)):
+        if any(entry.expert == expert for _, entry in self._entries_of(layer)):
             return False
-        for row in self._rows:
-            if row is not None and row.layer <= layer and not row.copy.is_whole:
-                begins_at += self._load_s(row.copy.bytes_left)
+        for entry in self._entries:
+            if entry is not None and entry.layer <= layer and not entry.copy.is_whole:
+                begins_at += self._load_s(entry.copy.bytes_left)
         n_bytes = int(self._store.expert_bytes[layer, expert])
-        load_s, piece_s = self._load_s(n_bytes), self._load_s(piece_bounds(n_bytes)[1])
-        return expected_gain_s(chance, begins_at, needed_at_s, load_s, piece_s) > 0
+        load_s, chunk_s = self._load_s(n_bytes), self._load_s(chunk_bounds(n_bytes)[1])
+        return expected_gain_s(chance, begins_at, needed_at_s, load_s, chunk_s) > 0
 
     def _fetch(self, layer: int, expert: int) -> None:
         """Ask for an expert if the buffer has room."""
-        if None not in self._rows:
+        if None not in self._entries:
             return
-        number, source = self._rows.index(None), self._store.row(layer, expert)
+        number, source = self._entries.index(None), self._store.buffer(layer, expert)
         target = self._buffer[number][: source.numel()]
-        copy = self._link.copy_ahead(source, target, urgency=layer)
-        self._rows[number] = _Row(layer, expert, copy)
+        copy = self._link.copy_ahead(source, target, priority=layer)
+        self._entries[number] = _Entry(layer, expert, copy)
 
-    def _rows_of(self, layer: int) -> list[tuple[int, _Row]]:
+    def _entries_of(self, layer: int) -> list[tuple[int, _Entry]]:
         return [
-            (number, row)
-            for number, row in enumerate(self._rows)
-            if row is not None and row.layer == layer
+            (number, entry)
+            for number, entry in enumerate(self._entries)
+            if entry is not None and entry.layer == layer
         ]
 
-    def _give_up(self, number: int, row: _Row) -> None:
-        self._link.drop(row.copy)
-        self._bytes_settled += row.copy.bytes_begun
-        self._rows[number] = None
+    def _cancel(self, number: int, entry: _Entry) -> None:
+        self._link.cancel(entry.copy)
+        self._bytes_resolved += entry.copy.bytes_begun
+        self._entries[number] = None

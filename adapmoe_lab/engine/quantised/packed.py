@@ -64,8 +64,8 @@ class PackedMatrix:
             KeyError: the precision has no such part.
         """
         part = _parts_by_name(self.precision, self.shape)[name]
-        piece = self.data[part.offset : part.offset + part.n_bytes]
-        return piece.view(getattr(torch, part.dtype)).view(part.shape)
+        chunk = self.data[part.offset : part.offset + part.n_bytes]
+        return chunk.view(getattr(torch, part.dtype)).view(part.shape)
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weights [output, input]: computed in float32, rounded once to `dtype`."""

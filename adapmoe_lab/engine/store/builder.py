@@ -13,7 +13,7 @@ import torch
 
 from adapmoe_lab.engine.load_arguments import ExpertDtype
 from adapmoe_lab.engine.memory_plan import MemoryPlan
-from adapmoe_lab.engine.store.checksums import ChecksumLedger, lasting_ledger
+from adapmoe_lab.engine.store.checksums import ChecksumManifest, kept_manifest
 from adapmoe_lab.engine.store.expert_buffer import plain_views, write_expert
 from adapmoe_lab.engine.store.expert_store import DiskStore, ExpertStore, Formats, HostStore
 from adapmoe_lab.engine.store.index import (
@@ -26,7 +26,7 @@ from adapmoe_lab.engine.store.index import (
 from adapmoe_lab.engine.store.on_disk import open_store, save_store
 from adapmoe_lab.models.checkpoint.byte_progress import byte_progress
 from adapmoe_lab.models.checkpoint.checkpoint import Checkpoint
-from adapmoe_lab.models.checkpoint.meta_model import DTYPES, ModelOutline
+from adapmoe_lab.models.checkpoint.meta_model import DTYPES, MetaModel
 from adapmoe_lab.records import MoESpec, PartialIdentityWarning, precision_named
 from adapmoe_lab.records.files import digest
 
@@ -36,7 +36,7 @@ WORKING_COPIES = 2
 
 
 def expert_formats(
-    model: ModelOutline, expert_dtype: ExpertDtype, stored: StoreIndex | None = None
+    model: MetaModel, expert_dtype: ExpertDtype, stored: StoreIndex | None = None
 ) -> Formats:
     """Return the layout of every expert, [L][E].
 
@@ -130,19 +130,19 @@ def open_experts(
     """
     if store is not None:
         return _open_prepared(checkpoint, formats, spec, plan, store, stored)
-    rows = CheckpointRows(checkpoint, formats, plan.device)
+    buffers = CheckpointRows(checkpoint, formats, plan.device)
     if not plan.fits_host:
-        ledger = _ledger_of(checkpoint, formats, spec, plan.device)
-        return DiskStore(formats, rows, ledger, plan.host_bytes, on_close=rows.close)
+        manifest = _manifest_of(checkpoint, formats, spec, plan.device)
+        return DiskStore(formats, buffers, manifest, plan.host_bytes, on_close=buffers.close)
     one_plain = checkpoint.model.expert_format(0, checkpoint.model.dtype).n_bytes
-    with closing(rows):
-        experts = _in_memory(formats, rows, plan, WORKING_COPIES * one_plain)
+    with closing(buffers):
+        experts = _in_memory(formats, buffers, plan, WORKING_COPIES * one_plain)
         checkpoint.index.check_unchanged()
         return experts
 
 
 class CheckpointRows:
-    """Reads experts out of a checkpoint's files into rows, packing them on the way."""
+    """Reads experts out of a checkpoint's files into buffers, packing them on the way."""
 
     def __init__(self, checkpoint: Checkpoint, formats: Formats, device: torch.device) -> None:
         """Read in the given formats; matrices are packed on `device`."""
@@ -151,13 +151,13 @@ class CheckpointRows:
         self._formats = formats
         self._device = device
 
-    def __call__(self, layer: int, expert: int, row: torch.Tensor) -> None:
-        """Fill a row uint8 [n] with an expert."""
+    def __call__(self, layer: int, expert: int, buffer: torch.Tensor) -> None:
+        """Fill a buffer uint8 [n] with an expert."""
         layout = self._formats[layer][expert]
-        room = plain_views(row, layout, self._dtype)
+        room = plain_views(buffer, layout, self._dtype)
         tensors = self._reader.read(layer, expert, self._dtype, into=room)
         label = f"Expert {expert} of MoE layer {layer}"
-        write_expert(row, layout, tensors, label, self._device)
+        write_expert(buffer, layout, tensors, label, self._device)
 
     def close(self) -> None:
         """Close the files."""
@@ -179,7 +179,7 @@ def _open_prepared(
     prepared = open_store(stored, store_identity(checkpoint, spec, stored), formats)
     if plan.device.type == "cuda" and plan.fits_host:
         widest = int(prepared.expert_bytes.max())
-        return _in_memory(formats, _copy_rows(prepared), plan, widest)
+        return _in_memory(formats, _copy_buffers(prepared), plan, widest)
     return prepared
 
 
@@ -187,9 +187,9 @@ def _prepare(
     checkpoint: Checkpoint, formats: Formats, spec: MoESpec, plan: MemoryPlan, store: Path
 ) -> None:
     """Write a prepared store, unless another process does so meanwhile."""
-    rows = CheckpointRows(checkpoint, formats, plan.device)
-    unseen = ChecksumLedger(np.full(_shape(formats), -1), str(checkpoint.folder))
-    streamed = DiskStore(formats, rows, unseen, cache_bytes=0, on_close=rows.close)
+    buffers = CheckpointRows(checkpoint, formats, plan.device)
+    unseen = ChecksumManifest(np.full(_shape(formats), -1), str(checkpoint.folder))
+    streamed = DiskStore(formats, buffers, unseen, cache_bytes=0, on_close=buffers.close)
     check = checkpoint.index.check_unchanged
     with closing(streamed), byte_progress("Preparing experts", plan.store_bytes) as advance:
         try:
@@ -199,26 +199,26 @@ def _prepare(
                 raise
 
 
-def _ledger_of(
+def _manifest_of(
     checkpoint: Checkpoint, formats: Formats, spec: MoESpec, device: torch.device
-) -> ChecksumLedger:
-    """Return the ledger of this folder's weights as they are stored here; a copy has its own.
+) -> ChecksumManifest:
+    """Return the manifest of this folder's weights as they are stored here; a copy has its own.
 
     So have weights that were written anew. What the weights are is known by the size and time of
-    their files, so that damage that leaves both as they were is found by this ledger. Packed bytes
-    depend on their layout and on what was packed from, where, and by which torch.
+    their files, so that damage that leaves both as they were is found by this manifest. Packed
+    bytes depend on their layout and on what was packed from, where, and by which torch.
     """
     how = (str(STORE_VERSION), checkpoint.model.dtype, device.type, torch.__version__)
     place = str(checkpoint.folder.resolve())
     identity = digest(place, spec.fingerprint(), repr(formats), *how)
-    return lasting_ledger(identity, _shape(formats), str(checkpoint.folder))
+    return kept_manifest(identity, _shape(formats), str(checkpoint.folder))
 
 
-def _copy_rows(source: ExpertStore) -> Callable[[int, int, torch.Tensor], None]:
-    def copy_row(layer: int, expert: int, row: torch.Tensor) -> None:
-        row.copy_(source.row(layer, expert))
+def _copy_buffers(source: ExpertStore) -> Callable[[int, int, torch.Tensor], None]:
+    def copy_buffer(layer: int, expert: int, buffer: torch.Tensor) -> None:
+        buffer.copy_(source.buffer(layer, expert))
 
-    return copy_row
+    return copy_buffer
 
 
 def _in_memory(

@@ -15,12 +15,12 @@ from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.records.files import cache_folder, written_atomically
 
 
-def checksum(row: torch.Tensor) -> int:
-    """Return the CRC-32 of a row of bytes on the host."""
-    return zlib.crc32(memoryview(row.numpy()))
+def checksum(buffer: torch.Tensor) -> int:
+    """Return the CRC-32 of a buffer of bytes on the host."""
+    return zlib.crc32(memoryview(buffer.numpy()))
 
 
-class ChecksumLedger:
+class ChecksumManifest:
     """Knows the checksum of every expert that was read before.
 
     An expert is compared once, when it is first read; one that was never seen is recorded.
@@ -41,7 +41,7 @@ class ChecksumLedger:
         self._source = source
         self._is_checked = np.zeros(known.shape, dtype=bool)
 
-    def check(self, layer: int, expert: int, row: torch.Tensor) -> None:
+    def check(self, layer: int, expert: int, buffer: torch.Tensor) -> None:
         """Compare an expert's bytes with the record, or record them.
 
         Raises:
@@ -49,7 +49,7 @@ class ChecksumLedger:
         """
         if self._is_checked[layer, expert]:
             return
-        found, recorded = checksum(row), int(self._known[layer, expert])
+        found, recorded = checksum(buffer), int(self._known[layer, expert])
         if recorded < 0:
             self._known[layer, expert] = found
         elif recorded != found:
@@ -61,14 +61,14 @@ class ChecksumLedger:
         self._is_checked[layer, expert] = True
 
 
-def lasting_ledger(identity: str, shape: tuple[int, int], source: str) -> ChecksumLedger:
-    """Return the ledger of a checkpoint that is kept in the user's cache folder.
+def kept_manifest(identity: str, shape: tuple[int, int], source: str) -> ChecksumManifest:
+    """Return the manifest of a checkpoint that is kept in the user's cache folder.
 
     Where that cannot be written, what is recorded there still counts, and what is new is known
     for this run only.
 
     Args:
-        identity: tells the files and the layout of the experts; another one has its own ledger.
+        identity: tells the files and the layout of the experts; another one has its own manifest.
         shape: L and E.
         source: what an error calls the checkpoint.
     """
@@ -80,11 +80,11 @@ def lasting_ledger(identity: str, shape: tuple[int, int], source: str) -> Checks
     except OSError:
         known = np.full(shape, -1, dtype=np.int64)
     remedy = f"Restore the file; if it was changed on purpose, delete {path}."
-    return ChecksumLedger(known, source, remedy)
+    return ChecksumManifest(known, source, remedy)
 
 
 def _begin(path: Path, shape: tuple[int, int]) -> None:
-    """Write a ledger that knows nothing, unless another process has just begun it.
+    """Write a manifest that knows nothing, unless another process has just begun it.
 
     One that is already in use must not be replaced: what is then recorded in it would be lost.
     """

@@ -15,23 +15,23 @@ from adapmoe_lab.records.expert_format import Field
 
 
 def write_expert(
-    row: torch.Tensor,
+    buffer: torch.Tensor,
     layout: ExpertFormat,
     tensors: ExpertTensors,
     label: str,
     device: torch.device | None = None,
 ) -> None:
-    """Store an expert's tensors in its row, packing what the layout wants packed.
+    """Store an expert's tensors in its buffer, packing what the layout wants packed.
 
     Args:
-        row: uint8 [layout.n_bytes] on the host.
+        buffer: uint8 [layout.n_bytes] on the host.
         layout: where each tensor goes and how.
         tensors: the tensors as the experts module holds them.
         label: what a warning calls the expert.
         device: where to pack; None for the host.
     """
     for field in layout.fields:
-        target = row[field.offset : field.offset + field.n_bytes]
+        target = buffer[field.offset : field.offset + field.n_bytes]
         value = tensors[field.name]
         if isinstance(value, Mxfp4Matrix):
             _write_microscaled(target, field, value)
@@ -47,21 +47,21 @@ def write_expert(
 
 
 def plain_views(
-    row: torch.Tensor, layout: ExpertFormat, dtype: torch.dtype
+    buffer: torch.Tensor, layout: ExpertFormat, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of a row that are stored unpacked in a precision, to be filled."""
+    """Return the tensors of a buffer that are stored unpacked in a precision, to be filled."""
     return {
-        field.name: _plain_view(row[field.offset : field.offset + field.n_bytes], field)
+        field.name: _plain_view(buffer[field.offset : field.offset + field.n_bytes], field)
         for field in layout.fields
         if not field.precision.is_packed and getattr(torch, field.precision.name) == dtype
     }
 
 
-def expert_views(row: torch.Tensor, layout: ExpertFormat) -> Weights:
-    """Return an expert's weights as they lie in a row of bytes, on any device, without copying."""
+def expert_views(buffer: torch.Tensor, layout: ExpertFormat) -> Weights:
+    """Return an expert's weights as they lie in a buffer, on any device, without copying."""
     weights = {}
     for field in layout.fields:
-        data = row[field.offset : field.offset + field.n_bytes]
+        data = buffer[field.offset : field.offset + field.n_bytes]
         if field.precision.is_packed:
             weights[field.name] = PackedMatrix(field.precision, field.matrix_shape, data)
         else:
@@ -70,11 +70,11 @@ def expert_views(row: torch.Tensor, layout: ExpertFormat) -> Weights:
 
 
 def plain_tensors(
-    row: torch.Tensor, layout: ExpertFormat, dtype: torch.dtype
+    buffer: torch.Tensor, layout: ExpertFormat, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return an expert's tensors in the module's shapes and a plain precision, as copies."""
     tensors = {}
-    for field, weight in zip(layout.fields, expert_views(row, layout).values(), strict=True):
+    for field, weight in zip(layout.fields, expert_views(buffer, layout).values(), strict=True):
         if isinstance(weight, torch.Tensor):
             tensors[field.name] = weight.to(dtype, copy=True)
         else:

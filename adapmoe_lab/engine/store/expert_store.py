@@ -1,4 +1,4 @@
-"""Every expert of a model as a row of bytes: in host memory, or on disk and read when asked for."""
+"""Every expert of a model as a buffer of bytes: in host memory, or on disk and read when needed."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from adapmoe_lab.engine.store.checksums import ChecksumLedger
+from adapmoe_lab.engine.store.checksums import ChecksumManifest
 from adapmoe_lab.engine.store.expert_buffer import expert_views, plain_tensors
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.records import ExpertFormat
 from adapmoe_lab.records.precision import aligned
 
-ROW_ALIGNMENT = 256
-"""Rows start at multiples of this many bytes, for wide loads by kernels and buses."""
+BUFFER_ALIGNMENT = 256
+"""Buffers start at multiples of this many bytes, for wide loads by kernels and buses."""
 
 Formats = Sequence[Sequence[ExpertFormat]]
 """The layout of every expert, in (layer, expert) order; experts may differ in precision."""
 
-RowWriter = Callable[[int, int, torch.Tensor], None]
-"""Writes the bytes of expert (layer, expert) into a row uint8 [n] on the host."""
+BufferWriter = Callable[[int, int, torch.Tensor], None]
+"""Writes the bytes of expert (layer, expert) into a buffer uint8 [n] on the host."""
 
 
-def row_stride(layout: ExpertFormat) -> int:
-    """Return the bytes from the start of an expert's row to that of the next."""
-    return aligned(layout.n_bytes, ROW_ALIGNMENT)
+def buffer_stride(layout: ExpertFormat) -> int:
+    """Return the bytes from the start of an expert's buffer to that of the next."""
+    return aligned(layout.n_bytes, BUFFER_ALIGNMENT)
 
 
 class ExpertStore(ABC):
-    """The experts of every layer, each a contiguous row of bytes on the host.
+    """The experts of every layer, each a contiguous buffer of bytes on the host.
 
     Attributes:
         formats: the layout of every expert, [L][E].
@@ -48,7 +48,7 @@ class ExpertStore(ABC):
         )
 
     @abstractmethod
-    def row(self, layer: int, expert: int) -> torch.Tensor:
+    def buffer(self, layer: int, expert: int) -> torch.Tensor:
         """Return an expert's bytes, uint8 [n], valid as long as they are referred to."""
 
     def close(self) -> None:  # noqa: B027 nothing to give back unless a subclass says so
@@ -78,9 +78,9 @@ class ExpertStore(ABC):
             for expert in range(len(experts)):
                 yield layer, expert
 
-    def views(self, layer: int, expert: int, row: torch.Tensor) -> Weights:
-        """Return an expert's weights as they lie in a row, wherever the row is."""
-        return expert_views(row, self.formats[layer][expert])
+    def views(self, layer: int, expert: int, buffer: torch.Tensor) -> Weights:
+        """Return an expert's weights as they lie in a buffer, wherever the buffer is."""
+        return expert_views(buffer, self.formats[layer][expert])
 
     def fused(self, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return a layer's tensors [E, ...] in a plain precision, the way transformers holds them.
@@ -88,7 +88,7 @@ class ExpertStore(ABC):
         Packed experts are dequantised.
         """
         experts = [
-            plain_tensors(self.row(layer, expert), layout, dtype)
+            plain_tensors(self.buffer(layer, expert), layout, dtype)
             for expert, layout in enumerate(self.formats[layer])
         ]
         with torch.autocast("cpu", enabled=False):  # which refuses to stack float16
@@ -103,14 +103,14 @@ class HostStore(ExpertStore):
         super().__init__(formats)
         self._offsets, sizes = [], []
         for layer in self.formats:
-            ends = np.cumsum([0, *map(row_stride, layer)])
+            ends = np.cumsum([0, *map(buffer_stride, layer)])
             self._offsets.append(ends.tolist())
             sizes.append(int(ends[-1]))
         self._slabs = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         self._unpin = weakref.finalize(self, _unpin, []) if not pinned else _pin(self, self._slabs)
 
     def fill(
-        self, write: RowWriter, after_expert: Callable[[int], None], n_threads: int = 1
+        self, write: BufferWriter, after_expert: Callable[[int], None], n_threads: int = 1
     ) -> None:
         """Write every expert, `n_threads` at once; `after_expert` is told the bytes of each.
 
@@ -118,9 +118,9 @@ class HostStore(ExpertStore):
         """
 
         def write_one(number: tuple[int, int]) -> int:
-            row = self.row(*number)
-            write(*number, row)
-            return row.numel()
+            buffer = self.buffer(*number)
+            write(*number, buffer)
+            return buffer.numel()
 
         with ThreadPoolExecutor(n_threads) as pool:
             try:
@@ -130,7 +130,7 @@ class HostStore(ExpertStore):
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def row(self, layer: int, expert: int) -> torch.Tensor:
+    def buffer(self, layer: int, expert: int) -> torch.Tensor:
         """Return an expert's bytes, a view of its layer's slab."""
         start = self._offsets[layer][expert]
         return self._slabs[layer][start : start + self.formats[layer][expert].n_bytes]
@@ -144,27 +144,27 @@ class HostStore(ExpertStore):
 class DiskStore(ExpertStore):
     """Experts that stay in their files; the last ones read are kept in host memory.
 
-    Each expert's bytes are checked against a ledger of checksums when it is first read.
+    Each expert's bytes are checked against a manifest of checksums when it is first read.
     """
 
     def __init__(
         self,
         formats: Formats,
-        write: RowWriter,
-        ledger: ChecksumLedger,
+        write: BufferWriter,
+        manifest: ChecksumManifest,
         cache_bytes: int,
         on_close: Callable[[], object],
     ) -> None:
-        """Read through `write`, keeping at most `cache_bytes` of rows; `on_close` ends reading."""
+        """Read through `write`, keeping `cache_bytes` of buffers at most; `on_close` ends it."""
         super().__init__(formats)
         self._write = write
-        self._ledger = ledger
+        self._manifest = manifest
         self._cache_bytes = cache_bytes
         self._on_close = on_close
         self._cached: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
         self._used_bytes = 0
 
-    def row(self, layer: int, expert: int) -> torch.Tensor:
+    def buffer(self, layer: int, expert: int) -> torch.Tensor:
         """Return an expert's bytes, read from disk unless they were among the last.
 
         Raises:
@@ -177,16 +177,16 @@ class DiskStore(ExpertStore):
         n_bytes = self.formats[layer][expert].n_bytes
         while self._cached and self._used_bytes + n_bytes > self._cache_bytes:
             self._used_bytes -= self._cached.popitem(last=False)[1].numel()
-        row = torch.empty(n_bytes, dtype=torch.uint8)
-        self._write(layer, expert, row)
-        self._ledger.check(layer, expert, row)
+        buffer = torch.empty(n_bytes, dtype=torch.uint8)
+        self._write(layer, expert, buffer)
+        self._manifest.check(layer, expert, buffer)
         if n_bytes <= self._cache_bytes:
-            self._cached[key] = row
+            self._cached[key] = buffer
             self._used_bytes += n_bytes
-        return row
+        return buffer
 
     def close(self) -> None:
-        """Forget the rows that were kept, and close the files."""
+        """Forget the buffers that were kept, and close the files."""
         self._on_close()
         self._cached.clear()
         self._used_bytes = 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from adapmoe_lab.engine.store.expert_store import Formats, row_stride
+from adapmoe_lab.engine.store.expert_store import Formats, buffer_stride
 from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.records import PrecisionPlan
 from adapmoe_lab.records.files import RecordError, check_writable, known_values
@@ -171,7 +171,7 @@ def check_room(folder: Path, formats: Formats) -> None:
 
 def blob_bytes(formats: Formats) -> int:
     """Return the size of the blob of experts in these layouts."""
-    return sum(row_stride(layout) for layer in formats for layout in layer)
+    return sum(buffer_stride(layout) for layer in formats for layout in layer)
 
 
 def plain_precision(formats: Formats) -> str | None:

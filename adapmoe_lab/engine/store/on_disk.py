@@ -1,4 +1,4 @@
-"""A store saved once and reopened in an instant: a blob of rows and an index of them."""
+"""A store saved once and reopened in an instant: a blob of buffers and an index of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import torch
 
-from adapmoe_lab.engine.store.checksums import ChecksumLedger, checksum
-from adapmoe_lab.engine.store.expert_store import ExpertStore, Formats, row_stride
+from adapmoe_lab.engine.store.checksums import ChecksumManifest, checksum
+from adapmoe_lab.engine.store.expert_store import ExpertStore, Formats, buffer_stride
 from adapmoe_lab.engine.store.index import (
     BLOB,
     INDEX,
@@ -35,20 +35,24 @@ class PreparedStore(ExpertStore):
     """Experts in a memory-mapped blob; the operating system keeps in memory what is in use."""
 
     def __init__(
-        self, formats: Formats, blob: torch.Tensor, offsets: list[list[int]], ledger: ChecksumLedger
+        self,
+        formats: Formats,
+        blob: torch.Tensor,
+        offsets: list[list[int]],
+        manifest: ChecksumManifest,
     ) -> None:
-        """Serve the rows of a mapped blob uint8 [n]."""
+        """Serve the buffers of a mapped blob uint8 [n]."""
         super().__init__(formats)
         self._blob = blob
         self._offsets = offsets
-        self._ledger = ledger
+        self._manifest = manifest
 
-    def row(self, layer: int, expert: int) -> torch.Tensor:
+    def buffer(self, layer: int, expert: int) -> torch.Tensor:
         """Return an expert's bytes, a view of the blob; they are checked when first read."""
         start = self._offsets[layer][expert]
-        row = self._blob[start : start + self.formats[layer][expert].n_bytes]
-        self._ledger.check(layer, expert, row)
-        return row
+        buffer = self._blob[start : start + self.formats[layer][expert].n_bytes]
+        self._manifest.check(layer, expert, buffer)
+        return buffer
 
     def close(self) -> None:
         """Let go of the mapped file."""
@@ -125,31 +129,31 @@ def open_store(index: StoreIndex, identity: str, formats: Formats) -> PreparedSt
         formats,
         torch.tensor([], dtype=torch.uint8).set_(mapped),
         [[entry["offset"] for entry in layer] for layer in index.experts],
-        ChecksumLedger(np.array(sums, dtype=np.int64), str(folder)),
+        ChecksumManifest(np.array(sums, dtype=np.int64), str(folder)),
     )
 
 
 def _write_blob(
     store: ExpertStore, path: Path, after_expert: Callable[[int], None] | None
 ) -> list[list[dict[str, Any]]]:
-    """Write the rows in (layer, expert) order and return what the index says of each."""
+    """Write the buffers in (layer, expert) order and return what the index says of each."""
     experts: list[list[dict[str, Any]]] = [[] for _ in range(store.n_layers)]
     with written_atomically(path) as file:
         for layer, expert in store.numbers():
-            row, layout = store.row(layer, expert), store.formats[layer][expert]
+            buffer, layout = store.buffer(layer, expert), store.formats[layer][expert]
             offset = file.tell()
-            file.write(memoryview(row.numpy()))
-            file.write(bytes(row_stride(layout) - row.numel()))
+            file.write(memoryview(buffer.numpy()))
+            file.write(bytes(buffer_stride(layout) - buffer.numel()))
             experts[layer].append(
                 {
                     "offset": offset,
-                    "bytes": row.numel(),
+                    "bytes": buffer.numel(),
                     "precision": layout.precision,
-                    "crc32": checksum(row),
+                    "crc32": checksum(buffer),
                 }
             )
             if after_expert is not None:
-                after_expert(row.numel())
+                after_expert(buffer.numel())
     return experts
 
 

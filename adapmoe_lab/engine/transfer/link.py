@@ -35,13 +35,13 @@ class Link(Protocol):
         ...
 
     def copy_ahead(
-        self, source: torch.Tensor, destination: torch.Tensor, urgency: int
+        self, source: torch.Tensor, destination: torch.Tensor, priority: int
     ) -> AheadCopy:
-        """Ask for a copy whose pieces begin, the most urgent first, while nothing is demanded."""
+        """Ask for a copy whose chunks begin, the most urgent first, while nothing is demanded."""
         ...
 
-    def begin_pieces(self) -> None:
-        """Begin every piece whose time has come, where that is known only afterwards."""
+    def begin_chunks(self) -> None:
+        """Begin every chunk whose time has come, where that is known only afterwards."""
         ...
 
     def expect_quiet(self, until: float) -> None:
@@ -52,8 +52,8 @@ class Link(Protocol):
         """Demand what is left of a copy that was asked for ahead."""
         ...
 
-    def drop(self, copy: AheadCopy) -> None:
-        """Begin no further piece of a copy."""
+    def cancel(self, copy: AheadCopy) -> None:
+        """Begin no further chunk of a copy."""
         ...
 
     def seconds(self, n_bytes: int) -> float:
@@ -71,7 +71,7 @@ class Link(Protocol):
         """
         ...
 
-    def unpaced(self) -> AbstractContextManager[None]:
+    def without_link_delay(self) -> AbstractContextManager[None]:
         """Return a context in which copies take no emulated time."""
         ...
 
@@ -90,7 +90,7 @@ class EmulatedLink:
         self.clock = clock
         self.emulate(name, bytes_per_s, latency_s)
         self._ahead = AheadQueue()
-        self._is_paced = True
+        self._is_delayed = True
 
     def emulate(self, name: str, bytes_per_s: float = float("inf"), latency_s: float = 0.0) -> None:
         """Be another link from now on, with nothing on its way."""
@@ -110,45 +110,45 @@ class EmulatedLink:
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> float:
         """Copy now and return the moment it counts as arrived."""
-        self.begin_pieces()
+        self.begin_chunks()
         return self._copy(self.clock.now(), source, destination)
 
-    def _copy(self, asked_at: float, source: torch.Tensor, destination: torch.Tensor) -> float:
+    def _copy(self, issued_at: float, source: torch.Tensor, destination: torch.Tensor) -> float:
         destination.copy_(source)
-        begins = max(asked_at, self._free_at)
+        begins = max(issued_at, self._free_at)
         self._free_at = begins + self.seconds(source.numel() * source.element_size())
         return self._free_at
 
     def copy_ahead(
-        self, source: torch.Tensor, destination: torch.Tensor, urgency: int
+        self, source: torch.Tensor, destination: torch.Tensor, priority: int
     ) -> AheadCopy:
         """Ask for a copy that uses the link's idle time."""
-        copy = AheadCopy(source, destination, urgency, self.clock.now())
+        copy = AheadCopy(source, destination, priority, self.clock.now())
         self._ahead.add(copy)
         return copy
 
-    def begin_pieces(self) -> None:
-        """Copy every piece that the target link would have begun before now."""
+    def begin_chunks(self) -> None:
+        """Copy every chunk that the target link would have begun before now."""
         now = self.clock.now()
-        while (copy := self._ahead.next()) and max(self._free_at, copy.asked_at) < now:
-            copy.arrival = self._copy(copy.asked_at, *copy.take_piece())
+        while (copy := self._ahead.next()) and max(self._free_at, copy.issued_at) < now:
+            copy.arrival = self._copy(copy.issued_at, *copy.take_chunk())
 
     def expect_quiet(self, until: float) -> None:
-        """Begin nothing: when it is over, `begin_pieces` knows how long it was quiet."""
+        """Begin nothing: when it is over, `begin_chunks` knows how long it was quiet."""
 
     def finish(self, copy: AheadCopy) -> None:
         """Copy what is left now."""
-        self.begin_pieces()
+        self.begin_chunks()
         if not copy.is_whole:
             copy.arrival = self._copy(self.clock.now(), *copy.take_rest())
 
-    def drop(self, copy: AheadCopy) -> None:
-        """Begin no further piece of a copy."""
+    def cancel(self, copy: AheadCopy) -> None:
+        """Begin no further chunk of a copy."""
         self._ahead.remove(copy)
 
     def seconds(self, n_bytes: int) -> float:
         """Return how long the target link takes for a copy of that size."""
-        return self.latency_s + n_bytes / self.bytes_per_s if self._is_paced else 0.0
+        return self.latency_s + n_bytes / self.bytes_per_s if self._is_delayed else 0.0
 
     def free_at(self) -> float:
         """Return when all copies begun are done."""
@@ -163,13 +163,13 @@ class EmulatedLink:
         self._ahead.clear()
 
     @contextmanager
-    def unpaced(self) -> Iterator[None]:
+    def without_link_delay(self) -> Iterator[None]:
         """Copy without holding, for runs whose time does not matter."""
-        previous, self._is_paced = self._is_paced, False
+        previous, self._is_delayed = self._is_delayed, False
         try:
             yield
         finally:
-            self._is_paced = previous
+            self._is_delayed = previous
 
 
 class CudaLink:
@@ -215,25 +215,25 @@ class CudaLink:
         torch.cuda.current_stream(self.device).wait_event(arrival)
 
     def copy_ahead(
-        self, source: torch.Tensor, destination: torch.Tensor, urgency: int
+        self, source: torch.Tensor, destination: torch.Tensor, priority: int
     ) -> AheadCopy:
-        """Ask for a copy; `expect_quiet` begins its pieces."""
-        copy = AheadCopy(source, destination, urgency, self.clock.now())
+        """Ask for a copy; `expect_quiet` begins its chunks."""
+        copy = AheadCopy(source, destination, priority, self.clock.now())
         copy.ready = self._computed_so_far()
         self._ahead.add(copy)
         return copy
 
-    def begin_pieces(self) -> None:
+    def begin_chunks(self) -> None:
         """Begin nothing: what comes next may be a demand, which would wait for it."""
 
     def expect_quiet(self, until: float) -> None:
-        """Enqueue every piece that will begin by then, behind what is demanded.
+        """Enqueue every chunk that will begin by then, behind what is demanded.
 
         A copy stream serves in order, so what is enqueued cannot be dropped. If the expectation
-        holds, the next demand waits for one piece at most.
+        holds, the next demand waits for one chunk at most.
         """
         while max(self.clock.now(), self.free_at()) < until and (copy := self._ahead.next()):
-            source, destination = copy.take_piece()
+            source, destination = copy.take_chunk()
             self._expect(source)
             copy.arrival = self._enqueue(source, destination, copy.ready)
 
@@ -242,14 +242,14 @@ class CudaLink:
         if not copy.is_whole:
             copy.arrival = self.copy(*copy.take_rest())
 
-    def drop(self, copy: AheadCopy) -> None:
-        """Begin no further piece of a copy."""
+    def cancel(self, copy: AheadCopy) -> None:
+        """Begin no further chunk of a copy."""
         self._ahead.remove(copy)
 
     def seconds(self, n_bytes: int) -> float:
         """Return how long a copy takes at the pace measured when this is first asked."""
         if self._pace is None:
-            self._pace = self._measured_pace()
+            self._pace = self._measured_costs()
         latency_s, bytes_per_s = self._pace
         return latency_s + n_bytes / bytes_per_s
 
@@ -259,7 +259,7 @@ class CudaLink:
             self._free_at = min(self._free_at, self.clock.now())
         return self._free_at
 
-    def _measured_pace(self) -> tuple[float, float]:
+    def _measured_costs(self) -> tuple[float, float]:
         """Return latency in seconds and bytes per second, from pinned copies of two sizes."""
         spent = []
         for n_bytes in PACE_BYTES:
@@ -281,6 +281,6 @@ class CudaLink:
         self.stream.synchronize()
 
     @contextmanager
-    def unpaced(self) -> Iterator[None]:
+    def without_link_delay(self) -> Iterator[None]:
         """Change nothing: a real link has no emulated pace."""
         yield

@@ -1,4 +1,4 @@
-"""Copies that use the link while nothing is demanded: begun piece by piece, dropped at any time."""
+"""Copies that use the link while nothing is demanded: begun chunk by chunk, dropped at any time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adapmoe_lab.policies.prefetch.expected_gain import N_PIECES, piece_bounds
+from adapmoe_lab.policies.prefetch.expected_gain import N_CHUNKS, chunk_bounds
 
 
 @dataclass(eq=False)
@@ -17,51 +17,51 @@ class AheadCopy:
     Attributes:
         source: its row in the store.
         destination: where it goes.
-        urgency: the lower, the sooner its next piece goes.
-        asked_at: when it was asked for.
-        n_begun: pieces begun so far.
-        arrival: what `Link.wait` needs to know the last piece begun by; None before the first.
+        priority: the lower, the sooner its next chunk goes.
+        issued_at: when it was asked for.
+        n_begun: chunks begun so far.
+        arrival: what `Link.wait` needs to know the last chunk begun by; None before the first.
         ready: on a GPU, the event after which nothing reads the destination's old contents.
     """
 
     source: torch.Tensor
     destination: torch.Tensor
-    urgency: int
-    asked_at: float
+    priority: int
+    issued_at: float
     n_begun: int = 0
     arrival: Any = None
     ready: Any = None
 
     @property
     def is_whole(self) -> bool:
-        """Whether every piece was begun."""
-        return self.n_begun == N_PIECES
+        """Whether every chunk was begun."""
+        return self.n_begun == N_CHUNKS
 
     @property
     def bytes_begun(self) -> int:
-        """Bytes of the pieces begun."""
-        return piece_bounds(self.source.numel())[self.n_begun]
+        """Bytes of the chunks begun."""
+        return chunk_bounds(self.source.numel())[self.n_begun]
 
     @property
     def bytes_left(self) -> int:
         """Bytes of the others."""
         return self.source.numel() - self.bytes_begun
 
-    def take_piece(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return source and destination of the next piece, which is begun now."""
-        first, end = piece_bounds(self.source.numel())[self.n_begun : self.n_begun + 2]
+    def take_chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return source and destination of the next chunk, which is begun now."""
+        first, end = chunk_bounds(self.source.numel())[self.n_begun : self.n_begun + 2]
         self.n_begun += 1
         return self.source[first:end], self.destination[first:end]
 
     def take_rest(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return source and destination of all that is left, which is begun now."""
         first = self.bytes_begun
-        self.n_begun = N_PIECES
+        self.n_begun = N_CHUNKS
         return self.source[first:], self.destination[first:]
 
 
 class AheadQueue:
-    """Copies that wait for the link, in the order their next pieces go."""
+    """Copies that wait for the link, in the order their next chunks go."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -72,15 +72,15 @@ class AheadQueue:
         self._copies.append(copy)
 
     def remove(self, copy: AheadCopy) -> None:
-        """Begin no further piece of a copy."""
+        """Begin no further chunk of a copy."""
         if copy in self._copies:
             self._copies.remove(copy)
 
     def clear(self) -> None:
-        """Begin no further piece of any copy."""
+        """Begin no further chunk of any copy."""
         self._copies.clear()
 
     def next(self) -> AheadCopy | None:
-        """Return the copy whose next piece goes first, those as urgent by age."""
+        """Return the copy whose next chunk goes first, those as urgent by age."""
         self._copies = [copy for copy in self._copies if not copy.is_whole]
-        return min(self._copies, key=lambda copy: copy.urgency, default=None)
+        return min(self._copies, key=lambda copy: copy.priority, default=None)

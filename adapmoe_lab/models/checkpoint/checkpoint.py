@@ -23,7 +23,7 @@ from adapmoe_lab.models.checkpoint.configuration import (
 from adapmoe_lab.models.checkpoint.expert_reader import ExpertReader
 from adapmoe_lab.models.checkpoint.hub import config_folder, local_folder
 from adapmoe_lab.models.checkpoint.identity import weights_identity
-from adapmoe_lab.models.checkpoint.meta_model import DTYPES, ModelOutline, outline_of
+from adapmoe_lab.models.checkpoint.meta_model import DTYPES, MetaModel, meta_model_of
 from adapmoe_lab.models.checkpoint.number_formats import TORCH_DTYPES
 from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.models.checkpoint.shards import ShardIndex, read_index, weight_files
@@ -48,14 +48,14 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         index: where every tensor lies in its files.
-        model: the outline of the model it makes.
+        model: the meta_model of the model it makes.
         fp8_blocks: rows and columns that share a scale in float8, if the configuration says so.
         generation: the settings of generation that lie beside it.
     """
 
     folder: Path
     index: ShardIndex
-    model: ModelOutline
+    model: MetaModel
     fp8_blocks: tuple[int, int] | None = None
     generation: GenerationConfig | None = None
 
@@ -106,10 +106,8 @@ def open_checkpoint(
     return _checkpoint_of(name, local_folder(name, revision), config, claim, dtype)
 
 
-def look_at_model(
-    name: str | Path, dtype: str = "auto", revision: str | None = None
-) -> ModelOutline:
-    """Return a model's outline from its configuration; of a hub model no weight is downloaded.
+def look_at_model(name: str | Path, dtype: str = "auto", revision: str | None = None) -> MetaModel:
+    """Return a model's meta_model from its configuration; of a hub model no weight is downloaded.
 
     Where the files are there, what their headers say holds, as it does for `open_checkpoint`.
 
@@ -123,7 +121,7 @@ def look_at_model(
         return _checkpoint_of(name, folder, config, claim, dtype).model
     if dtype == "auto":
         dtype = _named_dtype(config) or "bfloat16"
-    return outline_of(str(name), config, dtype, claim.method if claim is not None else None)
+    return meta_model_of(str(name), config, dtype, claim.method if claim is not None else None)
 
 
 def partial_identity(hf: PreTrainedModel) -> str:
@@ -190,7 +188,7 @@ def _checkpoint_of(
     if is_own:
         dtype = _own_dtype(config, index)
     blocks = claim.fp8_blocks if claim is not None else None
-    model = outline_of(str(name), config, dtype, found)
+    model = meta_model_of(str(name), config, dtype, found)
     return Checkpoint(folder, index, model, blocks, generation)
 
 

@@ -55,7 +55,7 @@ class ExpertReader:
     def __init__(
         self,
         index: ShardIndex,
-        outline: PreTrainedModel,
+        meta_model: PreTrainedModel,
         layers: list[MoELayer],
         fp8_blocks: tuple[int, int] | None = None,
     ) -> None:
@@ -63,7 +63,7 @@ class ExpertReader:
 
         Args:
             index: where the tensors lie.
-            outline: the model on the meta device.
+            meta_model: the model on the meta device.
             layers: its MoE layers.
             fp8_blocks: rows and columns that share a scale in float8, where that is known.
 
@@ -71,12 +71,12 @@ class ExpertReader:
             CheckpointError: experts are missing, or stored in a way that cannot be cut apart.
         """
         self.index = index
-        self._outline = outline
+        self._outline = meta_model
         self._layers = layers
         self._fp8_blocks = fp8_blocks
         self._files = OpenFiles(index.folder)
         self.close = self._files.close
-        mapping = get_model_conversion_mapping(outline)
+        mapping = get_model_conversion_mapping(meta_model)
         self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         self._sources = self._plan()

@@ -22,7 +22,7 @@ TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe
 
 
 @dataclass(frozen=True, eq=False)
-class ModelOutline:
+class MetaModel:
     """A model that was looked at; no weight has been read.
 
     Attributes:
@@ -70,10 +70,10 @@ class ModelOutline:
         return ExpertFormat.of(shapes, precision, plain, bool(experts.is_transposed))
 
 
-def outline_of(
+def meta_model_of(
     name: str, config: PreTrainedConfig, dtype: str, quantisation: str | None = None
-) -> ModelOutline:
-    """Return the outline of a model with the given configuration.
+) -> MetaModel:
+    """Return the meta_model of a model with the given configuration.
 
     Raises:
         CheckpointError: transformers cannot build the model.
@@ -90,11 +90,11 @@ def outline_of(
             f"that the config.json of {name} describes: {one_line(error)} Correct config.json, or "
             "download the model again."
         ) from error
-    return ModelOutline(name, hf, find_moe_layers(hf), dtype, quantisation)
+    return MetaModel(name, hf, find_moe_layers(hf), dtype, quantisation)
 
 
 def describe(
-    model: ModelOutline,
+    model: MetaModel,
     formats: Sequence[Sequence[ExpertFormat]],
     routed: torch.Tensor | None = None,
     revision: str = "",
@@ -103,7 +103,7 @@ def describe(
     """Return the spec of a model whose experts are stored in the given formats [L][E].
 
     Args:
-        model: the model's outline.
+        model: the model's meta_model.
         formats: the layout of every expert.
         routed: one layer's router weights [T, K] as the experts receive them, which tell K and
             whether the router normalises, whatever the family calls them; None to go by the

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from adapmoe_lab.models.checkpoint.meta_model import DTYPES, ModelOutline
+from adapmoe_lab.models.checkpoint.meta_model import DTYPES, MetaModel
 from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.models.families import find_moe_layers
 
@@ -24,7 +24,7 @@ class UnusedTensorsWarning(UserWarning):
 
 def load_skeleton(
     folder: Path,
-    model: ModelOutline,
+    model: MetaModel,
     weights: dict[str, torch.Tensor],
     generation: GenerationConfig | None,
 ) -> PreTrainedModel:
@@ -32,7 +32,7 @@ def load_skeleton(
 
     Args:
         folder: the checkpoint's folder.
-        model: the outline of the model in it, which tells what experts are.
+        model: the meta_model of the model in it, which tells what experts are.
         weights: the checkpoint's tensors outside the experts.
         generation: the settings of generation beside it.
 

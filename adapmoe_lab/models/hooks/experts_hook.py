@@ -1,4 +1,4 @@
-"""The seam: experts served from outside, through transformers' own registry."""
+"""The extension point: experts served from outside, through transformers' own registry."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def affordable_ranks(spec: MoESpec, budget: int, item_bytes: int) -> int:
     return min(most, (budget - offset_bytes) // (2 * column_bytes))
 
 
-def ranks_by_worth(worth: NDArray[np.float64], n_ranks: int) -> NDArray[np.int64]:
+def ranks_by_benefit(worth: NDArray[np.float64], n_ranks: int) -> NDArray[np.int64]:
     """Divide ranks over the layers, each next one to where it is worth most.
 
     Args:

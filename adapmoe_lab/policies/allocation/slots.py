@@ -17,7 +17,7 @@ N_STAGING = 2
 """Slots through which uncached experts stream: one is filled while the other is read."""
 
 EVENNESS = 1e-12
-"""Cost of a squared slot against the dearest layer's: settles ties and nothing else."""
+"""Cost of a squared slot against the most expensive layer's: settles ties and nothing else."""
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -18,12 +18,12 @@ from adapmoe_lab.policies.eviction.rules import (
     NEVER_LEAVES,
     EvictionPolicy,
     after_use,
-    asks_high_precision,
-    distance_malus,
+    distance_penalty,
+    is_high_precision,
     mean_score,
+    priority_in_new_pass,
+    priority_in_new_step,
     token_weight,
-    value_in_new_pass,
-    value_in_new_step,
 )
 from adapmoe_lab.records import CachePlan
 
@@ -80,7 +80,7 @@ class ExpertCache:
         self._policy = policy
         shape = (len(plan.slots), n_experts)
         self.slot_of = np.full(shape, -1)
-        self._values, self._memory = np.zeros((2, *shape), dtype=np.int64)
+        self._priorities, self._state = np.zeros((2, *shape), dtype=np.int64)
         self._may_leave = ~plan.pinned_mask(n_experts) if policy.pins else np.ones(shape, bool)
         self._clocks = [0] * plan.n_pools
 
@@ -112,7 +112,7 @@ class ExpertCache:
         if not misses:
             return StepPlan(tuple(hits), (), ())
         places = self._free_places(layer, len(misses))
-        places += self._leaving(layer, members, len(misses) - len(places))
+        places += self._victims(layer, members, len(misses) - len(places))
         loads = tuple(
             Load(layer, expert, slot, evicted)
             for expert, (slot, evicted) in zip(misses, places, strict=False)
@@ -142,27 +142,27 @@ class ExpertCache:
         is_hit: NDArray[np.bool_],
         scores: NDArray[np.floating] | None,
     ) -> None:
-        """Change the values as the policy says."""
+        """Change the priorities as the policy says."""
         pool, first, end = self._pool_of(layer)
         rule, clock = self._policy.rule, self._clocks[pool]
         self._clocks[pool] = clock + 1
         if layer == first:
-            in_pool = self._values[first:end]
-            in_pool[:] = value_in_new_pass(rule, in_pool)
-        values, memory, hint = self._values[layer], self._memory[layer], 0
+            in_pool = self._priorities[first:end]
+            in_pool[:] = priority_in_new_pass(rule, in_pool)
+        priorities, state, oracle_input = self._priorities[layer], self._state[layer], 0
         if scores is not None:
             total = score_sums(scores)
             mean = mean_score(total, token_weight(len(scores)))
-            values[:] = value_in_new_step(rule, values, mean)
-            hint = high_precision_uses(total[members]) if rule == HOBBIT else 0
+            priorities[:] = priority_in_new_step(rule, priorities, mean)
+            oracle_input = high_precision_uses(total[members]) if rule == HOBBIT else 0
         else:
-            values[:] = value_in_new_step(rule, values, 0)
-        values[members], memory[members] = after_use(
+            priorities[:] = priority_in_new_step(rule, priorities, 0)
+        priorities[members], state[members] = after_use(
             rule,
-            values[members],
-            memory[members],
+            priorities[members],
+            state[members],
             is_hit.astype(np.int64),
-            hint,
+            oracle_input,
             clock,
             end - first,
             clock // (end - first),
@@ -179,7 +179,7 @@ class ExpertCache:
         is_free[taken] = False
         return [(slot, None) for slot in is_free.nonzero()[0][:n_needed].tolist()]
 
-    def _leaving(
+    def _victims(
         self, layer: int, members: NDArray[np.int64], n_needed: int
     ) -> list[tuple[int, tuple[int, int] | None]]:
         """Return slots and (layer, expert) of those that leave first, at most `n_needed`."""
@@ -189,20 +189,20 @@ class ExpertCache:
         rule, n_layers = self._policy.rule, end - first
         candidates = (self.slot_of[first:end] >= 0) & self._may_leave[first:end]
         candidates[layer - first, members] = False
-        keys = self._values[first:end]
+        keys = self._priorities[first:end]
         if n_layers > 1:
             layers_ahead = (np.arange(first, end) - layer) % n_layers
             n_passes = (self._clocks[pool] - 1) // n_layers
-            keys = keys - distance_malus(rule, layers_ahead, n_passes)[:, None]
-        leaving, flat = [], np.where(candidates, keys, NEVER_LEAVES).ravel()
+            keys = keys - distance_penalty(rule, layers_ahead, n_passes)[:, None]
+        victims, flat = [], np.where(candidates, keys, NEVER_LEAVES).ravel()
         for _ in range(n_needed):
             lowest = int(flat.argmin())
             if flat[lowest] == NEVER_LEAVES:
                 break
             flat[lowest] = NEVER_LEAVES
             victim = first + lowest // keys.shape[1], lowest % keys.shape[1]
-            leaving.append((int(self.slot_of[victim]), victim))
-        return leaving
+            victims.append((int(self.slot_of[victim]), victim))
+        return victims
 
 
 def score_sums(scores: NDArray[np.floating]) -> NDArray[np.int64]:
@@ -214,4 +214,4 @@ def score_sums(scores: NDArray[np.floating]) -> NDArray[np.int64]:
 def high_precision_uses(scores: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return which members of a set HOBBIT would load in high precision, by their scores [n]."""
     ranks_above = scores[None] > scores[:, None]
-    return asks_high_precision((ranks_above * scores).sum(axis=1), scores.sum())
+    return is_high_precision((ranks_above * scores).sum(axis=1), scores.sum())

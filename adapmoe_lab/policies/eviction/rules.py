@@ -1,9 +1,9 @@
 """Which resident expert leaves first when room is needed.
 
-Every policy keeps one value per expert. Of those that may leave, the one with the smallest value
-goes first, ties to the lowest layer and id. How values change is three functions of one expert,
-plain arithmetic that takes numbers as well as arrays: what runs a model calls them as they stand,
-simulation compiles them, so that both decide alike.
+Every policy keeps one priority per expert. Of those that may leave, the one with the smallest
+priority goes first, ties to the lowest layer and id. How priorities change is three functions of
+one expert, plain arithmetic that takes numbers as well as arrays: what runs a model calls them as
+they stand, simulation compiles them, so that both decide alike.
 
 Values are int64, from 0 to below `NEVER_LEAVES`, for as many as 2^58 steps. Stamps and counts are
 whole numbers, averages are in fixed point and forget by integer division: nothing depends on the
@@ -22,7 +22,7 @@ import numpy as np
 LRU, LFU, LFU_AGED, ROUTER_AVERAGE, LEAST_STALE, HOBBIT, BELADY = range(7)
 
 NEVER_LEAVES = 2**62
-"""Stands for the value of what may not leave; above any value, and any value less its malus."""
+"""The priority of what may not leave; above any other, and any other less its penalty."""
 
 FORGETTING_BITS = 16
 """Bits after the point of the two shares below."""
@@ -39,7 +39,7 @@ AGED_USE = 2**46
 some 700 steps without a use is the same for all."""
 
 FRESH = 2**60
-"""Added to the value of an expert used in the present forward pass; above any count of steps."""
+"""Added to the priority of an expert used in the present forward pass; above any count of steps."""
 
 USE = 2**32
 """Worth of one use in LFU. The time of the last use, twice the clock, breaks ties: it does so for
@@ -50,7 +50,7 @@ MOST_USES = 2**29
 """As many uses LFU counts; those of more, without leaving meanwhile, are ordered by the last."""
 
 LAST_TIME = 2**31
-"""Belady's values count back from here; after any time of a trace."""
+"""Belady's priorities count back from here; after any time of a trace."""
 
 HIGH_PRECISION_SHARE = (3, 5)
 """HOBBIT loads an expert in high precision while those ranked above it hold at most this share,
@@ -79,8 +79,8 @@ class EvictionPolicy:
         name: what a config calls it.
         rule: which branch of the functions below is its own.
         needs_scores: whether it reads the router's scores, not only which experts were used.
-        host_only: whether it takes more than one value per expert and a rule for the values of
-            the step's layer, so that a step captured as a graph on the device cannot follow it.
+        host_only: whether it takes more than one priority per expert and a rule for the priorities
+            of the step's layer, so that a step captured as a graph on the device cannot follow it.
         needs_future: whether it reads what comes later, so that only simulation can.
         pins: whether it keeps the plan's pinned experts.
     """
@@ -126,24 +126,24 @@ POLICIES: Mapping[str, EvictionPolicy] = MappingProxyType(
 """
 
 
-def value_in_new_pass(rule: int, value: Any) -> Any:
-    """Return an expert's value as a forward pass begins."""
-    return value - FRESH * (value >= FRESH) if rule == LEAST_STALE else value
+def priority_in_new_pass(rule: int, priority: Any) -> Any:
+    """Return an expert's priority as a forward pass begins."""
+    return priority - FRESH * (priority >= FRESH) if rule == LEAST_STALE else priority
 
 
-def value_in_new_step(rule: int, value: Any, score: Any) -> Any:
-    """Return an expert's value as its layer's step begins, whether it is used or not.
+def priority_in_new_step(rule: int, priority: Any, score: Any) -> Any:
+    """Return an expert's priority as its layer's step begins, whether it is used or not.
 
     Args:
         rule: whose rule.
-        value: the value so far.
+        priority: the priority so far.
         score: the router's score of the expert, as `mean_score` gives it.
     """
     if rule == LFU_AGED:
-        return value - (value * USE_FORGETTING >> FORGETTING_BITS)
+        return priority - (priority * USE_FORGETTING >> FORGETTING_BITS)
     if rule == ROUTER_AVERAGE:  # the average over the share that is replaced
-        return value - (value * SCORE_FORGETTING >> FORGETTING_BITS) + score
-    return value
+        return priority - (priority * SCORE_FORGETTING >> FORGETTING_BITS) + score
+    return priority
 
 
 def token_weight(n_tokens: Any) -> Any:
@@ -163,47 +163,47 @@ def mean_score(total: Any, weight: Any) -> Any:
 
 def after_use(
     rule: int,
-    value: Any,
-    memory: Any,
+    priority: Any,
+    state: Any,
     was_resident: Any,
-    hint: Any,
+    oracle_input: Any,
     clock: int,
     n_layers: int,
     n_passes: int,
 ) -> tuple[Any, Any]:
-    """Return value and memory of an expert of a step's set.
+    """Return priority and state of an expert of a step's set.
 
     Args:
         rule: whose rule.
-        value: the value so far.
-        memory: what else the rule keeps of the expert.
+        priority: the priority so far.
+        state: what else the rule keeps of the expert.
         was_resident: 1 for an expert resident before the step, 0 for a miss.
-        hint: for HOBBIT whether the use asks for high precision, for Belady the time of the next
-            use.
+        oracle_input: for HOBBIT whether the use asks for high precision, for Belady the time of the
+            next use.
         clock: steps before this one, of all layers that share the slots.
         n_layers: number of layers that share the slots.
         n_passes: forward passes before this one, `clock // n_layers`; told, since a division for
             every use takes long.
     """
     if rule == LRU:
-        return 2 * clock + 1 - was_resident, memory
+        return 2 * clock + 1 - was_resident, state
     if rule == LFU:
-        before = memory * was_resident
-        memory = before + (before < MOST_USES)
-        return USE * memory + 2 * clock + 1 - was_resident, memory
+        before = state * was_resident
+        state = before + (before < MOST_USES)
+        return USE * state + 2 * clock + 1 - was_resident, state
     if rule == LFU_AGED:
-        return value + AGED_USE, memory
+        return priority + AGED_USE, state
     if rule == LEAST_STALE:
-        return FRESH + clock + was_resident * (value - clock), memory
+        return FRESH + clock + was_resident * (priority - clock), state
     if rule == HOBBIT:
-        now = n_passes + 0 * memory
-        return value + n_layers * (now - memory + 1 + hint), now
+        now = n_passes + 0 * state
+        return priority + n_layers * (now - state + 1 + oracle_input), now
     if rule == BELADY:
-        return LAST_TIME - hint, memory
-    return value, memory
+        return LAST_TIME - oracle_input, state
+    return priority, state
 
 
-def asks_high_precision(above: Any, total: Any) -> Any:
+def is_high_precision(above: Any, total: Any) -> Any:
     """Return whether HOBBIT would load an expert in high precision.
 
     Args:
@@ -214,8 +214,8 @@ def asks_high_precision(above: Any, total: Any) -> Any:
     return whole * above <= part * total
 
 
-def distance_malus(rule: int, layers_ahead: Any, n_passes: int) -> Any:
-    """Return what a layer's values lose because the layer comes so many layers later.
+def distance_penalty(rule: int, layers_ahead: Any, n_passes: int) -> Any:
+    """Return what a layer's priorities lose because the layer comes so many layers later.
 
     `n_passes` is the number of forward passes before this one.
     """

@@ -77,7 +77,7 @@ class LeastLoss:
     at each, all layers pay the same price for one more skipped expert.
 
     The first-order part of the loss is the texts' own and left out: cuts that counted on it were
-    dearer than one cut for all layers on other documents, cheaper only on the same ones.
+    more expensive than one cut for all layers on other documents, cheaper only on the same ones.
     """
 
     def __init__(self, trace: RoutingTrace, sensitivity: SensitivityProfile) -> None:

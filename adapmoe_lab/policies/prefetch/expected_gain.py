@@ -1,9 +1,9 @@
-"""What to fetch ahead: which guesses are worth the link's idle time.
+"""What to fetch ahead: which candidates are worth the link's idle time.
 
-An expert is fetched ahead into a buffer beside the cache, so that a wrong guess evicts nothing and
-residency is the same with and without prefetch. It crosses the link in pieces, each begun only
+An expert is fetched ahead into a buffer beside the cache, so that a wrong prediction evicts nothing
+and residency is the same with and without prefetch. It crosses the link in chunks, each begun only
 while no demand waits; what is not begun when its layer is reached was never fetched, and a wrong
-guess delays a demand by one piece at most.
+prediction delays a demand by one chunk at most.
 
 The arithmetic here is of plain numbers: what runs a model calls it as it stands, simulation
 compiles it, so that both decide alike.
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from adapmoe_lab.policies.gating.keep import keep_by_cuts
 from adapmoe_lab.records import GatingTable
 
-N_PIECES = 4
-"""Pieces in which an expert that is fetched ahead crosses the link."""
+N_CHUNKS = 4
+"""Chunks in which an expert that is fetched ahead crosses the link."""
 
 
-def piece_bounds(n_bytes: int) -> list[int]:
-    """Return where the pieces of an expert begin, and the last one ends, in bytes [P+1]."""
-    return [n_bytes * piece // N_PIECES for piece in range(N_PIECES + 1)]
+def chunk_bounds(n_bytes: int) -> list[int]:
+    """Return where the chunks of an expert begin, and the last one ends, in bytes [P+1]."""
+    return [n_bytes * chunk // N_CHUNKS for chunk in range(N_CHUNKS + 1)]
 
 
 def needed_at(
@@ -41,29 +41,29 @@ def needed_at(
 
 
 def expected_gain_s(
-    probability: float, begins_at: float, needed_at_s: float, load_s: float, piece_s: float
+    probability: float, begins_at: float, needed_at_s: float, load_s: float, chunk_s: float
 ) -> float:
     """Return the seconds a prefetch is expected to save; one that is not worth it gives 0 or less.
 
-    A right guess saves as much of the load as its pieces carry until the expert is asked for. A
-    wrong one that is still on its way then costs the piece that is under way.
+    A right prediction saves as much of the load as its chunks carry until the expert is asked for.
+    A wrong one that is still on its way then costs the chunk that is under way.
 
     Args:
         probability: that the expert will be needed.
         begins_at: when the link can begin.
         needed_at_s: when its layer will ask.
         load_s: seconds of a load.
-        piece_s: seconds of each piece of the same expert, which may together take longer.
+        chunk_s: seconds of each chunk of the same expert, which may together take longer.
     """
-    idle_s, ahead_s = needed_at_s - begins_at, N_PIECES * piece_s
+    idle_s, ahead_s = needed_at_s - begins_at, N_CHUNKS * chunk_s
     if idle_s <= 0:
         return 0.0
     if idle_s >= ahead_s:
         return probability * load_s
-    return probability * load_s * idle_s / ahead_s - (1 - probability) * piece_s
+    return probability * load_s * idle_s / ahead_s - (1 - probability) * chunk_s
 
 
-def candidates(
+def likely_needed(
     experts: NDArray[np.integer],
     probability: NDArray[np.float64],
     scores: NDArray[np.floating] | None = None,
@@ -71,20 +71,20 @@ def candidates(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the experts that a step's tokens will probably need, and how probably.
 
-    The guesses of one token stay in their order; those of several are taken as independent and
+    The candidates of one token stay in their order; those of several are taken as independent and
     ordered by probability, ties to the lowest id.
 
     Args:
-        experts: guesses [T, C] of every token, likeliest first, -1 for none.
-        probability: [C], that a guess of each rank is right.
-        scores: predicted router scores [T, C] of the guesses; needed with gating.
-        gating: what will skip experts, and the layer: guesses that it would skip are left out.
+        experts: candidates [T, C] of every token, likeliest first, -1 for none.
+        probability: [C], that a prediction of each rank is right.
+        scores: predicted router scores [T, C] of the candidates; needed with gating.
+        gating: what will skip experts, and the layer: candidates that it would skip are left out.
     """
     if gating is not None and scores is not None:
-        experts = np.where(kept_guesses(experts, scores, *gating), experts, -1)
+        experts = np.where(kept_candidates(experts, scores, *gating), experts, -1)
     if len(experts) == 1:
-        is_guess = experts[0] >= 0
-        return experts[0][is_guess].astype(np.int64), probability[is_guess]
+        is_candidate = experts[0] >= 0
+        return experts[0][is_candidate].astype(np.int64), probability[is_candidate]
     unneeded: dict[int, float] = {}
     for token in experts.tolist():
         for expert, p in zip(token, probability.tolist(), strict=True):
@@ -94,18 +94,18 @@ def candidates(
     return np.array(ordered, dtype=np.int64), np.array([1 - unneeded[e] for e in ordered])
 
 
-def kept_guesses(
+def kept_candidates(
     experts: NDArray[np.integer], scores: NDArray[np.floating], table: GatingTable, layer: int
 ) -> NDArray[np.bool_]:
-    """Return which guesses [T, C] a gating table would keep by their predicted scores.
+    """Return which candidates [T, C] a gating table would keep by their predicted scores.
 
-    Guesses beyond the router's K are left out. Scores are taken in the precision a trace keeps
+    Candidates beyond the router's K are left out. Scores are taken in the precision a trace keeps
     them in.
     """
     top_k = table.top_k
-    is_guess = experts >= 0
+    is_candidate = experts >= 0
     weights = scores[:, :top_k].astype(np.float16).astype(np.float32)
-    weights[~is_guess.any(axis=1)] = 1  # of nothing, anything may be kept
+    weights[~is_candidate.any(axis=1)] = 1  # of nothing, anything may be kept
     keep = np.zeros(experts.shape, dtype=np.bool_)
     keep[:, :top_k] = keep_by_cuts(weights, table.cuts[layer], table.quantity)
-    return keep & is_guess
+    return keep & is_candidate

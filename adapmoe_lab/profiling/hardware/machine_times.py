@@ -91,7 +91,7 @@ def copy_times(store: ExpertStore, link: Link, clock: Clock, device: torch.devic
     turns = count()
 
     def over_link(size: int) -> float:
-        source = store.row(*widest[next(turns) % len(widest)])[:size]
+        source = store.buffer(*widest[next(turns) % len(widest)])[:size]
         return seconds_each([lambda: link.wait(link.copy(source, target[:size]))], device, clock)
 
     def from_pageable(size: int) -> float:

@@ -25,15 +25,15 @@ from adapmoe_lab.profiling.hardware.machine_times import (
 )
 from adapmoe_lab.profiling.hardware.timed_steps import (
     TimedStep,
-    free_steps,
-    held_steps,
     solved_costs,
+    throttled_steps,
+    unthrottled_steps,
 )
 from adapmoe_lab.records import HardwareProfile, TunedConfig
 from adapmoe_lab.records.hardware import mean_expert_s
 from adapmoe_lab.simulation.timing.timeline import StepCosts, counted_replay, run_timeline
 
-HELD_S = 5.0
+THROTTLED_S = 5.0
 """Most seconds, about, of decoding over a link that holds its copies."""
 DECODE_S, LEAST_ROUNDS = 10.0, 3
 """No further round of decoding begins after so many seconds, if there were that many."""
@@ -72,15 +72,15 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         engine.release()
         copies = copy_times(engine.store, engine.link, engine.clock, engine.device)
         by_precision = expert_times(model.layers[0].experts, list(stored.values()), hidden)
-        n_held = _n_held(model, copies.linked[-1], n_steps, rounds)
-        free, held = [], []
+        n_throttled = _n_throttled(model, copies.linked[-1], n_steps, rounds)
+        free, throttled = [], []
         end = time.monotonic() + DECODE_S
         for turn in range(rounds):
             if turn >= LEAST_ROUNDS and time.monotonic() > end:
                 break
             for _ in range(2):
-                free.append(free_steps(model, n_steps, first=len(free)))
-            held += held_steps(model, n_held) if n_held else []
+                free.append(unthrottled_steps(model, n_steps, first=len(free)))
+            throttled += throttled_steps(model, n_throttled) if n_throttled else []
     alone_s = mean_expert_s(by_precision, spec.precision.counts)
     solved = solved_costs(free, miss_s, alone_s)
     profile = HardwareProfile(
@@ -97,24 +97,24 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         host_copy_s=host_copy_s,
         miss_s=miss_s,
         gate_s=solved["gate"] / spec.n_layers,
-        guess_s=solved.get("guess"),
-        gated_guess_s=solved.get("gated_guess"),
-        ask_s=solved.get("ask"),
-        ask_output_s=solved.get("ask_output"),
+        predict_s=solved.get("predict"),
+        gated_predict_s=solved.get("gated_predict"),
+        predict_overhead_s=solved.get("predict_overhead"),
+        predict_output_overhead_s=solved.get("predict_output_overhead"),
         host_sync_s=sync_s,
         launch_s=launch_s,
         host_memory_bytes_per_s=memory_rate,
         host_matmul_bytes_per_s=matmul_rate,
     )
-    return replace(profile, wait_s=_wait_s(held, profile, model) if held else None)
+    return replace(profile, wait_s=_wait_s(throttled, profile, model) if throttled else None)
 
 
-def _n_held(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
-    """Return how many steps over a held link each round has time for; 0 if nothing is held."""
+def _n_throttled(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
+    """Return the steps that a round over a throttled link has time for; 0 where it is not."""
     if model.engine.link.name == NO_LINK:
         return 0
     step_s = max(1e-6, model.spec.n_layers * load_s)
-    return int(np.clip(HELD_S / rounds / step_s, 2, n_steps))
+    return int(np.clip(THROTTLED_S / rounds / step_s, 2, n_steps))
 
 
 def _wait_s(steps: list[TimedStep], hardware: HardwareProfile, model: LabModel) -> float:
@@ -144,9 +144,11 @@ def _layer_host_s(model: LabModel, hidden: torch.Tensor) -> float | None:
     def layer() -> object:
         return engine.run_layer(0, module, hidden, index, weights)
 
-    with engine.unpaced():
+    with engine.without_link_delay():
         layer()
-        resident = [found for _, found in engine.arrivals(0, range(top_k), hidden)]  # hits stay
+        resident = [
+            found for _, found in engine.fetch_experts(0, range(top_k), hidden)
+        ]  # hits stay
         medians = interleaved_medians(
             {
                 "layer": lambda: seconds_each([layer] * 8, hidden.device, engine.clock),
@@ -183,11 +185,11 @@ def _host_miss_s(
     asked = next(sets)
 
     def copy() -> None:
-        row = store.row(*next(copied))
+        row = store.buffer(*next(copied))
         engine.link.copy(row, target[: row.numel()])
 
     def ask(layer: int) -> None:
-        for _, weights in engine.arrivals(layer, asked, hidden):
+        for _, weights in engine.fetch_experts(layer, asked, hidden):
             run_expert(model.layers[layer].experts, weights, hidden)  # faster for being just copied
 
     def asking(is_missing: bool) -> float:
@@ -199,7 +201,7 @@ def _host_miss_s(
     works = {"copy": lambda: seconds_each([copy] * spec.n_layers, engine.device, engine.clock)}
     if n_asked:
         works |= {"missing": lambda: asking(True), "hitting": lambda: asking(False)}
-    with engine.unpaced():
+    with engine.without_link_delay():
         medians = interleaved_medians(works, budget_s=1.0)
     if not n_asked:
         return medians["copy"], None

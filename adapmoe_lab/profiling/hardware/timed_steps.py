@@ -1,4 +1,4 @@
-"""Decode steps timed by turns, and what their parts take."""
+"""Decode steps timed by variants, and what their parts take."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.engine.pace import PROMPT_TOKENS
 from adapmoe_lab.engine.prefetch.predictors import MAX_DISTANCE
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
+from adapmoe_lab.engine.resident_layer import PROMPT_TOKENS
 from adapmoe_lab.models.hooks.residual_stream import layer_outputs_observed_by
 from adapmoe_lab.records import OFF, CachePlan, GatingTable, PrefetchSource, PrefetchTable
-from adapmoe_lab.records.prefetch import Moment
+from adapmoe_lab.records.prefetch import HookPoint
 
 STRIDE = 5
 """Turns that the next decode begins further on: few steps cover all, since it divides no number of
-turns that there can be."""
+variants that there can be."""
 N_SCALED = 4
-"""Rounds of telling slow decodes from dear parts, after which both have settled."""
+"""Rounds of telling slow decodes from expensive parts, after which both have settled."""
 N_REWEIGHTED = 30
 """Rounds of reweighting after which the least absolute errors have settled."""
 SMALL_ERROR, TINY_S = 0.01, 1e-9
@@ -38,9 +38,9 @@ class TimedStep:
         seconds: what it took.
         n_run: experts run, of all layers.
         is_gated: whether a gate was asked.
-        n_guesses: how often a predictor was asked about a layer.
-        n_asks: at how many moments of layers any was.
-        n_output_asks: how many of these were outputs of layers.
+        n_candidates: how often a predictor was asked about a layer.
+        n_queries: at how many hook_points of layers any was.
+        n_output_queries: how many of these were outputs of layers.
         hits: experts that were there, by layer [L].
         misses: experts that were loaded, by layer [L].
     """
@@ -48,42 +48,42 @@ class TimedStep:
     seconds: float
     n_run: int
     is_gated: bool
-    n_guesses: int
-    n_asks: int
-    n_output_asks: int
+    n_candidates: int
+    n_queries: int
+    n_output_queries: int
     hits: NDArray[np.int64]
     misses: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class _Turn:
+class _Variant:
     """How a decode step is run: under which gate, and with whom asked what is never followed."""
 
     gating: GatingTable | None = None
-    asking: Prefetcher | None = None
+    querying: Prefetcher | None = None
 
 
-def _turns(model: LabModel) -> list[_Turn]:
-    """Return every way to run a step: as it is, keeping all, keeping one; asking or not.
+def _variants(model: LabModel) -> list[_Variant]:
+    """Return every way to run a step: as it is, keeping all, keeping one; querying or not.
 
     In a gated step the answers are put to a gate too. The engine is left as the model was loaded.
     """
-    engine, spec, turns = model.engine, model.spec, []
+    engine, spec, variants = model.engine, model.spec, []
     keeps_all, keeps_one = (
         GatingTable.per_layer(np.full(spec.n_layers, cut), spec.top_k) for cut in (OFF, 0.0)
     )
     engine.configure(None, model.memory.slots)
-    tables, predictors, host = _asking(model), model.predictors(), torch.device("cpu")
+    tables, predictors, host = _query_tables(model), model.predictors(), torch.device("cpu")
     plain, judging = (
         [None, *(engine.prefetcher(table, predictors, judge, device=host) for table in tables)]
         for judge in (None, keeps_all)
     )
     for gating, asked in ((None, plain), (keeps_all, judging), (keeps_one, judging)):
-        turns += [_Turn(gating, asking) for asking in asked]
-    return turns
+        variants += [_Variant(gating, querying) for querying in asked]
+    return variants
 
 
-def _asking(model: LabModel) -> list[PrefetchTable]:
+def _query_tables(model: LabModel) -> list[PrefetchTable]:
     """Return whom to ask: the next router, the same at every distance, and the next layer's norm.
 
     Only what can be had of the model is in it; nothing where routers read another input.
@@ -102,30 +102,30 @@ def _asking(model: LabModel) -> list[PrefetchTable]:
     return [PrefetchTable(sources, buffer_slots=1) for sources in by_turns]
 
 
-def free_steps(model: LabModel, n_steps: int, first: int) -> list[TimedStep]:
-    """Decode over a link that holds nothing, every way to run a step by turns.
+def unthrottled_steps(model: LabModel, n_steps: int, first: int) -> list[TimedStep]:
+    """Decode over a link that holds nothing, every way to run a step by variants.
 
     With each number, `first` begins with another way.
     """
-    engine, turns = model.engine, _turns(model)
-    first = first * STRIDE % len(turns)
+    engine, variants = model.engine, _variants(model)
+    first = first * STRIDE % len(variants)
     outputs = layer_outputs_observed_by(model.hf, model.layers, engine.end_layer)
-    with engine.unpaced(), outputs:
-        return _steps(model, n_steps, turns[first:] + turns[:first])
+    with engine.without_link_delay(), outputs:
+        return _steps(model, n_steps, variants[first:] + variants[:first])
 
 
-def held_steps(model: LabModel, n_steps: int) -> list[TimedStep]:
-    """Decode over a link that holds its copies; the prompt passes unheld."""
-    with ExitStack() as unheld:
-        unheld.enter_context(model.engine.unpaced())
+def throttled_steps(model: LabModel, n_steps: int) -> list[TimedStep]:
+    """Decode over a link that holds its copies; the prompt passes unthrottled."""
+    with ExitStack() as unthrottled:
+        unthrottled.enter_context(model.engine.without_link_delay())
         model.engine.configure(None, _half(model))
-        return _steps(model, n_steps, [_Turn()], after_prompt=unheld.close)
+        return _steps(model, n_steps, [_Variant()], after_prompt=unthrottled.close)
 
 
 def _steps(
     model: LabModel,
     n_steps: int,
-    turns: list[_Turn],
+    variants: list[_Variant],
     after_prompt: Callable[[], None] = lambda: None,
 ) -> list[TimedStep]:
     """Decode in a cache that is empty at first; return the steps after the prompt."""
@@ -136,25 +136,25 @@ def _steps(
         nonlocal before, start
         seconds, passed = engine.clock.now() - start, engine.traffic - before
         if step > 0:
-            asking, is_gated = engine.cached.prefetcher, engine.gating is not None
-            asked = _n_asked(model, asking.table) if asking else (0, 0, 0)
+            querying, is_gated = engine.cached.prefetcher, engine.gating is not None
+            asked = _n_queries(model, querying.table) if querying else (0, 0, 0)
             counted = passed.kept, is_gated, *asked, passed.hits, passed.misses
             steps.append(TimedStep(seconds, *counted))
         else:
             after_prompt()
-        turn = turns[step % len(turns)]
-        engine.gating, engine.cached.prefetcher = turn.gating, turn.asking
+        variant = variants[step % len(variants)]
+        engine.gating, engine.cached.prefetcher = variant.gating, variant.querying
         before, start = engine.traffic, engine.clock.now()
 
     decode(model.hf, torch.arange(PROMPT_TOKENS), n_steps + 1, after_step=note)
     return steps
 
 
-def _n_asked(model: LabModel, asked: PrefetchTable) -> tuple[int, int, int]:
-    """Return how many guesses a table asks for in a step, at how many moments, and outputs."""
+def _n_queries(model: LabModel, asked: PrefetchTable) -> tuple[int, int, int]:
+    """Return how many predictions a table takes in a step, at how many hook points, and outputs."""
     targets = [model.spec.n_layers - source.distance for source in asked.sources]
-    n_asks = max(targets)  # all sources of a table speak at the same moments here
-    return sum(targets), n_asks, n_asks * asked.speaks_at(Moment.LAYER_OUTPUT)
+    n_queries = max(targets)  # all sources of a table speak at the same hook_points here
+    return sum(targets), n_queries, n_queries * asked.predicts_at(HookPoint.LAYER_OUTPUT)
 
 
 def _half(model: LabModel) -> CachePlan:
@@ -172,10 +172,10 @@ def solved_costs(
     machine did then is taken out first.
 
     They are `step`, all outside the experts; `expert`; `gate`, gating every layer; and, if anybody
-    was asked, `guess` and `gated_guess`, one predictor about one layer, `ask`, a moment at which
-    any is, and `ask_output`, what one at a layer's output takes more. Parts that would be negative
-    are left out, those that take most off a step first, and are zero. Where a router chooses one
-    expert, that expert takes what it takes alone.
+    was asked, `prediction` and `gated_predict`, one predictor about one layer, `ask`, a hook_point
+    at which any is, and `ask_output`, what one at a layer's output takes more. Parts that would be
+    negative are left out, those that take most off a step first, and are zero. Where a router
+    chooses one expert, that expert takes what it takes alone.
     """
     steps = [step for decode in decodes for step in decode]
     seconds = np.array([step.seconds for step in steps])
@@ -183,10 +183,10 @@ def solved_costs(
         "step": [1 for _ in steps],
         "expert": [step.n_run for step in steps],
         "gate": [step.is_gated for step in steps],
-        "guess": [step.n_guesses * (not step.is_gated) for step in steps],
-        "gated_guess": [step.n_guesses * step.is_gated for step in steps],
-        "ask": [step.n_asks for step in steps],
-        "ask_output": [step.n_output_asks for step in steps],
+        "predict": [step.n_candidates * (not step.is_gated) for step in steps],
+        "gated_predict": [step.n_candidates * step.is_gated for step in steps],
+        "predict_overhead": [step.n_queries for step in steps],
+        "predict_output_overhead": [step.n_output_queries for step in steps],
         "miss": [step.misses.sum() for step in steps],
     }
     columns = {name: np.array(values, dtype=np.float64) for name, values in counts.items()}

@@ -1,4 +1,4 @@
-"""Fitting predictors: what foresees the experts of a later layer, or of the first."""
+"""Fitting predictors: what predicts the experts of a later layer, or of the first."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from adapmoe_lab.models.hooks.residual_stream import (
     layer_outputs_observed_by,
 )
 from adapmoe_lab.records import Prediction, RoutingTrace
-from adapmoe_lab.records.prefetch import Moment
+from adapmoe_lab.records.prefetch import HookPoint
 
 Key = tuple[str, int, int]
 """A predictor's name, the distance it looks, and the layer it predicts."""
@@ -39,20 +39,20 @@ class _Step:
     token_ids: NDArray[np.int64]
     starts_sequence: bool
     layers: list[tuple[NDArray, NDArray, NDArray]] = field(default_factory=list)
-    foreseen: dict[Key, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    predicted: dict[Key, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     predicted: dict[Key, tuple[NDArray, NDArray]] = field(default_factory=dict)
 
     def to_host(self) -> None:
-        """Bring what was foreseen to the host at once, when the device has done it all."""
-        for key, (experts, scores) in self.foreseen.items():
+        """Bring what was predicted to the host at once, when the device has done it all."""
+        for key, (experts, scores) in self.predicted.items():
             self.predicted[key] = experts.short().cpu().numpy(), scores.half().cpu().numpy()
-        self.foreseen.clear()
+        self.predicted.clear()
 
 
 class RoutingRecorder:
     """Collects the routing of every forward pass of one model while it is open.
 
-    Also records what predictors foresee of it. Batch 1 only, so that no padding is recorded.
+    Also records what predictors predict of it. Batch 1 only, so that no padding is recorded.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class RoutingRecorder:
             hooks.callback(self._drop_incomplete)
             hooks.callback(begin.remove)
             hooks.enter_context(model.engine.observed_by(self._observe))
-            see_output = partial(self._ask, Moment.LAYER_OUTPUT)
+            see_output = partial(self._ask, HookPoint.LAYER_OUTPUT)
             hooks.enter_context(layer_outputs_observed_by(model.hf, model.layers, see_output))
             hooks.enter_context(last_hidden_observed_by(model.hf, self._end_step))
             yield self
@@ -167,7 +167,7 @@ class RoutingRecorder:
         past = cache_given(kwargs)
         is_first = past is None or past.get_seq_length() == 0
         self._steps.append(_Step(ids[0].cpu().numpy(), is_first))
-        self._ask(Moment.TOKEN, 0, ids[0])
+        self._ask(HookPoint.TOKEN, 0, ids[0])
 
     def _observe(self, layer_pass: LayerPass) -> None:
         step, layer, hidden = self._steps[-1], layer_pass.layer, layer_pass.hidden.detach()
@@ -175,22 +175,22 @@ class RoutingRecorder:
         step.layers.append(
             (layer_pass.indices.copy(), layer_pass.weights, probabilities.cpu().numpy())
         )
-        self._ask(Moment.EXPERTS_INPUT, layer, hidden)
+        self._ask(HookPoint.EXPERTS_INPUT, layer, hidden)
 
     def _end_step(self, last_hidden: torch.Tensor) -> None:
         """Ask what the state of the token before tells, as is known when it has been run."""
         step, last_hidden = self._steps[-1], last_hidden.float()
         before = [] if step.starts_sequence or self._last_hidden is None else [self._last_hidden]
-        self._ask(Moment.LAST_HIDDEN, 0, torch.cat([*before, last_hidden[:-1]]))
+        self._ask(HookPoint.LAST_HIDDEN, 0, torch.cat([*before, last_hidden[:-1]]))
         self._last_hidden = last_hidden[-1:]
         step.to_host()
 
     @torch.no_grad()
-    def _ask(self, moment: Moment, layer: int, x: torch.Tensor) -> None:
-        foreseen = self._steps[-1].foreseen
+    def _ask(self, hook_point: HookPoint, layer: int, x: torch.Tensor) -> None:
+        predicted = self._steps[-1].predicted
         for predictor in self._predictors:
-            if predictor.moment is moment:
+            if predictor.hook_point is hook_point:
                 for target in predictor.targets(layer):
                     scores = predictor.scores(layer, target, x)
                     key = predictor.name, target - layer, target
-                    foreseen[key] = likeliest(scores, self._n_candidates)
+                    predicted[key] = likeliest(scores, self._n_candidates)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapmoe_lab.engine.host_driven.combine import LayerGradient
-from adapmoe_lab.engine.host_driven.surrogates import Compensation
+from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.policies.gating.keep import keep_by_cuts
 from adapmoe_lab.profiling.sensitivity.backward import backpropagate
@@ -66,14 +66,14 @@ def _terms_of(
     estimators: Sequence[str],
     cuts: NDArray[np.float64],
     renormalise: bool,
-    compensation: Compensation | None,
+    compensation: SurrogateOutputs | None,
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return squares, terms [C, B], first_order [B] and skipped [B] of one layer."""
     gradient, outputs = found.gradient.float(), found.contributions.float()
     weights = found.weights.float().cpu().numpy()
     lost, gain = outputs, float(renormalise)
     if compensation is not None:
-        lost = outputs - _stand_ins(found, compensation, weights)
+        lost = outputs - _surrogates(found, compensation, weights)
         gain += compensation.surrogates.gain[found.layer]
     parts = torch.cat([lost, outputs], dim=1)  # [T, 2K, D]
     effects = SkipEffects(
@@ -93,12 +93,12 @@ def _terms_of(
     return float((gradient**2).sum(dim=1).mean()), terms, first_order, skipped
 
 
-def _stand_ins(
-    found: LayerGradient, compensation: Compensation, weights: NDArray[np.float32]
+def _surrogates(
+    found: LayerGradient, compensation: SurrogateOutputs, weights: NDArray[np.float32]
 ) -> torch.Tensor:
     """Return what would take the place of each choice, weighted, float32 [T, K, D].
 
-    Completing an output of zeros with one choice dropped leaves its stand-in alone.
+    Completing an output of zeros with one choice dropped leaves its surrogate alone.
     """
     nothing = torch.zeros_like(found.gradient)
     each = []

@@ -14,7 +14,7 @@ from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.evaluation.texts import Texts
 from adapmoe_lab.models.experts import run_expert
-from adapmoe_lab.policies.allocation.ranks import affordable_ranks, ranks_by_worth
+from adapmoe_lab.policies.allocation.ranks import affordable_ranks, ranks_by_benefit
 from adapmoe_lab.policies.allocation.slots import budget_bytes as bytes_of
 from adapmoe_lab.profiling.activations import LayerActivations, recorded_activations
 from adapmoe_lab.profiling.surrogates.low_rank import LowRankMap, OutputMetric, fit_low_rank
@@ -43,7 +43,7 @@ def fit_surrogates(
     max_tokens: int = 512,
     progress: Progress | None = None,
 ) -> Surrogates:
-    """Fit a low-rank stand-in for every expert, and a gain for what is kept beside it.
+    """Fit a low-rank surrogate for every expert, and a gain for what is kept beside it.
 
     The texts are run once, ungated; then layer by layer every expert is read once and regressed on
     the tokens that have a better one, which are those that may skip it. Errors count by the square
@@ -68,12 +68,12 @@ def fit_surrogates(
     if spec.top_k < 2:
         raise ValueError(
             f"{spec.model_id} routes every token to one expert; none can be skipped, so none needs "
-            "a stand-in."
+            "a surrogate."
         )
     n_ranks, most = _ranks_wanted(model, rank, budget_bytes)
     sequences = token_sequences(model, texts, max_tokens)
     fits = _fit_layers(model, sequences, most, gradient_weighted, progress)
-    ranks = ranks_by_worth(np.stack([fit.worth for fit in fits]), n_ranks)
+    ranks = ranks_by_benefit(np.stack([fit.worth for fit in fits]), n_ranks)
     cut = [fit.of_rank(rank) for fit, rank in zip(fits, ranks, strict=True)]
     return Surrogates(
         model_fingerprint=spec.fingerprint(),
@@ -161,7 +161,7 @@ class _Samples:
     def outputs(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield every chosen expert, its tokens [n], their columns [n] and outputs [n, D]."""
         chosen = self.indices[self.indices < self.n_experts].unique().tolist()
-        for expert, weights in self._source.arrivals(self._layer, chosen, self.hidden):
+        for expert, weights in self._source.fetch_experts(self._layer, chosen, self.hidden):
             tokens, columns = torch.nonzero(self.indices == expert, as_tuple=True)
             with torch.autocast(self.hidden.device.type, enabled=False):  # as the engine runs them
                 parts = [

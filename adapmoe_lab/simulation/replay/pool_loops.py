@@ -19,11 +19,11 @@ from adapmoe_lab.policies.eviction.rules import (
 from adapmoe_lab.simulation.compiled import compiled, inlined
 from adapmoe_lab.simulation.replay.replay import HIT, LOAD, STREAM
 
-value_in_new_pass = inlined(eviction.value_in_new_pass)
-value_in_new_step = inlined(eviction.value_in_new_step)
+priority_in_new_pass = inlined(eviction.priority_in_new_pass)
+priority_in_new_step = inlined(eviction.priority_in_new_step)
 after_use = inlined(eviction.after_use)
-asks_high_precision = inlined(eviction.asks_high_precision)
-distance_malus = inlined(eviction.distance_malus)
+is_high_precision = inlined(eviction.is_high_precision)
+distance_penalty = inlined(eviction.distance_penalty)
 token_weight = inlined(eviction.token_weight)
 mean_score = inlined(eviction.mean_score)
 
@@ -59,22 +59,22 @@ def collect_sets(indices, keep, bounds, layer, last_step, members, starts):
 
 
 @compiled
-def next_uses(members, starts, layer, n_layers, upcoming, hints):
-    """Fill `hints` [T K] with the time of every member's next use.
+def next_uses(members, starts, layer, n_layers, upcoming, oracle_inputs):
+    """Fill `oracle_inputs` [T K] with the time of every member's next use.
 
     Times count the steps of all `n_layers` layers of a pool; `layer` is the number in it.
     `upcoming` [E] holds a time after the last step everywhere; working space.
     """
     for step in range(len(starts) - 2, -1, -1):
         for i in range(starts[step], starts[step + 1]):
-            hints[i] = upcoming[members[i]]
+            oracle_inputs[i] = upcoming[members[i]]
         for i in range(starts[step], starts[step + 1]):
             upcoming[members[i]] = step * n_layers + layer
 
 
 @compiled
-def high_precision_uses(members, starts, layer, bits, fixed, bounds, scores, hints):
-    """Fill `hints` [T K] with 1 for every use that HOBBIT would load in high precision, else 0.
+def high_precision_uses(members, starts, layer, bits, fixed, bounds, scores, oracle_inputs):
+    """Fill `oracle_inputs` [T K] with 1 for uses that HOBBIT would load in high precision, else 0.
 
     `layer` is the number among the model's; `scores` [E] is working space, and `bits`, `fixed` and
     `bounds` are as `replay_pool` takes them.
@@ -89,7 +89,7 @@ def high_precision_uses(members, starts, layer, bits, fixed, bounds, scores, hin
             for i in range(starts[step], starts[step + 1]):
                 if scores[members[i]] > scores[members[own]]:
                     above += scores[members[i]]
-            hints[own] = asks_high_precision(above, total)
+            oracle_inputs[own] = is_high_precision(above, total)
 
 
 @inlined
@@ -112,7 +112,7 @@ def _mean_scores(bits, fixed, first, end, layer, scores):
 
 
 @inlined
-def _find_lowest(values, barred, malus, lowest, lowest_value, layer):
+def _find_lowest(values, protected, penalty, lowest, lowest_value, layer):
     """Find the expert of a layer that would leave first, ties to the lowest id.
 
     Two halves, which share the middle of an odd number, are looked through side by side, since a
@@ -123,17 +123,17 @@ def _find_lowest(values, barred, malus, lowest, lowest_value, layer):
     a = b = (0, NEVER_LEAVES)
     for i in range(n_half):
         j = second_half + i
-        a = _lower_unforeseen(a, i, values[layer, i] + barred[layer, i])
-        b = _lower_unforeseen(b, j, values[layer, j] + barred[layer, j])
+        a = _lower_branchless(a, i, values[layer, i] + protected[layer, i])
+        b = _lower_branchless(b, j, values[layer, j] + protected[layer, j])
     at, least = _lower(a, b[0], b[1])
-    lowest[layer], lowest_value[layer] = at, least - malus[layer]
+    lowest[layer], lowest_value[layer] = at, least - penalty[layer]
 
 
 @inlined
-def _lower_unforeseen(best, at, value):
+def _lower_branchless(best, at, value):
     """Return the lower of two pairs of a place and its value, ties to the first, by no branch.
 
-    Which one is lower among few experts is chance: a processor that foresees it is mostly wrong.
+    Which one is lower among few experts is chance: a processor that predicts it is mostly wrong.
     """
     below = value - best[1]
     is_below = below >> 63  # every bit set, or none
@@ -141,22 +141,22 @@ def _lower_unforeseen(best, at, value):
 
 
 @inlined
-def _begin_pass(rule, step, values, barred, malus, lowest, lowest_value):
+def _begin_pass(rule, step, values, protected, penalty, lowest, lowest_value):
     """Change what changes as a forward pass begins, under least-stale and HOBBIT."""
     for layer in range(len(values)):
         if rule == LEAST_STALE:
             for expert in range(values.shape[1]):
-                values[layer, expert] = value_in_new_pass(rule, values[layer, expert])
-            _find_lowest(values, barred, malus, lowest, lowest_value, layer)
+                values[layer, expert] = priority_in_new_pass(rule, values[layer, expert])
+            _find_lowest(values, protected, penalty, lowest, lowest_value, layer)
         if rule == HOBBIT:
-            _set_malus(malus, lowest_value, layer, distance_malus(rule, layer, step))
+            _set_penalty(penalty, lowest_value, layer, distance_penalty(rule, layer, step))
 
 
 @inlined
-def _set_malus(malus, lowest_value, layer, new):
+def _set_penalty(penalty, lowest_value, layer, new):
     """Change what a layer's values lose, keeping its lowest value up to date."""
-    lowest_value[layer] += malus[layer] - new
-    malus[layer] = new
+    lowest_value[layer] += penalty[layer] - new
+    penalty[layer] = new
 
 
 @inlined
@@ -182,31 +182,31 @@ def _layer_to_leave(lowest_value):
 
 
 @inlined
-def _let_go(
-    values, resident, barred, malus, lowest, lowest_value, members, layer, first, end, pinned
+def _release(
+    values, resident, protected, penalty, lowest, lowest_value, members, layer, first, end, pinned
 ):  # fmt: skip
     """Let a step's members leave again, keeping the layer's lowest expert up to date."""
     for i in range(first, end):
         expert = members[layer, i]
         if resident[layer, expert] and not pinned[layer, expert]:
-            barred[layer, expert] = 0
-            value = values[layer, expert] - malus[layer]
+            protected[layer, expert] = 0
+            value = values[layer, expert] - penalty[layer]
             least, at = lowest_value[layer], lowest[layer]
             if value < least or (value == least and expert < at):
                 lowest[layer], lowest_value[layer] = expert, value
 
 
 @inlined
-def _note_absent(guessed, absent, resident):
-    """Fill `absent` [C] with whether each guessed expert is not resident now."""
-    for c in range(len(guessed)):
-        absent[c] = guessed[c] >= 0 and not resident[guessed[c]]
+def _note_absent(predicted, absent, resident):
+    """Fill `absent` [C] with whether each predicted expert is not resident now."""
+    for c in range(len(predicted)):
+        absent[c] = predicted[c] >= 0 and not resident[predicted[c]]
 
 
 @compiled
 def replay_pool(
-    rule, n_slots, first_layer, members, starts, hints, bits, fixed, bounds, pinned, state, out,
-    fates, distances, guessed, absent,
+    rule, n_slots, first_layer, members, starts, oracle_inputs, bits, fixed, bounds, pinned, state,
+    out,    outcomes, distances, predicted, absent,
 ):  # fmt: skip
     """Replay every step of the layers that share a pool of slots.
 
@@ -218,7 +218,7 @@ def replay_pool(
         first_layer: number of the pool's first layer among the model's.
         members: int16 [L, T K], the sets of the pool's layers, as `collect_sets` gives them.
         starts: int32 [L, N+1], where each set begins.
-        hints: int32 [L, T K], what `after_use` is told of each use, for rules that need it.
+        oracle_inputs: int32 [L, T K], what `after_use` is told of each use, for rules that need it.
         bits: uint16 [T, L of the model, E], the router's scores as the bits of float16, read by
             the rule that averages them.
         fixed: `FIXED_SCORES`.
@@ -226,14 +226,14 @@ def replay_pool(
         pinned: bool [L, E], experts that never leave.
         state: what `empty_pool` returns.
         out: int16 [N, L, 3], filled with hits, loads and streamed experts.
-        fates: int8 [L, T K], filled with what becomes of each member: HIT, LOAD or STREAM.
-        distances: int64 [J], from how many layers before a layer's experts are guessed; 0 for
+        outcomes: int8 [L, T K], filled with what becomes of each member: HIT, LOAD or STREAM.
+        distances: int64 [J], from how many layers before a layer's experts are predicted; 0 for
             before the pass begins.
-        guessed: int16 [J, N, L of the model, C], the guesses, -1 for none.
+        predicted: int16 [J, N, L of the model, C], the candidates, -1 for none.
         absent: bool [J, N, L of the model, C], filled with which of them are not resident at the
-            moment of guessing.
+            hook_point of predicting.
     """
-    values, memory, resident, barred, malus, lowest, lowest_value, missing, scores = state
+    values, memory, resident, protected, penalty, lowest, lowest_value, missing, scores = state
     n_layers, n_experts = values.shape
     moves_all = rule in (LFU_AGED, ROUTER_AVERAGE)
     n_free, n_may_leave, clock = n_slots, 0, 0
@@ -245,57 +245,57 @@ def replay_pool(
                     bits, fixed, bounds[step], bounds[step + 1], first_layer + layer, scores
                 )
             if layer == 0 and rule in (LEAST_STALE, HOBBIT):
-                _begin_pass(rule, step, values, barred, malus, lowest, lowest_value)
+                _begin_pass(rule, step, values, protected, penalty, lowest, lowest_value)
             for j in range(len(distances)):
                 if n_layers == 1 or (layer == 0 and distances[j] == 0):
                     at = first_layer + layer
-                    _note_absent(guessed[j, step, at], absent[j, step, at], resident[layer])
+                    _note_absent(predicted[j, step, at], absent[j, step, at], resident[layer])
             for expert in range(n_experts if moves_all else 0):
                 value = values[layer, expert]
-                values[layer, expert] = value_in_new_step(rule, value, scores[expert])
-            n_missing, n_barred, is_lowest_known = 0, 0, not moves_all
+                values[layer, expert] = priority_in_new_step(rule, value, scores[expert])
+            n_missing, n_protected, is_lowest_known = 0, 0, not moves_all
             for i in range(first, end):
                 expert = members[layer, i]
-                if barred[layer, expert] == 0:
-                    barred[layer, expert] = NEVER_LEAVES
-                    n_barred += 1
+                if protected[layer, expert] == 0:
+                    protected[layer, expert] = NEVER_LEAVES
+                    n_protected += 1
                     is_lowest_known &= expert != lowest[layer]
-                was_resident, hint = int(resident[layer, expert]), 0
-                fates[layer, i] = HIT if was_resident else STREAM
+                was_resident, oracle_input = int(resident[layer, expert]), 0
+                outcomes[layer, i] = HIT if was_resident else STREAM
                 missing[n_missing] = i
                 n_missing += 1 - was_resident
                 if rule in (BELADY, HOBBIT):
-                    hint = hints[layer, i]
+                    oracle_input = oracle_inputs[layer, i]
                 values[layer, expert], memory[layer, expert] = after_use(
-                    rule, values[layer, expert], memory[layer, expert], was_resident, hint,
+                    rule, values[layer, expert], memory[layer, expert], was_resident, oracle_input,
                     clock, n_layers, step,
                 )  # fmt: skip
             if not is_lowest_known:
-                _find_lowest(values, barred, malus, lowest, lowest_value, layer)
-            n_loads = min(n_missing, n_free + n_may_leave - n_barred)
+                _find_lowest(values, protected, penalty, lowest, lowest_value, layer)
+            n_loads = min(n_missing, n_free + n_may_leave - n_protected)
             for number in range(n_loads):
                 if n_free > 0:
                     n_free -= 1
                 else:
                     at = _layer_to_leave(lowest_value)
                     resident[at, lowest[at]] = False
-                    barred[at, lowest[at]] = NEVER_LEAVES
-                    _find_lowest(values, barred, malus, lowest, lowest_value, at)
+                    protected[at, lowest[at]] = NEVER_LEAVES
+                    _find_lowest(values, protected, penalty, lowest, lowest_value, at)
                     n_may_leave -= 1
                 expert = members[layer, missing[number]]
-                fates[layer, missing[number]] = LOAD
+                outcomes[layer, missing[number]] = LOAD
                 resident[layer, expert] = True
                 n_may_leave += not pinned[layer, expert]
             for j in range(len(distances) if n_layers > 1 else 0):
                 at = layer + distances[j]
                 if distances[j] > 0 and at < n_layers:
-                    _note_absent(guessed[j, step, at], absent[j, step, at], resident[at])
+                    _note_absent(predicted[j, step, at], absent[j, step, at], resident[at])
             if rule == HOBBIT:
-                later = distance_malus(rule, layer + n_layers, step)
-                _set_malus(malus, lowest_value, layer, later)
-            _let_go(
-                values, resident, barred, malus, lowest, lowest_value, members, layer, first, end,
-                pinned,
+                later = distance_penalty(rule, layer + n_layers, step)
+                _set_penalty(penalty, lowest_value, layer, later)
+            _release(
+                values, resident, protected, penalty, lowest, lowest_value, members, layer, first,
+ end, pinned,
             )  # fmt: skip
             out[step, layer, 0] = end - first - n_missing
             out[step, layer, 1] = n_loads

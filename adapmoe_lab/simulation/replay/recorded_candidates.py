@@ -1,4 +1,4 @@
-"""A recording's guesses of what later layers need, as a prefetch table follows them."""
+"""A recording's candidates of what later layers need, as a prefetch table follows them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.policies.prefetch.expected_gain import candidates, kept_guesses
+from adapmoe_lab.policies.prefetch.expected_gain import kept_candidates, likely_needed
 from adapmoe_lab.records import GatingTable, PrefetchTable, RecordError, RoutingTrace
-from adapmoe_lab.records.prefetch import Moment
+from adapmoe_lab.records.prefetch import HookPoint
 from adapmoe_lab.records.routing import Prediction
 
 
 @dataclass(frozen=True, eq=False)
-class Guesses:
+class Candidates:
     """What J predictors said of every step and layer.
 
     Attributes:
-        moments: int64 [J], when each speaks, as in `records.prefetch`.
+        hook_points: int64 [J], when each speaks, as in `records.prefetch`.
         distances: int64 [J], from how many layers before; 0 for before the pass begins.
         experts: int16 [J, N, L, C], what they said of each layer, likeliest first, -1 for none.
         probability: float64 [J, N or 1, L, C], that it is right.
     """
 
-    moments: NDArray[np.int64]
+    hook_points: NDArray[np.int64]
     distances: NDArray[np.int64]
     experts: NDArray[np.int16]
     probability: NDArray[np.float64]
 
 
-NO_GUESSES = Guesses(
+NO_CANDIDATES = Candidates(
     np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 0, 0, 0), np.int16),
     np.zeros((0, 1, 0, 0)),
 )  # fmt: skip
@@ -60,40 +60,40 @@ def recorded_prediction(trace: RoutingTrace, predictor: str, distance: int) -> P
         ) from None
 
 
-def recorded_guesses(
+def recorded_candidates(
     trace: RoutingTrace, table: PrefetchTable | None, gating: GatingTable | None = None
-) -> Guesses:
+) -> Candidates:
     """Return what a trace's predictors said, as far as a table follows them.
 
     Args:
         trace: recorded routing, with predictions.
         table: whom to follow, and how far; None for nobody.
-        gating: what will skip experts: guesses that it would skip are left out.
+        gating: what will skip experts: candidates that it would skip are left out.
 
     Raises:
         RecordError: the trace has no predictions of one of them.
     """
     if table is None:
-        return NO_GUESSES
+        return NO_CANDIDATES
     bounds = step_bounds(trace)
-    spoken = [_spoken(trace, source, bounds, gating) for source in table.sources]
+    spoken = [_predicted_by(trace, source, bounds, gating) for source in table.sources]
     width = max(experts.shape[2] for experts, _ in spoken)
     n_varying = max(len(probability) for _, probability in spoken)
     shape = (len(spoken), len(bounds) - 1, trace.spec.n_layers, width)
     experts = np.full(shape, -1, dtype=np.int16)
     probability = np.zeros((shape[0], n_varying, *shape[2:]))
-    for j, (guessed, chance) in enumerate(spoken):
-        experts[j, :, :, : guessed.shape[2]] = guessed
+    for j, (predicted, chance) in enumerate(spoken):
+        experts[j, :, :, : predicted.shape[2]] = predicted
         probability[j, :, :, : chance.shape[2]] = chance
-    return Guesses(
-        np.array([source.moment for source in table.sources]),
+    return Candidates(
+        np.array([source.hook_point for source in table.sources]),
         np.array([source.distance for source in table.sources]),
         experts,
         probability,
     )
 
 
-def _spoken(trace, source, bounds, gating):
+def _predicted_by(trace, source, bounds, gating):
     """Return one predictor's experts [N, L, C] and their probability [N or 1, L, C]."""
     predicted = recorded_prediction(trace, source.predictor, source.distance)
     width = min(predicted.experts.shape[2], source.probability.shape[1])
@@ -101,27 +101,27 @@ def _spoken(trace, source, bounds, gating):
     by_rank = source.probability[:, :width]
     if gating is not None:
         keep = [
-            kept_guesses(experts[:, layer], scores[:, layer], gating, layer)
+            kept_candidates(experts[:, layer], scores[:, layer], gating, layer)
             for layer in range(trace.spec.n_layers)
         ]
         experts = np.where(np.stack(keep, axis=1), experts, np.int16(-1))
     n_tokens = np.diff(bounds)
     if (n_tokens == 1).all():
         return experts, by_rank[None]
-    return _together(experts, by_rank, bounds, source.moment == Moment.LAST_HIDDEN)
+    return _together(experts, by_rank, bounds, source.hook_point == HookPoint.LAST_HIDDEN)
 
 
 def _together(experts, by_rank, bounds, one_token_only):
     """Return what is said of steps of several tokens, [N, L, E or C] each."""
     n_layers = experts.shape[1]
-    widest = max(experts.shape[2], int(experts.max()) + 1)
-    shape = (len(bounds) - 1, n_layers, widest)
-    guessed, probability = np.full(shape, -1, dtype=np.int16), np.zeros(shape)
+    max_set_size = max(experts.shape[2], int(experts.max()) + 1)
+    shape = (len(bounds) - 1, n_layers, max_set_size)
+    predicted, probability = np.full(shape, -1, dtype=np.int16), np.zeros(shape)
     for step, (first, end) in enumerate(pairwise(bounds.tolist())):
         if one_token_only and end - first > 1:
             continue
         for layer in range(n_layers):
-            named, chance = candidates(experts[first:end, layer], by_rank[layer])
-            guessed[step, layer, : len(named)] = named
+            named, chance = likely_needed(experts[first:end, layer], by_rank[layer])
+            predicted[step, layer, : len(named)] = named
             probability[step, layer, : len(named)] = chance
-    return guessed, probability
+    return predicted, probability

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.eviction.rules import BELADY, FIXED_SCORES, HOBBIT, POLICIES
 from adapmoe_lab.records import CachePlan, RoutingTrace
-from adapmoe_lab.simulation.replay.recorded_candidates import NO_GUESSES, Guesses, step_bounds
+from adapmoe_lab.simulation.replay.recorded_candidates import NO_CANDIDATES, Candidates, step_bounds
 
 HIT, LOAD, STREAM = range(3)
 """What becomes of a member of a step's set: it was resident, gets a slot, or passes through."""
@@ -30,8 +30,8 @@ class Replay:
         is_decode: bool [N], which steps were decode.
         members: int16 [L, T K], the distinct experts of each layer's steps one after another.
         starts: int32 [L, N+1], where the experts of each step begin, and the last ones end.
-        fates: int8 [L, T K], what became of each: `HIT`, `LOAD` or `STREAM`.
-        absent: bool [J, N, L, C], which guesses spoke of experts that were not resident then.
+        outcomes: int8 [L, T K], what became of each: `HIT`, `LOAD` or `STREAM`.
+        absent: bool [J, N, L, C], which candidates spoke of experts that were not resident then.
     """
 
     hits: NDArray[np.int16]
@@ -40,7 +40,7 @@ class Replay:
     is_decode: NDArray[np.bool_]
     members: NDArray[np.int16]
     starts: NDArray[np.int32]
-    fates: NDArray[np.int8]
+    outcomes: NDArray[np.int8]
     absent: NDArray[np.bool_]
 
     @property
@@ -49,7 +49,7 @@ class Replay:
         return self.loads + self.streamed
 
     @property
-    def widest(self) -> int:
+    def max_set_size(self) -> int:
         """The most experts that a layer needed in one step."""
         return int(np.diff(self.starts).max())
 
@@ -59,7 +59,7 @@ def replay(
     keep: NDArray[np.bool_],
     plan: CachePlan | None,
     eviction: str = "lru",
-    guesses: Guesses = NO_GUESSES,
+    candidates: Candidates = NO_CANDIDATES,
 ) -> Replay:
     """Replay a trace whose experts `keep` [T, L, K] are run; the cache starts empty.
 
@@ -71,8 +71,8 @@ def replay(
         keep: which of the routed experts are run.
         plan: slots per layer, or shared by all.
         eviction: name of a policy, those that need the future included.
-        guesses: of experts to come, whose residency is wanted. Fetching ahead leaves the cache as
-            it is without.
+        candidates: of experts to come, whose residency is wanted. Fetching ahead leaves the cache
+            as it is without.
 
     Raises:
         ValueError: there is no such policy.
@@ -89,11 +89,11 @@ def replay(
     bounds = step_bounds(trace)
     n_shared = spec.n_layers // plan.n_pools  # layers per pool
     members, starts = expert_sets(trace, keep, bounds)
-    hints = _use_hints(trace, policy.rule, members, starts, bounds, n_shared)
+    oracle_inputs = _oracle_inputs(trace, policy.rule, members, starts, bounds, n_shared)
     bits = trace.router_probs.view(np.uint16)
     counts = np.empty((plan.n_pools, len(bounds) - 1, n_shared, 3), dtype=np.int16)
-    fates = np.empty(members.shape, dtype=np.int8)
-    absent = np.zeros(guesses.experts.shape, dtype=np.bool_)
+    outcomes = np.empty(members.shape, dtype=np.int8)
+    absent = np.zeros(candidates.experts.shape, dtype=np.bool_)
 
     def replay_one(pool: int) -> None:
         first = pool * n_shared
@@ -104,23 +104,23 @@ def replay(
             first,
             members[own],
             starts[own],
-            hints[own],
+            oracle_inputs[own],
             bits,
             FIXED_SCORES,
             bounds,
             pinned[own],
             empty_pool(n_shared, spec.n_experts),
             counts[pool],
-            fates[own],
-            guesses.distances,
-            guesses.experts,
+            outcomes[own],
+            candidates.distances,
+            candidates.experts,
             absent,
         )
 
     in_threads(replay_one, plan.n_pools)
     hits, loads, streamed = counts.transpose(3, 1, 0, 2).reshape(3, -1, spec.n_layers)
     is_decode = trace.is_decode[bounds[:-1]]
-    return Replay(hits, loads, streamed, is_decode, members, starts, fates, absent)
+    return Replay(hits, loads, streamed, is_decode, members, starts, outcomes, absent)
 
 
 def expert_sets(
@@ -153,7 +153,7 @@ def expert_sets(
     return members, starts
 
 
-def _use_hints(
+def _oracle_inputs(
     trace: RoutingTrace,
     rule: int,
     members: NDArray[np.int16],
@@ -170,19 +170,21 @@ def _use_hints(
     if rule not in (BELADY, HOBBIT):
         return np.empty((len(members), 0), dtype=np.int32)
     n_experts, bits = trace.spec.n_experts, trace.router_probs.view(np.uint16)
-    hints = np.empty(members.shape, dtype=np.int32)
+    oracle_inputs = np.empty(members.shape, dtype=np.int32)
 
     def fill(layer: int) -> None:
         own = members[layer], starts[layer]
         if rule == BELADY:
             never = np.full(n_experts, n_shared * len(bounds))
-            next_uses(*own, layer % n_shared, n_shared, never, hints[layer])
+            next_uses(*own, layer % n_shared, n_shared, never, oracle_inputs[layer])
         else:
             scores = np.empty(n_experts, dtype=np.int64)
-            high_precision_uses(*own, layer, bits, FIXED_SCORES, bounds, scores, hints[layer])
+            high_precision_uses(
+                *own, layer, bits, FIXED_SCORES, bounds, scores, oracle_inputs[layer]
+            )
 
     in_threads(fill, len(members))
-    return hints
+    return oracle_inputs
 
 
 def in_threads(work: Callable[[int], None], n: int) -> None:

@@ -16,12 +16,12 @@ from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.statistics.predictability import recall_and_precision
 
 EVICTIONS = ("lru", "lfu_aged", "router_average")
-"""Tried by `best_residency`, the plainest first: of equal loads it is taken."""
+"""Tried by `best_cache`, the plainest first: of equal loads it is taken."""
 DIVISIONS = ("uniform", "measured")
 
 
 @dataclass(frozen=True, eq=False)
-class Residency:
+class CacheChoice:
     """A division of slots with an eviction, and what it loads.
 
     Attributes:
@@ -56,7 +56,7 @@ def slot_divisions(
             n_slots,
             n_experts=spec.n_experts,
             single_expert_ratio=(n_kept == 1).mean(axis=0),
-            prefetch_accuracy=_share_foreseen(trace),
+            prefetch_accuracy=_share_predicted(trace),
             method="adapmoe",
         )
     plans = {
@@ -68,36 +68,36 @@ def slot_divisions(
     return {"uniform": uniform, **plans, "shared": shared(uniform)}
 
 
-def _share_foreseen(trace: RoutingTrace) -> NDArray[np.float64] | None:
+def _share_predicted(trace: RoutingTrace) -> NDArray[np.float64] | None:
     """Return the share of each layer's experts that the layer before predicts, float64 [L]."""
     if 1 not in trace.predictions.get("next_router", {}):
         return None
     return np.nan_to_num(recall_and_precision(trace, "next_router", 1).recall)
 
 
-def residencies(
+def cache_choices(
     trace: RoutingTrace,
     plans: Mapping[str, CachePlan],
     evictions: Sequence[str] = EVICTIONS,
     gating: GatingTable | None = None,
     *,
     first_counted: int = 0,
-) -> list[Residency]:
+) -> list[CacheChoice]:
     """Replay every plan under every eviction, tokens before `first_counted` only filling it."""
     steps = trace.as_decode()
     keep = kept_experts(steps, gating)
     n_counted = trace.n_tokens - first_counted
     return [
-        Residency(name, plan, eviction, float(misses[first_counted:].sum()) / n_counted)
+        CacheChoice(name, plan, eviction, float(misses[first_counted:].sum()) / n_counted)
         for name, plan in plans.items()
         for eviction in evictions
         for misses in [replay(steps, keep, plan, eviction).misses]
     ]
 
 
-def best_residency(
+def best_cache(
     trace: RoutingTrace, uniform: CachePlan, gating: GatingTable | None = None
-) -> tuple[Residency, list[Residency]]:
+) -> tuple[CacheChoice, list[CacheChoice]]:
     """Return what loads least for the slots of a plan, and all that was tried.
 
     Miss curves are measured on the first half of the trace and everything is judged on the second,
@@ -107,7 +107,7 @@ def best_residency(
     half = trace.n_tokens // 2
     divided = slot_divisions(trace.first(max(1, half)), uniform, gating)
     plans = {name: divided[name] for name in DIVISIONS}
-    tried = residencies(trace, plans, gating=gating, first_counted=half)
+    tried = cache_choices(trace, plans, gating=gating, first_counted=half)
     best = min(tried, key=lambda residency: residency.loads_per_token)
     if best.division == "measured":
         best = replace(best, plan=slot_divisions(trace, uniform, gating)["measured"])

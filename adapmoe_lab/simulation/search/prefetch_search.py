@@ -1,4 +1,4 @@
-"""Whom to follow in fetching ahead: how often guesses are right, and what following them brings."""
+"""Which predictors to prefetch by: how often they are right, and what following them brings."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from adapmoe_lab.records import (
     RoutingTrace,
     TunedConfig,
 )
-from adapmoe_lab.records.prefetch import FITTED, MOMENTS, Moment
+from adapmoe_lab.records.prefetch import FITTED, HOOK_POINTS, HookPoint
 from adapmoe_lab.simulation.replay.recorded_candidates import (
-    Guesses,
-    recorded_guesses,
+    Candidates,
+    recorded_candidates,
     recorded_prediction,
 )
 from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.simulate import Simulation, simulate
 from adapmoe_lab.simulation.statistics.predictability import are_needed
 
-Spoken = tuple[str, int]
+SourceKey = tuple[str, int]
 """A predictor and the distance at which it speaks."""
 
-NOBODY = "nobody"
+NO_SOURCES = "nobody"
 """Whom to follow to fetch nothing ahead."""
 
-MIN_GUESSES = 20
-"""Guesses of one rank and layer that a probability is learnt from; of fewer, nothing is."""
+MIN_CANDIDATES = 20
+"""Candidates of one rank and layer that a probability is learnt from; of fewer, nothing is."""
 
 
 def plan_prefetch(
@@ -46,14 +46,14 @@ def plan_prefetch(
     gating: GatingTable | None = None,
     plan: CachePlan | None = None,
     eviction: str = "lru",
-    sources: Sequence[Spoken] | None = None,
+    sources: Sequence[SourceKey] | None = None,
     n_slots: int | None = None,
     fitted: Predictors | None = None,
 ) -> PrefetchTable:
     """Return a prefetch table with the probabilities that a trace shows.
 
-    What counts is how often a guess is right of an expert that is not resident: the cache keeps
-    what is needed often, so that absent experts are guessed wrong more often than others.
+    What counts is how often a prediction is right of an expert that is not resident: the cache
+    keeps what is needed often, so that absent experts are predicted wrong more often than others.
 
     Args:
         trace: recorded routing, with the predictions of the sources.
@@ -81,9 +81,9 @@ def plan_prefetch(
     ]
     table = PrefetchTable(unsure, room, fitted)
     keep = kept_experts(steps, gating)
-    guesses = recorded_guesses(steps, table, gating)
-    absent = replay(steps, keep, plan, eviction, guesses).absent
-    shares = _right_shares(steps, keep, guesses, absent)
+    candidates = recorded_candidates(steps, table, gating)
+    absent = replay(steps, keep, plan, eviction, candidates).absent
+    shares = _right_shares(steps, keep, candidates, absent)
     sure = [
         replace(source, probability=shares[j, :, : source.probability.shape[1]])
         for j, source in enumerate(table.sources)
@@ -96,16 +96,16 @@ def buffer_slots(spec: MoESpec) -> int:
     return min(2 * spec.top_k, spec.n_experts)
 
 
-def recorded_sources(trace: RoutingTrace, fitted: Predictors | None = None) -> list[Spoken]:
-    """Return one predictor for each moment and distance that a trace has predictions of.
+def recorded_sources(trace: RoutingTrace, fitted: Predictors | None = None) -> list[SourceKey]:
+    """Return one predictor for each hook_point and distance that a trace has predictions of.
 
     Of several the fitted one is taken, if `fitted` is given.
     """
-    chosen: dict[tuple[Moment, int], Spoken] = {}
+    chosen: dict[tuple[HookPoint, int], SourceKey] = {}
     for name in sorted(trace.predictions, key=lambda name: name in FITTED):
-        if name in MOMENTS and (fitted is not None or name not in FITTED):
+        if name in HOOK_POINTS and (fitted is not None or name not in FITTED):
             for distance in trace.predictions[name]:
-                chosen[MOMENTS[name], distance] = (name, distance)
+                chosen[HOOK_POINTS[name], distance] = (name, distance)
     return list(chosen.values())
 
 
@@ -153,7 +153,7 @@ def prefetch_choices(
         fitted: fitted predictors whose predictions the trace has.
     """
     recorded = recorded_sources(trace, fitted)
-    tables: dict[str, PrefetchTable | None] = {NOBODY: None}
+    tables: dict[str, PrefetchTable | None] = {NO_SOURCES: None}
     for name, is_meant in _CHOICES.items():
         sources = [spoken for spoken in recorded if is_meant(*spoken)]
         if sources and all(len(t.sources) < len(sources) for t in tables.values() if t):
@@ -177,7 +177,7 @@ _CHOICES = {
 
 
 def _is_ahead(name: str) -> bool:
-    return MOMENTS[name] == Moment.EXPERTS_INPUT
+    return HOOK_POINTS[name] == HookPoint.EXPERTS_INPUT
 
 
 def ms_per_token(simulation: Simulation) -> float:
@@ -187,10 +187,10 @@ def ms_per_token(simulation: Simulation) -> float:
 
 
 def _right_shares(
-    trace: RoutingTrace, keep: NDArray[np.bool_], guesses: Guesses, absent: NDArray[np.bool_]
+    trace: RoutingTrace, keep: NDArray[np.bool_], candidates: Candidates, absent: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Return the share [J, L, C] of guesses of absent experts that are needed."""
-    is_right = np.stack([are_needed(trace, keep, experts) for experts in guesses.experts])
-    n_guesses = absent.sum(axis=1)
-    shares = (is_right & absent).sum(axis=1) / np.maximum(1, n_guesses)
-    return np.where(n_guesses >= MIN_GUESSES, shares, 0.0)
+    """Return the share [J, L, C] of candidates of absent experts that are needed."""
+    is_right = np.stack([are_needed(trace, keep, experts) for experts in candidates.experts])
+    n_candidates = absent.sum(axis=1)
+    shares = (is_right & absent).sum(axis=1) / np.maximum(1, n_candidates)
+    return np.where(n_candidates >= MIN_CANDIDATES, shares, 0.0)

@@ -1,4 +1,4 @@
-"""How well predictors foresee the experts that are needed, by what was recorded of them.
+"""How well predictors predict the experts that are needed, by what was recorded of them.
 
 Token by token, as in decoding: what several tokens of one forward pass need together is not
 counted.
@@ -27,7 +27,7 @@ TOKEN_TABLE_ALL = "token_table_all"  # noqa: S105
 
 @dataclass(frozen=True, eq=False)
 class Predictability:
-    """How well one predictor foresees, with standard errors over sequences.
+    """How well one predictor predicts, with standard errors over sequences.
 
     Layers that it does not predict are NaN, and the errors of a single sequence.
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.policies.prefetch.expected_gain import N_PIECES, piece_bounds
+from adapmoe_lab.policies.prefetch.expected_gain import N_CHUNKS, chunk_bounds
 from adapmoe_lab.records import HardwareProfile, PrecisionPlan
-from adapmoe_lab.records.prefetch import Moment
-from adapmoe_lab.simulation.replay.recorded_candidates import NO_GUESSES, Guesses
+from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.simulation.replay.recorded_candidates import NO_CANDIDATES, Candidates
 from adapmoe_lab.simulation.replay.replay import LOAD, Replay, in_threads
 
 
@@ -24,29 +24,29 @@ class StepCosts:
         expert_s: float64 [L, E], seconds of each expert that is there; one number is for all.
         head_s: seconds of what follows the last layer.
         rest: float64 [L, E, P+1, 2], seconds and bytes to bring what is left of an expert when so
-            many of its P pieces were begun ahead.
-        piece: float64 [L, E, P, 2], seconds and bytes of each piece.
+            many of its P chunks were begun ahead.
+        chunk: float64 [L, E, P, 2], seconds and bytes of each chunk.
         miss_s: seconds that the host takes for each demand, and to move one fetched ahead.
         wait_s: seconds that a layer takes more for having waited. If less, the host works on
             meanwhile: at most what was waited and what the next layer takes before it asks, and
             not at all where somebody is asked about the layer's output, for which the host waits.
-        guess_s: seconds that the host takes to ask a predictor about a layer.
-        piece_s: seconds that the host takes for each piece.
-        ask_s: seconds that a moment takes at which any predictor is asked.
-        ask_output_s: seconds that it takes more at a layer's output.
+        predict_s: seconds that the host takes to ask a predictor about a layer.
+        chunk_s: seconds that the host takes for each chunk.
+        predict_overhead_s: seconds that a hook_point takes at which any predictor is asked.
+        predict_output_overhead_s: seconds that it takes more at a layer's output.
     """
 
     dense_layer_s: float
     expert_s: NDArray[np.float64]
     head_s: float
     rest: NDArray[np.float64]
-    piece: NDArray[np.float64]
+    chunk: NDArray[np.float64]
     miss_s: float = 0.0
     wait_s: float = 0.0
-    guess_s: float = 0.0
-    piece_s: float = 0.0
-    ask_s: float = 0.0
-    ask_output_s: float = 0.0
+    predict_s: float = 0.0
+    chunk_s: float = 0.0
+    predict_overhead_s: float = 0.0
+    predict_output_overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Give every expert its seconds."""
@@ -62,10 +62,10 @@ class StepCosts:
                 self.head_s,
                 self.miss_s,
                 max(self.wait_s, -self.dense_layer_s),
-                self.guess_s,
-                self.piece_s,
-                self.ask_s,
-                self.ask_output_s,
+                self.predict_s,
+                self.chunk_s,
+                self.predict_overhead_s,
+                self.predict_output_overhead_s,
             ]
         )
 
@@ -88,15 +88,15 @@ class StepCosts:
             expert_s: see the attributes.
             head_s: see the attributes.
         """
-        rest = np.zeros((*expert_bytes.shape, N_PIECES + 1, 2))
-        piece = np.zeros((*expert_bytes.shape, N_PIECES, 2))
+        rest = np.zeros((*expert_bytes.shape, N_CHUNKS + 1, 2))
+        chunk = np.zeros((*expert_bytes.shape, N_CHUNKS, 2))
         for size in np.unique(expert_bytes).tolist():
-            bounds, own = piece_bounds(size), expert_bytes == size
+            bounds, own = chunk_bounds(size), expert_bytes == size
             left = [size - begun for begun in bounds]
             parts = np.diff(bounds).tolist()
             rest[own] = [(seconds(n) if n else 0.0, n) for n in left]
-            piece[own] = [(seconds(n), n) for n in parts]
-        return cls(dense_layer_s, np.asarray(expert_s), head_s, rest, piece)
+            chunk[own] = [(seconds(n), n) for n in parts]
+        return cls(dense_layer_s, np.asarray(expert_s), head_s, rest, chunk)
 
     @classmethod
     def on(
@@ -112,7 +112,7 @@ class StepCosts:
         expert_bytes = precision.expert_bytes
         if expert_bytes is None:
             raise ValueError(f"Costs need the bytes of every expert; {precision} comes without.")
-        gated_guess_s = hardware.gated_guess_s if is_gated else None
+        gated_predict_s = hardware.gated_predict_s if is_gated else None
         costs = cls.of(
             expert_bytes,
             hardware.load_s,
@@ -123,10 +123,10 @@ class StepCosts:
             costs,
             miss_s=hardware.miss_s or 0.0,
             wait_s=hardware.wait_s or 0.0,
-            guess_s=gated_guess_s or hardware.guess_s or 0.0,
-            piece_s=(hardware.host_copy_s or 0.0) / N_PIECES,
-            ask_s=hardware.ask_s or 0.0,
-            ask_output_s=hardware.ask_output_s or 0.0,
+            predict_s=gated_predict_s or hardware.predict_s or 0.0,
+            chunk_s=(hardware.host_copy_s or 0.0) / N_CHUNKS,
+            predict_overhead_s=hardware.predict_overhead_s or 0.0,
+            predict_output_overhead_s=hardware.predict_output_overhead_s or 0.0,
         )
 
 
@@ -169,38 +169,38 @@ def counted_replay(hits: NDArray[np.integer], loads: NDArray[np.integer]) -> Rep
     n_steps, n_layers = hits.shape
     width = int((hits + loads).sum(axis=0).max())
     members = np.zeros((n_layers, width), dtype=np.int16)
-    fates = np.zeros((n_layers, width), dtype=np.int8)
+    outcomes = np.zeros((n_layers, width), dtype=np.int8)
     starts = np.zeros((n_layers, n_steps + 1), dtype=np.int32)
     starts[:, 1:] = (hits + loads).cumsum(axis=0).T
     for step, layer in np.ndindex(n_steps, n_layers):
         first, end = starts[layer, step : step + 2]
         members[layer, first:end] = np.arange(end - first)
-        fates[layer, first + hits[step, layer] : end] = LOAD
+        outcomes[layer, first + hits[step, layer] : end] = LOAD
     is_decode, absent = np.ones(n_steps, dtype=np.bool_), np.zeros((0, 0, 0, 0), dtype=np.bool_)
-    return Replay(hits, loads, np.zeros_like(hits), is_decode, members, starts, fates, absent)
+    return Replay(hits, loads, np.zeros_like(hits), is_decode, members, starts, outcomes, absent)
 
 
 def run_timeline(
     replayed: Replay,
     costs: StepCosts,
-    guesses: Guesses = NO_GUESSES,
+    candidates: Candidates = NO_CANDIDATES,
     buffer_slots: int = 0,
     n_events: int = 0,
 ) -> Timeline:
     """Run the clock over a replay.
 
     Args:
-        replayed: what is needed and resident, replayed with the same guesses.
+        replayed: what is needed and resident, replayed with the same candidates.
         costs: what everything takes.
-        guesses: who is followed in fetching ahead.
+        candidates: who is followed in fetching ahead.
         buffer_slots: experts that can be on their way or waiting at once.
         n_events: how many events to keep.
     """
-    if not len(guesses.moments) and not n_events:
+    if not len(candidates.hook_points) and not n_events:
         return _layer_by_layer(replayed, costs)
     from adapmoe_lab.simulation.timing.clock_loops import empty_clock, run_clock
 
-    if (guesses.moments == Moment.LAYER_OUTPUT).any():
+    if (candidates.hook_points == HookPoint.LAYER_OUTPUT).any():
         costs = replace(costs, wait_s=max(0.0, costs.wait_s))
     shape = replayed.hits.shape
     used, wasted, stall_s = np.zeros(shape, np.int16), np.zeros(shape, np.int16), np.zeros(shape)
@@ -209,17 +209,17 @@ def run_timeline(
     n_logged = run_clock(
         replayed.members,
         replayed.starts,
-        replayed.fates,
-        guesses.moments,
-        guesses.distances,
-        guesses.experts,
-        guesses.probability,
+        replayed.outcomes,
+        candidates.hook_points,
+        candidates.distances,
+        candidates.experts,
+        candidates.probability,
         replayed.absent,
         costs.pace,
         costs.expert_s,
         costs.rest,
-        costs.piece,
-        empty_clock(buffer_slots, replayed.widest),
+        costs.chunk,
+        empty_clock(buffer_slots, replayed.max_set_size),
         used,
         wasted,
         stall_s,
@@ -243,12 +243,12 @@ def _layer_by_layer(replayed: Replay, costs: StepCosts) -> Timeline:
     n_bytes = np.zeros((n_layers, n_steps), dtype=np.int64)
     loads = np.ascontiguousarray(costs.rest[:, :, 0])
 
-    widest = replayed.widest
+    max_set_size = replayed.max_set_size
 
     def run(layer: int) -> None:
         out = stall_s[layer], spent_s[layer], n_bytes[layer], link_s[layer]
-        own = replayed.members[layer], replayed.starts[layer], replayed.fates[layer]
-        room = np.empty(widest, dtype=np.int64), np.empty(widest)
+        own = replayed.members[layer], replayed.starts[layer], replayed.outcomes[layer]
+        room = np.empty(max_set_size, dtype=np.int64), np.empty(max_set_size)
         time_layer(*own, loads[layer], costs.expert_s[layer], costs.pace, *room, *out)
 
     in_threads(run, n_layers)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adapmoe_lab.policies.allocation.slots import shared, slots_plan
 from adapmoe_lab.records import GatingTable, RoutingTrace
-from adapmoe_lab.simulation.search.cache_search import gap_closed, residencies
+from adapmoe_lab.simulation.search.cache_search import cache_choices, gap_closed
 from adapmoe_lab.views.figures import theme
 
 BASELINE, BOUND = "lru", "belady"
@@ -101,7 +101,7 @@ def eviction_loads_info(
     both |= {(1, s): shared(plan) for s, plan in enumerate(plans)}
     loads = np.empty((2, len(asked), len(sizes)))
     for (pool, size), plan in both.items():
-        found = residencies(trace, {"": plan}, asked, gating, first_counted=first_counted)
+        found = cache_choices(trace, {"": plan}, asked, gating, first_counted=first_counted)
         loads[pool, :, size] = [residency.loads_per_token for residency in found]
     return EvictionLoadsInfo(
         policies=tuple(policies),

@@ -14,7 +14,7 @@ from adapmoe_lab.views.figures import theme
 
 
 @dataclass(frozen=True, eq=False)
-class SlotWorthInfo:
+class MarginalBenefitInfo:
     """Loads per token of each layer under LRU with slots of its own.
 
     Attributes:
@@ -33,17 +33,19 @@ class SlotWorthInfo:
         return -np.diff(self.loads, axis=1)
 
 
-def slot_worth_info(trace: RoutingTrace, gating: GatingTable | None = None) -> SlotWorthInfo:
+def marginal_benefit_info(
+    trace: RoutingTrace, gating: GatingTable | None = None
+) -> MarginalBenefitInfo:
     """Measure the miss curve of each layer.
 
     A uniform router finds slots/E of what it asks for, whoever was evicted.
     """
     loads, n_experts = miss_curves(trace, gating), trace.spec.n_experts
     missing = 1 - np.arange(n_experts + 1) / n_experts
-    return SlotWorthInfo(loads, loads[:, 0].mean() * missing, trace.n_tokens)
+    return MarginalBenefitInfo(loads, loads[:, 0].mean() * missing, trace.n_tokens)
 
 
-def plot_slot_worth(info: SlotWorthInfo) -> go.Figure:
+def plot_marginal_benefit(info: MarginalBenefitInfo) -> go.Figure:
     """Draw loads against slots, a line per layer, and beside it what each slot saves."""
     n_layers, n_slots = info.saved.shape
     left, right = [0.0, 0.44], [0.56, 1.0]
@@ -75,7 +77,7 @@ def plot_slot_worth(info: SlotWorthInfo) -> go.Figure:
     )
 
 
-def _lines(info: SlotWorthInfo) -> list[go.Scatter]:
+def _lines(info: MarginalBenefitInfo) -> list[go.Scatter]:
     n_layers, n_slots = info.saved.shape
     slots = np.arange(n_slots + 1)
     chance = go.Scatter(
@@ -111,7 +113,7 @@ def _lines(info: SlotWorthInfo) -> list[go.Scatter]:
     return [chance, *layers, mean]
 
 
-def _heatmap(info: SlotWorthInfo) -> go.Heatmap:
+def _heatmap(info: MarginalBenefitInfo) -> go.Heatmap:
     n_layers, n_slots = info.saved.shape
     return go.Heatmap(
         x=np.arange(1, n_slots + 1),

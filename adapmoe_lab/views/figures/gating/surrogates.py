@@ -13,19 +13,19 @@ from adapmoe_lab.records import LossReport
 from adapmoe_lab.records.standard_error import nan_if_unknown
 from adapmoe_lab.views.figures import theme
 
-HEIGHT_PER_STAND_IN = 40
+HEIGHT_PER_SURROGATE = 40
 
 
 @dataclass(frozen=True, eq=False)
-class StandInsInfo:
-    """Measured loss increases of N stand-ins, in millinats per token.
+class SurrogatesInfo:
+    """Measured loss increases of N surrogates, in millinats per token.
 
     Attributes:
-        names: of the stand-ins; the first is what the others are compared with.
+        names: of the surrogates; the first is what the others are compared with.
         increase: float64 [N], over nothing skipped.
         increase_se: float64 [N], its standard error, paired by text; NaN, here and below, if not
             known.
-        difference: float64 [N], over the first stand-in.
+        difference: float64 [N], over the first surrogate.
         difference_se: float64 [N], its standard error, paired by text.
         skipped_fraction: skipped expert activations over all the router chose, the mean of all.
         n_tokens: tokens measured.
@@ -40,7 +40,7 @@ class StandInsInfo:
     n_tokens: int
 
 
-def stand_ins_info(reports: Mapping[str, LossReport], baseline: LossReport) -> StandInsInfo:
+def surrogates_info(reports: Mapping[str, LossReport], baseline: LossReport) -> SurrogatesInfo:
     """Compare losses under one gating, by what stands in for a skipped expert.
 
     Args:
@@ -51,11 +51,11 @@ def stand_ins_info(reports: Mapping[str, LossReport], baseline: LossReport) -> S
         ValueError: there is no report.
     """
     if not reports:
-        raise ValueError("There is no loss to compare; measure at least one stand-in.")
+        raise ValueError("There is no loss to compare; measure at least one surrogate.")
     first = next(iter(reports.values()))
     increase, increase_se = _increases(reports, baseline)
     difference, difference_se = _increases(reports, first)
-    return StandInsInfo(
+    return SurrogatesInfo(
         names=tuple(reports),
         increase=1e3 * increase,
         increase_se=1e3 * increase_se,
@@ -72,7 +72,7 @@ def _increases(reports: Mapping[str, LossReport], baseline: LossReport) -> NDArr
     return nan_if_unknown(found).T
 
 
-def plot_stand_ins(info: StandInsInfo) -> go.Figure:
+def plot_surrogates(info: SurrogatesInfo) -> go.Figure:
     """Draw what each costs, and beside it how far it is from the first, which is known better."""
     left, right = theme.side_by_side(0.06)
     rows = {"range": [len(info.names) - 0.5, -0.5], "showgrid": False}
@@ -82,7 +82,7 @@ def plot_stand_ins(info: StandInsInfo) -> go.Figure:
         title="What stands in for a skipped expert",
         subtitle=f"{info.skipped_fraction:.1%} of the expert activations skipped by the same cuts, "
         f"{info.n_tokens:,} tokens; lines: standard error",
-        height=140 + HEIGHT_PER_STAND_IN * len(info.names),
+        height=140 + HEIGHT_PER_SURROGATE * len(info.names),
         margin={"t": 88},
         showlegend=False,
         annotations=[
@@ -106,7 +106,7 @@ def plot_stand_ins(info: StandInsInfo) -> go.Figure:
     )
 
 
-def _increase(info: StandInsInfo) -> go.Bar:
+def _increase(info: SurrogatesInfo) -> go.Bar:
     return go.Bar(
         x=info.increase,
         y=info.names,
@@ -118,7 +118,7 @@ def _increase(info: StandInsInfo) -> go.Bar:
     )
 
 
-def _difference(info: StandInsInfo) -> go.Scatter:
+def _difference(info: SurrogatesInfo) -> go.Scatter:
     return go.Scatter(
         x=info.difference,
         y=info.names,

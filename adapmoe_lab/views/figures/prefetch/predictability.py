@@ -1,4 +1,4 @@
-"""How well each predictor foresees the experts of each layer."""
+"""How well each predictor predicts the experts of each layer."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class PredictabilityInfo:
 
     Attributes:
         names: of the predictors, with the distance they look.
-        recall: float64 [P, L], share of the needed experts foreseen; NaN where none is predicted.
+        recall: float64 [P, L], share of the needed experts predicted; NaN where none is predicted.
         recall_se: float64 [P, L], standard error over texts; NaN if not known.
-        precision: float64 [P, L], share of the foreseen experts that are needed.
+        precision: float64 [P, L], share of the predicted experts that are needed.
         mean_recall: float64 [P], over the layers that are predicted.
-        n_candidates: experts that count as foreseen; None for what a gating would keep.
+        n_candidates: experts that count as predicted; None for what a gating would keep.
         n_tokens: tokens of the trace.
         n_texts: its texts.
     """
@@ -60,7 +60,7 @@ def predictability_info(
         trace: recorded routing, with baselines if they are wanted
             (`simulation.predictability.with_baselines`).
         gating: what of the router's choice is needed; all of it if None.
-        candidates: experts that count as foreseen; if None the router's K, or under a gating
+        candidates: experts that count as predicted; if None the router's K, or under a gating
             those of them that it would keep by the predicted scores.
 
     Raises:
@@ -101,11 +101,11 @@ def plot_predictability(info: PredictabilityInfo) -> go.Figure:
         hoverongaps=False,
         hovertemplate="%{y}<br>layer %{x}<br>recall <b>%{z:.3f}</b> %{customdata[0]}<br>"
         "precision %{customdata[1]:.3f}<extra></extra>",
-        colorbar=theme.colour_bar("share of needed experts foreseen", tickformat=".0%"),
+        colorbar=theme.colour_bar("share of needed experts predicted", tickformat=".0%"),
     )
     return theme.draw(
         [cells],
-        title="Which experts a layer will need, foreseen",
+        title="Which experts a layer will need, predicted",
         subtitle=f"recall by layer, and its mean beside each name; candidates: {told}; "
         f"{info.n_tokens:,} tokens of {info.n_texts} texts",
         height=theme.heatmap_height(n_rows),

@@ -20,7 +20,7 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.simulation.search.prefetch_search import (
-    NOBODY,
+    NO_SOURCES,
     buffer_slots,
     ms_per_token,
     prefetch_choices,
@@ -28,7 +28,7 @@ from adapmoe_lab.simulation.search.prefetch_search import (
 from adapmoe_lab.simulation.simulate import simulate
 from adapmoe_lab.views.figures import theme
 
-FORESIGHT = "were every guess right"
+FORESIGHT = "were every prediction right"
 WARM_IS_SLOW = [
     [0.0, theme.ORANGE], [0.33, theme.PAIRED[1]], [0.67, theme.PAIRED[3]], [1.0, theme.BLUE],
 ]  # fmt: skip
@@ -48,7 +48,7 @@ class PrefetchGainInfo:
         ms: by who is followed, float64 [R, S], predicted milliseconds per token; NaN where there
             is no room for a buffer.
         best: [R][S], who should be followed.
-        foresight_ms: float64 [R, S], with everybody followed, were all guesses right.
+        foresight_ms: float64 [R, S], with everybody followed, were all candidates right.
         idle: float64 [R, S], share of the time that the link idles with nobody followed.
         idle_after: float64 [R, S], with the best.
         n_tokens: tokens replayed.
@@ -66,12 +66,12 @@ class PrefetchGainInfo:
     @property
     def saved(self) -> NDArray[np.float64]:
         """Share of the time that following the best saves, float64 [R, S]."""
-        return 1 - np.fmin.reduce(list(self.ms.values())) / self.ms[NOBODY]
+        return 1 - np.fmin.reduce(list(self.ms.values())) / self.ms[NO_SOURCES]
 
     @property
     def saved_by_foresight(self) -> NDArray[np.float64]:
-        """Share of the time that would be saved were all guesses right, float64 [R, S]."""
-        return 1 - self.foresight_ms / self.ms[NOBODY]
+        """Share of the time that would be saved were all candidates right, float64 [R, S]."""
+        return 1 - self.foresight_ms / self.ms[NO_SOURCES]
 
 
 def prefetch_gain_info(
@@ -101,18 +101,18 @@ def prefetch_gain_info(
     shape = len(ratios), len(shares)
     ms: dict[str, NDArray[np.float64]] = {}
     idle = np.full((2, *shape), np.nan)
-    best = [[NOBODY] * len(shares) for _ in ratios]
+    best = [[NO_SOURCES] * len(shares) for _ in ratios]
     for s, share in enumerate(shares):
         without, beside = _configs(plain, spec, share, fitted)
         tables = _tables(trace, beside, fitted)
-        foreseen = _tables(all_right, beside, fitted)
+        predicted = _tables(all_right, beside, fitted)
         for r, link in enumerate(links):
-            found = {NOBODY: simulate(trace, without, link)}
+            found = {NO_SOURCES: simulate(trace, without, link)}
             found |= {n: simulate(trace, config, link) for n, config in tables.items()}
             times = {name: ms_per_token(simulation) for name, simulation in found.items()}
             best[r][s] = min(times, key=lambda name: times[name])
-            idle[:, r, s] = [found[n].link_idle_share for n in (NOBODY, best[r][s])]
-            right = [ms_per_token(simulate(all_right, c, link)) for c in foreseen.values()]
+            idle[:, r, s] = [found[n].link_idle_share for n in (NO_SOURCES, best[r][s])]
+            right = [ms_per_token(simulate(all_right, c, link)) for c in predicted.values()]
             times[FORESIGHT] = min(right + list(times.values())) if right else np.nan
             for name, time in times.items():
                 ms.setdefault(name, np.full(shape, np.nan))[r, s] = time
@@ -153,7 +153,7 @@ def _tables(
 
 
 def _all_right(trace: RoutingTrace) -> RoutingTrace:
-    """Return the trace with every guess replaced by what was needed."""
+    """Return the trace with every prediction replaced by what was needed."""
     weights = trace.weights.astype(np.float16)
     return replace(
         trace,
@@ -188,7 +188,7 @@ def plot_prefetch_gain(info: PrefetchGainInfo) -> go.Figure:
         margin={"t": 124},
         legend=theme.KEY_ROW,
         annotations=[
-            theme.panel_title(left, "time saved per token; dotted: were every guess right"),
+            theme.panel_title(left, "time saved per token; dotted: were every prediction right"),
             theme.panel_title(right, "time the link idles; dotted: on demand only"),
         ],
         xaxis={**x, "domain": left},
@@ -200,7 +200,7 @@ def plot_prefetch_gain(info: PrefetchGainInfo) -> go.Figure:
 
 def _lines(info: PrefetchGainInfo, r: int) -> list[go.Scatter]:
     colour = sample_colorscale(WARM_IS_SLOW, [r / max(1, len(info.ratios) - 1)])[0]
-    told = np.stack([info.best[r], info.ms[NOBODY][r]], axis=1, dtype=object)
+    told = np.stack([info.best[r], info.ms[NO_SOURCES][r]], axis=1, dtype=object)
     looks = {"x": info.shares, "legendgroup": str(r), "showlegend": False}
     dotted = {"mode": "lines", "line": {**DOTTED, "color": colour}, **looks}
     solid = {"mode": "lines+markers", "line": {"width": 2, "color": colour}, **looks}
@@ -209,7 +209,7 @@ def _lines(info: PrefetchGainInfo, r: int) -> list[go.Scatter]:
     return [
         go.Scatter(
             y=info.saved_by_foresight[r],
-            hovertemplate=f"{name}<br>%{{y:.0%}} were every guess right<extra></extra>",
+            hovertemplate=f"{name}<br>%{{y:.0%}} were every prediction right<extra></extra>",
             **dotted,
         ),
         go.Scatter(
@@ -246,12 +246,12 @@ def plot_prefetch_choices(info: PrefetchGainInfo, ratio: float) -> go.Figure:
         raise ValueError(f"No link of ratio {ratio:g} was tried; there are {known}.")
     r = int(np.flatnonzero(info.ratios == ratio)[0])
     rows = {name: row[r] for name, row in info.ms.items()} | {FORESIGHT: info.foresight_ms[r]}
-    dashes = {NOBODY: "dash", FORESIGHT: "dot"}
+    dashes = {NO_SOURCES: "dash", FORESIGHT: "dot"}
     colours = [theme.INK, *CHOICES[: len(rows) - 2], theme.GREEN]
     lines = [
         go.Scatter(
             x=info.shares,
-            y=row / rows[NOBODY],
+            y=row / rows[NO_SOURCES],
             customdata=row,
             name=name,
             mode="lines" if name in dashes else "lines+markers",

@@ -1,4 +1,4 @@
-"""Which layers each way of estimating sensitivity holds dear, beside what was measured."""
+"""Which layers each way of estimating sensitivity holds expensive, beside what was measured."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def plot_sensitivity_shares(info: SensitivitySharesInfo) -> go.Figure:
         axes[f"yaxis{number}"]["anchor"] = place["xaxis"]
     return theme.draw(
         traces,
-        title="Which layers are dear?",
+        title="Which layers are expensive?",
         subtitle=f"Each layer alone skips {100 * info.skipped_fraction:g}% of its activations, "
         f"{info.n_tokens:,} tokens; grey: {info.reference}; ±: error over an even share",
         height=110 + HEIGHT_PER_ROW * -(-len(grid) // N_COLUMNS),

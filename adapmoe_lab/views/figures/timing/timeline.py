@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.prefetch.expected_gain import N_PIECES
+from adapmoe_lab.policies.prefetch.expected_gain import N_CHUNKS
 from adapmoe_lab.records import HardwareProfile, RoutingTrace, TunedConfig
 from adapmoe_lab.simulation.simulate import replayed_and_timed
 from adapmoe_lab.simulation.timing.timeline import EVENT_KINDS, Timeline
@@ -112,8 +112,8 @@ def _timed(
 ) -> Timeline:
     n_per_step = 1 + trace.spec.n_layers * (1 + 2 * trace.spec.top_k)
     if config.prefetch is not None:
-        guessed = [source.probability.size for source in config.prefetch.sources]
-        n_per_step += N_PIECES * sum(guessed)
+        predicted = [source.probability.size for source in config.prefetch.sources]
+        n_per_step += N_CHUNKS * sum(predicted)
     n_events = trace.n_tokens * n_per_step if is_logged else 0
     keep = kept_experts(trace, config.gating)
     _, timeline = replayed_and_timed(trace, config, keep, hardware, n_events)
@@ -130,9 +130,9 @@ def _step_events(timeline: Timeline, step: int) -> StepEvents:
     computed = own[(own[:, KIND] == DENSE) | (own[:, KIND] == EXPERT)]
     named = [(EVENT_KINDS[int(event[KIND])], event) for event in own if event[KIND] != AHEAD]
     named += [("waiting", wait) for wait in _waits(computed, timeline.stall_s[step])]
-    for piece in _joined(own[own[:, KIND] == AHEAD]):
-        is_needed = _is_needed(events, timeline.ended_s, piece)
-        named.append(("ahead" if is_needed else "wasted", piece))
+    for chunk in _joined(own[own[:, KIND] == AHEAD]):
+        is_needed = _is_needed(events, timeline.ended_s, chunk)
+        named.append(("ahead" if is_needed else "wasted", chunk))
     named.sort(key=lambda pair: pair[1][BEGIN])
     rows = np.array([event for _, event in named])
     return StepEvents(
@@ -166,32 +166,32 @@ def _waits(
     return waits
 
 
-def _joined(pieces: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Return pieces of one expert that crossed the link one right after the other as one."""
+def _joined(chunks: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Return chunks of one expert that crossed the link one right after the other as one."""
     joined: list[NDArray[np.float64]] = []
-    for piece in pieces:
+    for chunk in chunks:
         last = joined[-1] if joined else None
         if (
             last is not None
-            and (last[LAYER : MEMBER + 1] == piece[LAYER : MEMBER + 1]).all()
-            and last[END] == piece[BEGIN]
+            and (last[LAYER : MEMBER + 1] == chunk[LAYER : MEMBER + 1]).all()
+            and last[END] == chunk[BEGIN]
         ):
-            last[END] = piece[END]
+            last[END] = chunk[END]
         else:
-            joined.append(piece.copy())
+            joined.append(chunk.copy())
     return joined
 
 
 def _is_needed(
-    events: NDArray[np.float64], ended_s: NDArray[np.float64], piece: NDArray[np.float64]
+    events: NDArray[np.float64], ended_s: NDArray[np.float64], chunk: NDArray[np.float64]
 ) -> bool:
-    """Return whether the next run of a piece's layer ran the expert that it is of."""
-    of_layer = (events[:, KIND] == EXPERT) & (events[:, LAYER] == piece[LAYER])
-    later = events[of_layer & (events[:, BEGIN] >= piece[BEGIN])]
+    """Return whether the next run of a chunk's layer ran the expert that it is of."""
+    of_layer = (events[:, KIND] == EXPERT) & (events[:, LAYER] == chunk[LAYER])
+    later = events[of_layer & (events[:, BEGIN] >= chunk[BEGIN])]
     if not len(later):
         return False
     step = np.searchsorted(ended_s, later[0, BEGIN], side="right")
-    return bool((later[later[:, BEGIN] < ended_s[step], MEMBER] == piece[MEMBER]).any())
+    return bool((later[later[:, BEGIN] < ended_s[step], MEMBER] == chunk[MEMBER]).any())
 
 
 def plot_timeline(info: TimelineInfo) -> go.Figure:

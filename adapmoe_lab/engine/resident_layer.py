@@ -8,12 +8,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from adapmoe_lab.engine.generation import decode
-from adapmoe_lab.engine.host_driven.executor import OffloadEngine
+from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 
 PROMPT_TOKENS = 8
 
 
-def decode_step_times(hf: nn.Module, engine: OffloadEngine, n_steps: int) -> NDArray[np.float64]:
+def decode_step_times(
+    hf: nn.Module, engine: HostDrivenExecutor, n_steps: int
+) -> NDArray[np.float64]:
     """Return the seconds of `n_steps` decode steps after a short fixed prompt."""
     stamps: list[float] = []
     prompt = torch.arange(PROMPT_TOKENS)
@@ -21,7 +23,9 @@ def decode_step_times(hf: nn.Module, engine: OffloadEngine, n_steps: int) -> NDA
     return np.diff(stamps)
 
 
-def resident_layer_s(hf: nn.Module, engine: OffloadEngine, n_runs: int, n_steps: int = 24) -> float:
+def resident_layer_s(
+    hf: nn.Module, engine: HostDrivenExecutor, n_runs: int, n_steps: int = 24
+) -> float:
     """Return the median seconds of one decode layer that finds and runs every expert it needs.
 
     `n_runs` is how many layers with experts a forward pass runs, one run again counted again.

@@ -262,7 +262,7 @@ def _add_tune(commands: Any) -> None:
     tune.add_argument("--max-loss-increase-nats", type=number, default=0.01, metavar="NATS")
     tune.add_argument("--method", default="uniform", help="uniform, adapmoe or curve")
     tune.add_argument(
-        "--surrogate-memory", metavar="SIZE", help="device memory for stand-ins, such as 2%%"
+        "--surrogate-memory", metavar="SIZE", help="device memory for surrogates, such as 2%%"
     )
     tune.add_argument(
         "--fit-predictors", action="store_true", help="fit what may tell which experts come next"

@@ -49,7 +49,7 @@ class Cache:
 
 
 @dataclass(frozen=True, eq=False)
-class Draft:
+class Candidate:
     """One setting of the controls.
 
     Attributes:
@@ -68,8 +68,8 @@ class Draft:
         return np.minimum(self.cuts, OFF).astype(np.float32).tobytes(), self.cache
 
 
-class Bench:
-    """Everything a draft is judged by: one trace, one sensitivity, one machine."""
+class Session:
+    """Everything a candidate is judged by: one trace, one sensitivity, one machine."""
 
     def __init__(
         self,
@@ -101,32 +101,32 @@ class Bench:
         """From how many layers before experts can be fetched ahead, by what was recorded."""
         return max(self.trace.predictions.get(PREDICTOR, {}), default=0)
 
-    def suggestion(self, method: str, cache: Cache) -> Draft:
-        """Return the draft that skips the most within `SUGGESTED_LOSS_NATS` of predicted loss."""
+    def suggestion(self, method: str, cache: Cache) -> Candidate:
+        """Return the candidate that skips most within `SUGGESTED_LOSS_NATS` of predicted loss."""
         fraction = largest_skipped_fraction(
             self._rules[method], self.sensitivity, self.trace.spec.top_k, SUGGESTED_LOSS_NATS
         )
-        return self.draft(method, fraction, cache)
+        return self.candidate(method, fraction, cache)
 
-    def draft(self, method: str, skipped_fraction: float, cache: Cache) -> Draft:
-        """Return the draft whose cuts a rule chooses for a skipped fraction."""
+    def candidate(self, method: str, skipped_fraction: float, cache: Cache) -> Candidate:
+        """Return the candidate whose cuts a rule chooses for a skipped fraction."""
         if skipped_fraction <= 0:
             cuts = np.full(self.trace.spec.n_layers, OFF)
         else:
             table = self._rules[method].table(skipped_fraction)
             cuts = table.cuts[:, 0].astype(np.float64)
-        return Draft(cuts, cache, method)
+        return Candidate(cuts, cache, method)
 
-    def config(self, draft: Draft) -> TunedConfig:
-        """Return the config that runs a draft."""
+    def config(self, candidate: Candidate) -> TunedConfig:
+        """Return the config that runs a candidate."""
         spec = self.trace.spec
-        skips = bool((draft.cuts <= 1).any())
+        skips = bool((candidate.cuts <= 1).any())
         return TunedConfig(
             model=TunedConfig.model_identity(spec),
-            gating=GatingTable.per_layer(draft.cuts, spec.top_k) if skips else None,
+            gating=GatingTable.per_layer(candidate.cuts, spec.top_k) if skips else None,
             compensation=self.compensation,
-            plan=slots_plan(spec, draft.cache.slots_per_layer),
-            prefetch=self._prefetch_table(draft.cache),
+            plan=slots_plan(spec, candidate.cache.slots_per_layer),
+            prefetch=self._prefetch_table(candidate.cache),
             precision=spec.precision,
             hardware=self.hardware,
         )
@@ -141,20 +141,20 @@ class Bench:
             self._prefetch[cache] = plan_prefetch(self.trace, plan=plan, sources=sources)
         return self._prefetch[cache]
 
-    def skipped_fraction(self, draft: Draft) -> float:
-        """Return the share of expert activations a draft skips on the trace."""
-        return float(1 - kept_experts(self.trace, self.config(draft).gating).mean())
+    def skipped_fraction(self, candidate: Candidate) -> float:
+        """Return the share of expert activations a candidate skips on the trace."""
+        return float(1 - kept_experts(self.trace, self.config(candidate).gating).mean())
 
-    def predict(self, draft: Draft, *, quick: bool = False) -> Simulation:
-        """Return what a draft is predicted to do; `quick` replays the first few tokens only."""
+    def predict(self, candidate: Candidate, *, quick: bool = False) -> Simulation:
+        """Return what a candidate is predicted to do; `quick` replays the first few tokens only."""
         trace = self._quick if quick else self.trace
-        return simulate(trace, self.config(draft), self.hardware, sensitivity=self.sensitivity)
+        return simulate(trace, self.config(candidate), self.hardware, sensitivity=self.sensitivity)
 
     def without_skipping(self, cache: Cache) -> Simulation:
         """Return what a cache does when nothing is skipped; computed once per cache."""
         if cache not in self._baselines:
-            draft = self.draft("uniform", 0.0, cache)
-            self._baselines[cache] = self.predict(draft)
+            candidate = self.candidate("uniform", 0.0, cache)
+            self._baselines[cache] = self.predict(candidate)
         return self._baselines[cache]
 
     def tradeoff(self, method: str, cache: Cache) -> list[Simulation]:
@@ -166,20 +166,20 @@ class Bench:
         if key not in self._tradeoffs:
             top_k = self.trace.spec.top_k
             fractions = np.linspace(0, (top_k - 1) / top_k, N_TRADEOFF)
-            drafts = [self.draft(method, float(f), cache) for f in fractions]
-            self._tradeoffs[key] = [self.predict(draft) for draft in drafts]
+            candidates = [self.candidate(method, float(f), cache) for f in fractions]
+            self._tradeoffs[key] = [self.predict(candidate) for candidate in candidates]
         return self._tradeoffs[key]
 
-    def export(self, draft: Draft, measured: Mapping[str, Any]) -> TunedConfig:
-        """Return the config of a draft with its predicted and measured evidence.
+    def export(self, candidate: Candidate, measured: Mapping[str, Any]) -> TunedConfig:
+        """Return the config of a candidate with its predicted and measured evidence.
 
         It counts as verified once its loss was measured.
         """
-        return self.config(draft).with_evidence(
-            method=draft.chosen_by,
+        return self.config(candidate).with_evidence(
+            method=candidate.chosen_by,
             trace=self.trace.fingerprint(),
             verified="loss" in measured,
-            predicted=prediction_summary(self.predict(draft)),
-            predicted_without_skipping=prediction_summary(self.without_skipping(draft.cache)),
+            predicted=prediction_summary(self.predict(candidate)),
+            predicted_without_skipping=prediction_summary(self.without_skipping(candidate.cache)),
             measured=dict(measured) or None,
         )
