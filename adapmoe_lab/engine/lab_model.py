@@ -19,7 +19,7 @@ from adapmoe_lab.engine.memory_plan import MemoryPlan
 from adapmoe_lab.engine.prefetch.predictors import Predictor, predictors_of
 from adapmoe_lab.engine.resident_layer import resident_layer_s
 from adapmoe_lab.engine.store.on_disk import save_store
-from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.engine.transfer.link import NO_LINK, EmulatedLink
 from adapmoe_lab.models.checkpoint.checkpoint import HFModel
 from adapmoe_lab.models.families import MoELayer
@@ -32,6 +32,7 @@ from adapmoe_lab.models.hooks.residual_stream import (
 from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, PrefetchTable, TunedConfig
 from adapmoe_lab.records.arguments import finite_number, one_string, whole_number
 from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 
 
 class LabModel:
@@ -67,7 +68,7 @@ class LabModel:
         self._in_use = threading.RLock()
         self._predictors: dict[str | None, tuple[Predictor, ...]] = {}
         self._watching = ExitStack()
-        self._measured_costs: StepPace | None = None
+        self._measured_costs: StepCosts | None = None
 
     def __enter__(self) -> Self:
         """Use the model for a block, and close it afterwards."""
@@ -124,8 +125,8 @@ class LabModel:
             predictors = ()
             if config.prefetch is not None:
                 predictors = self._kept_predictors(config.prefetch.fitted)
-            previous_pace = self.engine.step_costs
-            self.engine.step_costs = self._pace(config)
+            previous_costs = self.engine.step_costs
+            self.engine.step_costs = self._step_costs(config)
             try:
                 self.engine.configure(
                     config.gating,
@@ -136,7 +137,7 @@ class LabModel:
                     predictors,
                 )
             except BaseException:
-                self.engine.step_costs = previous_pace
+                self.engine.step_costs = previous_costs
                 raise
             self._watch(config.prefetch)
             self.config = config
@@ -159,8 +160,8 @@ class LabModel:
             self._predictors = {key: found}  # of the last asked for only: they may be large
         return self._predictors[key]
 
-    def _pace(self, config: TunedConfig) -> StepPace:
-        """Return what steps are expected to take under a config; a virtual clock's user tells.
+    def _step_costs(self, config: TunedConfig) -> StepCosts:
+        """Return what steps are expected to take under a config; on a virtual clock, its user's.
 
         Without hardware in the config they are measured, once for the model.
         """
@@ -168,14 +169,11 @@ class LabModel:
         if isinstance(engine.clock, VirtualClock):
             return engine.step_costs
         if config.prefetch is None:
-            return StepPace()
+            return StepCosts()
         if hardware is not None:
-            is_gated = config.gating is not None
-            dense_layer_s = hardware.dense_layer_s(self.spec.n_layers, is_gated)
-            expert_s = tuple(map(tuple, hardware.expert_times(self.spec.precision).tolist()))
-            return StepPace(dense_layer_s, expert_s, load_s=hardware.load_s)
+            return hardware.step_costs(self.spec.precision, config.gating is not None)
         if self._measured_costs is None:
-            self._measured_costs = StepPace(dense_layer_s=self._resident_layer_s())
+            self._measured_costs = StepCosts(HostCosts(dense_layer_s=self._resident_layer_s()))
         return self._measured_costs
 
     def _resident_layer_s(self) -> float:

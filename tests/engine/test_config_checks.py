@@ -49,13 +49,13 @@ def test_a_block_that_closes_the_model_ends_as_any_other(model):
         pass
 
 
-def test_the_old_pace_stays_where_a_config_cannot_be_put_in_force(model, monkeypatch):
+def test_the_old_step_costs_stay_where_a_config_cannot_be_put_in_force(model, monkeypatch):
     def no_room(*_):
         raise MemoryError
 
-    before, pace = model.config, model.engine.step_costs
-    assert pace.dense_layer_s > 0
+    before, costs = model.config, model.engine.step_costs
+    assert costs.host.dense_layer_s > 0
     monkeypatch.setattr(model.engine, "configure", no_room)
     with pytest.raises(MemoryError):
         model.apply(TunedConfig.untuned(model.spec))
-    assert (model.config, model.engine.step_costs) == (before, pace)
+    assert (model.config, model.engine.step_costs) == (before, costs)

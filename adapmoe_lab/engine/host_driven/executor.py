@@ -17,7 +17,7 @@ from adapmoe_lab.engine.layer_pass import LayerPass, Observer
 from adapmoe_lab.engine.prefetch.predictors import Predictor
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
 from adapmoe_lab.engine.store.expert_store import ExpertStore
-from adapmoe_lab.engine.transfer.clock import Clock, StepPace
+from adapmoe_lab.engine.transfer.clock import Clock
 from adapmoe_lab.engine.transfer.link import Link
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router
@@ -25,6 +25,7 @@ from adapmoe_lab.policies.gating.keep import gated_weights, keep_by_cuts
 from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogates, Traffic
 from adapmoe_lab.records.files import digest
 from adapmoe_lab.records.routing import UNGATED
+from adapmoe_lab.records.step_costs import StepCosts
 
 
 class HostDrivenExecutor:
@@ -53,7 +54,7 @@ class HostDrivenExecutor:
         self.clock = clock
         self.device = device
         self.dtype = dtype
-        self.step_costs = StepPace()
+        self.step_costs = StepCosts()
         self.gating: GatingTable | None = None
         self.compensation: SurrogateOutputs | None = None
         self.observers: list[Observer] = []
@@ -238,7 +239,7 @@ class HostDrivenExecutor:
             return
         if self._prefetcher is not None and self._n_sequences == 1:
             self._prefetcher.end_pass(last_hidden[-1:], self.cached.cache)
-        self.clock.spend(self.step_costs.head_s)
+        self.clock.spend(self.step_costs.host.head_s)
 
     @property
     def _prefetcher(self) -> Prefetcher | None:
@@ -294,7 +295,7 @@ class HostDrivenExecutor:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        self.clock.spend(self.step_costs.dense_layer_s)
+        self.clock.spend(self.step_costs.host.dense_layer_s)
         # on a GPU this is the layer's one synchronisation
         indices, weights = on_host([top_k_index, top_k_weights.float()])
         keep = indices < self.store.n_experts(layer)
