@@ -78,7 +78,7 @@ class StepCosts:
             sizes = frozen_array("expert_bytes", self.expert_bytes, np.int64, (None, None))
             object.__setattr__(self, "expert_bytes", sizes)
             shape = sizes.shape
-            expert_s = expert_s if expert_s.ndim else np.broadcast_to(expert_s, shape)
+            expert_s = expert_s if expert_s.ndim else np.broadcast_to(expert_s, sizes.shape)
         object.__setattr__(self, "expert_s", frozen_array("expert_s", expert_s, np.float64, shape))
 
     def of_expert(self, layer: int, expert: int) -> float:

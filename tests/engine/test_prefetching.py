@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import PROMPT
+from runs import PROMPT, decode
 from tiny_models import save_tiny
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.transfer.clock import RealClock, VirtualClock
 from adapmoe_lab.engine.transfer.link import EmulatedLink
@@ -36,7 +35,7 @@ def following(spec, sources, fitted=None, buffer_slots=3):
 def quick_link(model):
     """Let a virtual clock and link leave time between layers for two experts."""
     model.engine.step_costs = COSTS
-    model.engine.link.bytes_per_s = model.spec.stored_expert_bytes / 2**-9
+    model.link.bytes_per_s = model.spec.stored_expert_bytes / 2**-9
     return model
 
 
@@ -80,9 +79,7 @@ def test_fitted_predictors_are_followed_as_they_were_recorded(load_tiny, texts):
     replayed = replay(
         trace, kept_experts(trace, None), slots_plan(model.spec, 1), "lru", candidates
     )
-    costs = replace(
-        COSTS, load_s=model.engine.link.seconds, expert_bytes=model.engine.store.expert_bytes
-    )
+    costs = replace(COSTS, load_s=model.link.seconds, expert_bytes=model.store.expert_bytes)
     timeline = run_timeline(replayed, costs, candidates, table.buffer_slots)
     np.testing.assert_array_equal(timeline.used.sum(axis=0), traffic.prefetch_used)
     np.testing.assert_array_equal(timeline.wasted.sum(axis=0), traffic.prefetch_wasted)
@@ -92,7 +89,7 @@ def test_fitted_predictors_are_followed_as_they_were_recorded(load_tiny, texts):
 
 def test_demands_are_counted_exactly_in_real_time(load_tiny):
     model = load_tiny(clock=RealClock())
-    model.engine.link.bytes_per_s = model.spec.stored_expert_bytes / 1e-4
+    model.link.bytes_per_s = model.spec.stored_expert_bytes / 1e-4
     recorder = RoutingRecorder(model)
     with model.running(with_slots(model, 2)):
         with recorder.recording():

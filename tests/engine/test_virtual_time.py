@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import PROMPT, half_cached
+from runs import PROMPT, decode, half_cached
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.transfer.clock import RealClock, VirtualClock
 from adapmoe_lab.engine.transfer.link import EmulatedLink
@@ -36,7 +35,7 @@ from adapmoe_lab.simulation.timing.timeline import run_timeline
 
 
 def linked_at(model, bytes_per_s):
-    model.engine.link.bytes_per_s = bytes_per_s
+    model.link.bytes_per_s = bytes_per_s
     return model
 
 
@@ -202,7 +201,7 @@ def run_and_replay(model, config, run):
     keep = kept_experts(trace, config.gating)
     replayed = replay(trace, keep, config.plan, config.eviction, candidates)
     costs = replace(
-        engine.step_costs, load_s=engine.link.seconds, expert_bytes=engine.store.expert_bytes
+        engine.step_costs, load_s=model.link.seconds, expert_bytes=model.store.expert_bytes
     )
     timeline = run_timeline(replayed, costs, candidates, table.buffer_slots if table else 0)
     return traffic, took, replayed, timeline

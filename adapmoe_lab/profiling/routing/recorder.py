@@ -39,14 +39,14 @@ class _Step:
     token_ids: NDArray[np.int64]
     starts_sequence: bool
     layers: list[tuple[NDArray, NDArray, NDArray]] = field(default_factory=list)
-    predicted: dict[Key, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    on_device: dict[Key, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     predicted: dict[Key, tuple[NDArray, NDArray]] = field(default_factory=dict)
 
     def to_host(self) -> None:
         """Bring what was predicted to the host at once, when the device has done it all."""
-        for key, (experts, scores) in self.predicted.items():
+        for key, (experts, scores) in self.on_device.items():
             self.predicted[key] = experts.short().cpu().numpy(), scores.half().cpu().numpy()
-        self.predicted.clear()
+        self.on_device.clear()
 
 
 class RoutingRecorder:
@@ -187,10 +187,10 @@ class RoutingRecorder:
 
     @torch.no_grad()
     def _ask(self, hook_point: HookPoint, layer: int, x: torch.Tensor) -> None:
-        predicted = self._steps[-1].predicted
+        on_device = self._steps[-1].on_device
         for predictor in self._predictors:
             if predictor.hook_point is hook_point:
                 for target in predictor.targets(layer):
                     scores = predictor.scores(layer, target, x)
                     key = predictor.name, target - layer, target
-                    predicted[key] = likeliest(scores, self._n_candidates)
+                    on_device[key] = likeliest(scores, self._n_candidates)
