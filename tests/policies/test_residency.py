@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from step_rules import run_cache, written_out
 
 from adapmoe_lab.policies.eviction.expert_cache import ExpertCache
-from adapmoe_lab.policies.eviction.rules import POLICIES
+from adapmoe_lab.policies.eviction.registry import POLICIES
 from adapmoe_lab.records import CachePlan
 from adapmoe_lab.records.config import EVICTION_POLICIES
 
