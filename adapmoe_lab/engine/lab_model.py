@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
+from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.executor import Decoder, Executor
 from adapmoe_lab.engine.generation import generate_tokens
@@ -127,6 +127,7 @@ class LabModel:
         """Refuse a config that is not for this model, or that its executor cannot run."""
         for part in parts_of_one_model(config):
             part.check_model(self.spec)
+        check_eviction(config)
         check_precision(config, self.spec)
         self.engine.capabilities.check(config, self.spec.precision)
 

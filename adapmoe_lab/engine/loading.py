@@ -9,7 +9,7 @@ from os import PathLike
 import torch
 
 from adapmoe_lab.assets import data_folder
-from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
+from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import choose_device
 from adapmoe_lab.engine.executor import Executor
 from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_device
@@ -115,6 +115,8 @@ def load(
     check_function("announce", announce)
     if config is not None and expert_memory is not None:
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
+    if config is not None:
+        check_eviction(config)
     stored = find_store(folder) if folder is not None else None
     where = choose_device(device)
     target = link_target(link, where)

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from step_rules import run_cache, written_out
 
 from adapmoe_lab.policies.eviction.expert_cache import ExpertCache
-from adapmoe_lab.policies.eviction.rules import POLICIES
+from adapmoe_lab.policies.eviction.registry import POLICIES
 from adapmoe_lab.records import CachePlan
-from adapmoe_lab.records.config import EVICTION_POLICIES
 
 N_EXPERTS = 6
 RUNNABLE = sorted(name for name, policy in POLICIES.items() if not policy.needs_future)
@@ -131,10 +130,6 @@ def test_a_policy_without_the_scores_it_reads_says_so():
     cache = ExpertCache(plan_of([2]), 4, POLICIES["router_average"])
     with pytest.raises(ValueError, match="reads the router's scores; give those of the step's"):
         cache.plan_step(0, {1})
-
-
-def test_a_config_may_name_every_policy_that_can_run():
-    assert sorted(EVICTION_POLICIES) == RUNNABLE
 
 
 def test_which_policies_a_graph_on_the_device_could_follow():

@@ -15,7 +15,7 @@ from traces import make_spec, make_trace
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.policies.eviction.expert_cache import ExpertCache
-from adapmoe_lab.policies.eviction.rules import POLICIES
+from adapmoe_lab.policies.eviction.registry import POLICIES
 from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.records import CachePlan, RoutingTrace
 from adapmoe_lab.records.files import CACHE_VARIABLE

@@ -8,8 +8,9 @@ from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records.prefetch import HookPoint
 from adapmoe_lab.records.step_costs import HostCosts, StepCosts
+from adapmoe_lab.simulation.replay.outcomes import HIT, LOAD, STREAM
 from adapmoe_lab.simulation.replay.recorded_candidates import Candidates
-from adapmoe_lab.simulation.replay.replay import HIT, LOAD, STREAM, Replay, replay
+from adapmoe_lab.simulation.replay.replay import Replay, replay
 from adapmoe_lab.simulation.timing.events import EVENT_KINDS
 from adapmoe_lab.simulation.timing.timeline import run_timeline
 

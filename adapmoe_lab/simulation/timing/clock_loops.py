@@ -9,7 +9,7 @@ from __future__ import annotations
 from adapmoe_lab.policies.allocation.slots import N_STAGING
 from adapmoe_lab.records.step_costs import N_CHUNKS
 from adapmoe_lab.simulation.compiled import compiled, inlined
-from adapmoe_lab.simulation.replay.replay import HIT, LOAD, STREAM
+from adapmoe_lab.simulation.replay.outcomes import HIT, LOAD, STREAM
 from adapmoe_lab.simulation.timing.clock_arrays import (
     ARRIVAL,
     BEGUN,

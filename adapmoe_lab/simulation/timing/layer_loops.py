@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adapmoe_lab.policies.allocation.slots import N_STAGING
 from adapmoe_lab.simulation.compiled import compiled
-from adapmoe_lab.simulation.replay.replay import HIT, LOAD, STREAM
+from adapmoe_lab.simulation.replay.outcomes import HIT, LOAD, STREAM
 from adapmoe_lab.simulation.timing.clock_arrays import BYTES, SECONDS
 from adapmoe_lab.simulation.timing.clock_loops import waiting_adds_s
 

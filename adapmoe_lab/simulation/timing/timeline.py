@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.records.prefetch import HookPoint
 from adapmoe_lab.records.step_costs import StepCosts
+from adapmoe_lab.simulation.replay.expert_sets import in_threads
+from adapmoe_lab.simulation.replay.outcomes import LOAD
 from adapmoe_lab.simulation.replay.recorded_candidates import NO_CANDIDATES, Candidates
-from adapmoe_lab.simulation.replay.replay import LOAD, Replay, in_threads
+from adapmoe_lab.simulation.replay.replay import Replay
 from adapmoe_lab.simulation.timing.clock_arrays import (
     ExpertSets,
     Loads,
