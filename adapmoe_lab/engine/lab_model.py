@@ -120,15 +120,15 @@ class LabModel:
             RuntimeError: the model was closed.
         """
         self.engine.check_open()
-        self._check(config)
-        self.put_in_force(config)
-
-    def _check(self, config: TunedConfig) -> None:
-        """Refuse a config that is not for this model, or that its executor cannot run."""
         for part in parts_of_one_model(config):
             part.check_model(self.spec)
+        check_precision(config, self.spec)  # here: warnings name the caller's line
+        self._check_able(config)
+        self.put_in_force(config)
+
+    def _check_able(self, config: TunedConfig) -> None:
+        """Refuse a config that the executor cannot run."""
         check_eviction(config)
-        check_precision(config, self.spec)
         self.engine.capabilities.check(config, self.spec.precision)
 
     def put_in_force(self, config: TunedConfig) -> None:
@@ -213,7 +213,10 @@ class LabModel:
             self.engine.check_open()
             previous = self.config
             if config is not None and config is not previous:
-                self._check(config)
+                for part in parts_of_one_model(config):
+                    part.check_model(self.spec)
+                check_precision(config, self.spec)
+                self._check_able(config)
             try:
                 self.put_in_force(config if config is not None else previous)
                 yield self
