@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import PartialIdentityWarning, RoutingTrace, TunedConfig
 from adapmoe_lab.simulation.simulate import simulate
 
@@ -73,7 +74,8 @@ def test_the_old_step_costs_stay_where_a_config_cannot_be_put_in_force(model, mo
 def test_an_eviction_that_no_run_can_follow_is_refused_wherever_a_config_is_brought(
     model, tmp_path, eviction, message
 ):
-    before, config = model.config, replace(model.config, eviction=eviction)
+    before = model.config
+    config = replace(TunedConfig.untuned(model.spec), eviction=eviction)
     path = config.save(tmp_path / "tuned.json")
     with pytest.raises(ValueError, match=message):
         model.apply(config)
@@ -86,8 +88,8 @@ def test_an_eviction_that_no_run_can_follow_is_refused_wherever_a_config_is_brou
 
 
 def test_a_simulation_knows_the_future_but_no_policy_that_is_not():
-    config = replace(TunedConfig.load(SAVED / "config.json"), compensation=None)
     trace = RoutingTrace.load(SAVED / "trace.npz")
+    config = replace(TunedConfig.untuned(trace.spec), plan=slots_plan(trace.spec, 3))
     lru, belady = (
         simulate(trace, replace(config, eviction=name)).loads_per_token.sum()
         for name in ("lru", "belady")
