@@ -1,7 +1,8 @@
-"""What one layer did in one forward pass, as observers are shown it."""
+"""What one layer did in a forward or a backward pass, as observers are shown it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,3 +40,32 @@ class Observer(Protocol):
     def __call__(self, layer_pass: LayerPass) -> None:
         """Take note of one layer's pass."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGradient:
+    """What the backward pass found in one layer; what gradient observers are shown.
+
+    Attributes:
+        layer: number of the MoE layer.
+        hidden: the experts' input [T, D].
+        indices: the router's choice, int64 [T, K]; E means no expert.
+        weights: the router's weights [T, K] that the experts were summed with.
+        keep: bool [T, K], which of them were run.
+        contributions: weighted expert outputs [T, K, D], zero where nothing was run.
+        gradient: of what was differentiated, with respect to their sum [T, D].
+        surrogate_contributions: what surrogates would give in each choice's place, weighted,
+            float32 [T, K, D]; None where there are none.
+    """
+
+    layer: int
+    hidden: torch.Tensor
+    indices: NDArray[np.int64]
+    weights: torch.Tensor
+    keep: NDArray[np.bool_]
+    contributions: torch.Tensor
+    gradient: torch.Tensor
+    surrogate_contributions: torch.Tensor | None = None
+
+
+GradientObserver = Callable[[LayerGradient], None]

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapmoe_lab.engine.host_driven.combine import LayerGradient
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.engine.layer_pass import LayerPass
+from adapmoe_lab.engine.layer_pass import LayerGradient, LayerPass
 from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.profiling.sensitivity.backward import backpropagate
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from replays import step_by_step
+from runs import decode
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.models.families import Router, UnsupportedModelError
 from adapmoe_lab.policies.allocation.slots import slots_plan
@@ -117,14 +117,15 @@ def test_an_observer_sees_what_was_computed(load_tiny):
     for seen in passes:
         torch.testing.assert_close(seen.contributions.sum(dim=1), seen.output)
         assert (seen.contributions.abs().sum(-1) > 0).numpy().tolist() == seen.keep.tolist()
-    assert not model.engine.observers
+    assert not model.engine._observers
 
 
 def test_scores_that_cannot_be_had_are_refused_before_anything_runs(load_tiny):
-    engine = load_tiny().engine
+    model = load_tiny()
+    engine = model.engine
     router = Router(torch.nn.Linear(4, 4), 4, reads_experts_input=False)
     other = HostDrivenExecutor(
-        engine.store, engine.link, engine.clock, engine.device, torch.float32, [router] * 3
+        model.store, model.link, engine.clock, engine.device, torch.float32, [router] * 3
     )
     plan = slots_plan(load_tiny().spec, 2)
     with pytest.raises(UnsupportedModelError, match="'router_average' reads the router's scores"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,37 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from adapmoe_lab.engine.host_driven.expert_sources import ExpertSource
+from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
+from adapmoe_lab.engine.layer_pass import GradientObserver, LayerGradient
 from adapmoe_lab.models.experts import run_expert
 
 Positions = tuple[torch.Tensor, torch.Tensor] | tuple[slice, int]
 """Tokens and columns, int64 [n] each, of one expert's part in [T, K]; of one token, all of it and a
 column, which index alike and need no copy to the device."""
-
-
-@dataclass(frozen=True, eq=False)
-class LayerGradient:
-    """What the backward pass found in one layer; what gradient observers are shown.
-
-    Attributes:
-        layer: number of the MoE layer.
-        hidden: the experts' input [T, D].
-        indices: the router's choice, int64 [T, K]; E means no expert.
-        weights: the router's weights [T, K] that the experts were summed with.
-        keep: bool [T, K], which of them were run.
-        contributions: weighted expert outputs [T, K, D], zero where nothing was run.
-        gradient: of what was differentiated, with respect to their sum [T, D].
-    """
-
-    layer: int
-    hidden: torch.Tensor
-    indices: NDArray[np.int64]
-    weights: torch.Tensor
-    keep: NDArray[np.bool_]
-    contributions: torch.Tensor
-    gradient: torch.Tensor
-
-
-GradientObserver = Callable[[LayerGradient], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +30,14 @@ class LayerRun:
         module: the transformers experts module.
         indices: the router's choice, int64 [T, K].
         keep: bool [T, K], which of them are run.
+        surrogates: what is computed in the place of an expert that is not run.
     """
 
     layer: int
     module: nn.Module
     indices: NDArray[np.int64]
     keep: NDArray[np.bool_]
+    surrogates: SurrogateOutputs | None = None
 
     def outputs(
         self, source: ExpertSource, hidden: torch.Tensor
@@ -98,6 +76,15 @@ class LayerRun:
         for at, produced in self.outputs(source, hidden):
             parts[at] = produced * weights[at].unsqueeze(-1)
         return parts
+
+    def surrogate_contributions(
+        self, hidden: torch.Tensor, weights: torch.Tensor, nothing: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return what surrogates would give for each choice, weighted, float32 [T, K, D]."""
+        if self.surrogates is None:
+            return None
+        routing = self.indices, weights.float().cpu().numpy()
+        return self.surrogates.of_each_choice(self.layer, hidden, nothing, routing, self.keep)
 
     def no_contributions(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return zeros [T, K, D] in the precision that experts are summed in."""
@@ -154,7 +141,16 @@ class StreamedCombine(torch.autograd.Function):
                     parts[at] = produced * weights[at].unsqueeze(-1)
         if parts is not None:
             found = LayerGradient(
-                run.layer, hidden.detach(), run.indices, weights, run.keep, parts, gradient
+                layer=run.layer,
+                hidden=hidden.detach(),
+                indices=run.indices,
+                weights=weights,
+                keep=run.keep,
+                contributions=parts,
+                gradient=gradient,
+                surrogate_contributions=run.surrogate_contributions(
+                    hidden.detach(), weights, torch.zeros_like(gradient)
+                ),
             )
             for observer in ctx.observers:
                 observer(found)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from adapmoe_lab.engine.host_driven.combine import GradientObserver
 from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.layer_pass import GradientObserver
 from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.models.hooks.recomputing import recomputing_layers
 
