@@ -55,7 +55,8 @@ def _profile(options: argparse.Namespace) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from adapmoe_lab.policies.allocation.slots import budget_bytes, uniform_plan
-    from adapmoe_lab.policies.gating.rules import check_method, check_skipped_fraction
+    from adapmoe_lab.policies.gating.registry import check_method
+    from adapmoe_lab.policies.gating.rule import check_skipped_fraction
     from adapmoe_lab.profiling.hardware.probe import probe_hardware
     from adapmoe_lab.profiling.predictors.fit import fit_predictors
     from adapmoe_lab.profiling.project import check_project
