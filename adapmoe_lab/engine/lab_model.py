@@ -24,14 +24,10 @@ from adapmoe_lab.engine.transfer.link import NO_LINK, EmulatedLink
 from adapmoe_lab.models.checkpoint.checkpoint import HFModel
 from adapmoe_lab.models.families import MoELayer
 from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
-from adapmoe_lab.models.hooks.residual_stream import (
-    last_hidden_observed_by,
-    layer_outputs_observed_by,
-    token_ids_observed_by,
-)
+from adapmoe_lab.models.hooks.observing import Callback, observing_model
 from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, PrefetchTable, TunedConfig
 from adapmoe_lab.records.arguments import finite_number, one_string, whole_number
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 
 
 class LabModel:
@@ -184,14 +180,16 @@ class LabModel:
 
     def _watch(self, table: PrefetchTable | None) -> None:
         """Tell the engine where forward passes begin and end, and what the table asks for."""
-        self._watching.close()
-        self._watching = hooks = ExitStack()
-        hooks.enter_context(token_ids_observed_by(self.hf, self.engine.begin_pass))
-        hooks.enter_context(last_hidden_observed_by(self.hf, self.engine.end_pass))
+        engine = self.engine
+        callbacks: dict[HookPoint, Callback] = {
+            HookPoint.TOKEN: lambda token_ids, _: engine.begin_pass(token_ids),
+            HookPoint.LAST_HIDDEN: engine.end_pass,
+        }
         if table is not None and table.predicts_at(HookPoint.LAYER_OUTPUT):
-            hooks.enter_context(
-                layer_outputs_observed_by(self.hf, self.layers, self.engine.end_layer)
-            )
+            callbacks[HookPoint.LAYER_OUTPUT] = engine.end_layer
+        self._watching.close()
+        self._watching = ExitStack()
+        self._watching.enter_context(observing_model(self.hf, self.layers, callbacks))
 
     @contextmanager
     def running(self, config: TunedConfig | None = None) -> Iterator[Self]:

@@ -1,9 +1,8 @@
-"""What one layer did in one forward pass, as observers are shown it."""
+"""What one layer's experts did in one pass, forward or backward, as callbacks are given it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class LayerPass:
-    """What one layer did in one forward pass; what observers are shown.
+    """What one layer did in one forward pass; given to callbacks at EXPERTS_OUTPUT.
 
     Attributes:
         layer: number of the MoE layer.
@@ -33,9 +32,24 @@ class LayerPass:
     output: torch.Tensor
 
 
-class Observer(Protocol):
-    """Is shown every layer's pass; must not change it."""
+@dataclass(frozen=True, eq=False)
+class LayerGradient:
+    """What the backward pass found in one layer; given to callbacks at EXPERTS_GRADIENT.
 
-    def __call__(self, layer_pass: LayerPass) -> None:
-        """Take note of one layer's pass."""
-        ...
+    Attributes:
+        layer: number of the MoE layer.
+        hidden: the experts' input [T, D].
+        indices: the router's choice, int64 [T, K]; E means no expert.
+        weights: the router's weights [T, K] that the experts were summed with.
+        keep: bool [T, K], which of them were run.
+        contributions: weighted expert outputs [T, K, D], zero where nothing was run.
+        gradient: of what was differentiated, with respect to their sum [T, D].
+    """
+
+    layer: int
+    hidden: torch.Tensor
+    indices: NDArray[np.int64]
+    weights: torch.Tensor
+    keep: NDArray[np.bool_]
+    contributions: torch.Tensor
+    gradient: torch.Tensor

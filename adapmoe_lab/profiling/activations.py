@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapmoe_lab.engine.host_driven.combine import LayerGradient
 from adapmoe_lab.engine.lab_model import LabModel
-from adapmoe_lab.engine.layer_pass import LayerPass
+from adapmoe_lab.engine.layer_pass import LayerGradient, LayerPass
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.profiling.sensitivity.backward import backpropagate
+from adapmoe_lab.records.hook_points import HookPoint
 
 Progress = Callable[[int, int, str], None]
 
@@ -133,5 +134,5 @@ def _check_room(model: LabModel, n_tokens: int, n_kinds: int, folder: Path) -> N
 
 
 def _record(model: LabModel, ids: torch.Tensor, activations: Activations) -> None:
-    with torch.no_grad(), model.engine.observed_by(activations.add):
+    with torch.no_grad(), observing(model, {HookPoint.EXPERTS_OUTPUT: activations.add}):
         model.hf(input_ids=ids[None].to(model.engine.device), use_cache=False)

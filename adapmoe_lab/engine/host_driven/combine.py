@@ -12,37 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from adapmoe_lab.engine.host_driven.expert_sources import ExpertSource
+from adapmoe_lab.engine.layer_pass import LayerGradient
 from adapmoe_lab.models.experts import run_expert
 
 Positions = tuple[torch.Tensor, torch.Tensor] | tuple[slice, int]
 """Tokens and columns, int64 [n] each, of one expert's part in [T, K]; of one token, all of it and a
 column, which index alike and need no copy to the device."""
-
-
-@dataclass(frozen=True, eq=False)
-class LayerGradient:
-    """What the backward pass found in one layer; what gradient observers are shown.
-
-    Attributes:
-        layer: number of the MoE layer.
-        hidden: the experts' input [T, D].
-        indices: the router's choice, int64 [T, K]; E means no expert.
-        weights: the router's weights [T, K] that the experts were summed with.
-        keep: bool [T, K], which of them were run.
-        contributions: weighted expert outputs [T, K, D], zero where nothing was run.
-        gradient: of what was differentiated, with respect to their sum [T, D].
-    """
-
-    layer: int
-    hidden: torch.Tensor
-    indices: NDArray[np.int64]
-    weights: torch.Tensor
-    keep: NDArray[np.bool_]
-    contributions: torch.Tensor
-    gradient: torch.Tensor
-
-
-GradientObserver = Callable[[LayerGradient], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +96,7 @@ class StreamedCombine(torch.autograd.Function):
         run: LayerRun,
         source: ExpertSource,
         source_again: ExpertSource,
-        observers: tuple[GradientObserver, ...],
+        observers: tuple[Callable[[LayerGradient], None], ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum [T, D], and the contributions [T, K, D], which carry no gradient."""
         ctx.save_for_backward(hidden, weights)

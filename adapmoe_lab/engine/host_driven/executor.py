@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from adapmoe_lab.engine.device import on_host
-from adapmoe_lab.engine.host_driven.combine import GradientObserver, LayerRun, StreamedCombine
+from adapmoe_lab.engine.host_driven.combine import LayerRun, StreamedCombine
 from adapmoe_lab.engine.host_driven.expert_sources import CachedExperts, ExpertSource, StoredExperts
 from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
-from adapmoe_lab.engine.layer_pass import LayerPass, Observer
+from adapmoe_lab.engine.layer_pass import LayerPass
 from adapmoe_lab.engine.prefetch.predictors import Predictor
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
 from adapmoe_lab.engine.store.expert_store import ExpertStore
@@ -21,9 +21,11 @@ from adapmoe_lab.engine.transfer.clock import Clock, StepPace
 from adapmoe_lab.engine.transfer.link import Link
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router
+from adapmoe_lab.models.hooks.observing import OF_EXPERTS, Callback
 from adapmoe_lab.policies.gating.keep import gated_weights, keep_by_cuts
 from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogates, Traffic
 from adapmoe_lab.records.files import digest
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.routing import UNGATED
 
 
@@ -56,8 +58,7 @@ class HostDrivenExecutor:
         self.step_costs = StepPace()
         self.gating: GatingTable | None = None
         self.compensation: SurrogateOutputs | None = None
-        self.observers: list[Observer] = []
-        self.gradient_observers: list[GradientObserver] = []
+        self._callbacks = _no_callbacks()
         self.is_closed = False
         self._n_sequences = 1
         self._routers = routers
@@ -181,9 +182,9 @@ class HostDrivenExecutor:
 
         What is configured and counted is as before afterwards.
         """
-        kept = ("compensation", "observers", "gradient_observers", "_n_steps", "_kept", "_skipped")
+        kept = ("compensation", "_callbacks", "_n_steps", "_kept", "_skipped")
         before = {name: getattr(self, name) for name in kept}
-        self.compensation, self.observers, self.gradient_observers = None, [], []
+        self.compensation, self._callbacks = None, _no_callbacks()
         try:
             with self.reading_store(), self.gated_by(None):
                 yield
@@ -201,22 +202,16 @@ class HostDrivenExecutor:
             self.gating = previous
 
     @contextmanager
-    def observed_by(self, observer: Observer) -> Iterator[None]:
-        """Show every layer's pass to an observer."""
-        self.observers.append(observer)
+    def observing(self, callbacks: Mapping[HookPoint, Callback]) -> Iterator[None]:
+        """Call back at the hook points that lie inside a layer's experts, see `OF_EXPERTS`."""
+        lists = [(self._callbacks[point], callback) for point, callback in callbacks.items()]
+        for registered, callback in lists:
+            registered.append(callback)
         try:
             yield
         finally:
-            self.observers.remove(observer)
-
-    @contextmanager
-    def gradients_observed_by(self, observer: GradientObserver) -> Iterator[None]:
-        """Show an observer what the backward pass of these forwards finds in each layer."""
-        self.gradient_observers.append(observer)
-        try:
-            yield
-        finally:
-            self.gradient_observers.remove(observer)
+            for registered, callback in lists:
+                registered.remove(callback)
 
     def begin_pass(self, token_ids: torch.Tensor) -> None:
         """Fetch ahead by the tokens [B, T] of a forward pass that begins."""
@@ -306,7 +301,12 @@ class HostDrivenExecutor:
         run = LayerRun(layer, experts, indices, keep)
         if torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad):
             output, parts = StreamedCombine.apply(
-                hidden, top_k_weights, run, self, self._direct, tuple(self.gradient_observers)
+                hidden,
+                top_k_weights,
+                run,
+                self,
+                self._direct,
+                tuple(self._callbacks[HookPoint.EXPERTS_GRADIENT]),
             )
         else:
             parts = run.contributions(self, hidden, top_k_weights)
@@ -318,8 +318,12 @@ class HostDrivenExecutor:
             routing = indices, weights
             output = self.compensation.complete(layer, hidden, output, routing, keep)
         output = output.to(hidden.dtype)
-        if self.observers:
+        if callbacks := self._callbacks[HookPoint.EXPERTS_OUTPUT]:
             passed = LayerPass(layer, hidden, indices, weights, keep, parts, output)
-            for observer in self.observers:
-                observer(passed)
+            for callback in callbacks:
+                callback(passed)
         return output
+
+
+def _no_callbacks() -> dict[HookPoint, list[Callback]]:
+    return {point: [] for point in OF_EXPERTS}
