@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,7 @@ from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.profiling.sensitivity.backward import backpropagate
 from adapmoe_lab.records.hook_points import HookPoint
-
-Progress = Callable[[int, int, str], None]
+from adapmoe_lab.records.progress import Progress
 
 
 @dataclass(frozen=True, eq=False)

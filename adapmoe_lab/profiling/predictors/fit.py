@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,9 +20,8 @@ from adapmoe_lab.records import Predictors, TunedConfig
 from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.files import digest
 from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.progress import Progress
 from adapmoe_lab.simulation.statistics.token_means import means_by_token
-
-Progress = Callable[[int, int, str], None]
 
 HELD_OUT_EVERY = 4
 """Of so many texts one is held out to choose how strongly a fit is held back.
