@@ -157,7 +157,7 @@ def main() -> int:
             with PeakMemory() as memory:
                 model = load(folder, device=options.device, expert_dtype=precision)
             seconds = time.perf_counter() - start
-            store_bytes = model.engine.store.n_bytes
+            store_bytes = model.store.n_bytes
             steps = decode_seconds(model, options.steps)
             link = probe_hardware(model, n_steps=8, rounds=1)
             active = TOP_K * options.layers * model.spec.stored_expert_bytes

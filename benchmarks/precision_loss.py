@@ -33,7 +33,7 @@ def load(precision: str) -> LabModel:
 
 def round_to_nearest(model: LabModel, plain: LabModel) -> None:
     """Store the plain model's experts in a packed model anew, without a solver."""
-    store, source = model.engine.store, plain.engine.store
+    store, source = model.store, plain.store
     for layer, expert in store.numbers():
         exact = source.views(layer, expert, source.row(layer, expert))
         packed = store.views(layer, expert, store.buffer(layer, expert))
@@ -60,7 +60,7 @@ def main() -> int:
                 round_to_nearest(model, plain)
             report = lab.evaluate_loss(model, None, texts)
             increase, error = report.increase_over(baseline)
-            bits = 8 * model.engine.store.n_bytes / (plain.engine.store.n_bytes / 4)
+            bits = 8 * model.store.n_bytes / (plain.store.n_bytes / 4)
             rows.append(
                 {
                     "precision": precision,

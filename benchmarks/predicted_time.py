@@ -210,7 +210,7 @@ def main() -> int:
             for text in texts[:: max(1, len(texts) // n_prompts)][:n_prompts]
         ]
         lengths = arguments.prompt_tokens, arguments.new_tokens
-        link = model.engine.link.name
+        link = model.link.name
         for probes, rows in run_rounds(model, prompts, lengths, arguments.rounds):
             result = {
                 "link": link,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import adapmoe_lab as lab
-from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.generation import generate_tokens
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.policies.allocation.slots import slots_plan
@@ -43,7 +43,7 @@ def run(model: LabModel, config: TunedConfig, prompts: list[torch.Tensor], n_new
     """Continue every prompt under a config; return the traffic."""
     with model.running(config):
         for prompt in prompts:
-            decode(model.hf, prompt, n_new)
+            list(generate_tokens(model.decoder(), prompt, n_new))
         return model.engine.traffic
 
 

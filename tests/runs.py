@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import TunedConfig
 
 PROMPT = "Once upon a time there was a king who"
+
+
+def decode(hf, prompt, max_new_tokens, **options):
+    """Return the tokens that a transformers model adds to a prompt, whoever runs its experts."""
+    return list(generate_tokens(TransformersDecoder(hf), prompt, max_new_tokens, **options))
 
 
 def half_cached(model):

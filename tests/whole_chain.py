@@ -22,7 +22,7 @@ config.save("tuned.json")
 
 tuned = lab.load("demo", dtype="float32", link="none", config="tuned.json")
 assert tuned.config.gating.fingerprint() == config.gating.fingerprint()
-assert tuned.engine.cached.plan.n_slots < model.engine.cached.plan.n_slots
+assert tuned.engine.plan.n_slots < model.engine.plan.n_slots
 written = tuned.generate(PROMPT, max_new_tokens=8)
 assert written.startswith(PROMPT)
 assert len(written) > len(PROMPT)

@@ -1,70 +1,50 @@
-"""Token-by-token generation with a key-value cache, and a look at every step."""
+"""Token-by-token generation: the one loop that generating, streaming and measuring share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adapmoe_lab.models.hooks.key_value_cache import forward_cached
-
-StepCallback = Callable[[int], None]
-
-STEADY_ATTENTION = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-"""Attention kernels that take any length as it comes.
-
-cuDNN's, which torch may choose on an H100, builds a plan for every new length, and every step of
-decoding has one (https://github.com/pytorch/pytorch/pull/155958).
-"""
+from adapmoe_lab.engine.executor import Decoder
 
 
-@torch.no_grad()
-def decode(
-    hf: nn.Module,
+def generate_tokens(
+    decoder: Decoder,
     prompt: torch.Tensor,
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     stop_ids: frozenset[int] = frozenset(),
-    after_step: StepCallback | None = None,
-) -> list[int]:
-    """Return the token ids that follow a prompt.
+) -> Iterator[int]:
+    """Yield the token ids that follow a prompt, each once it is known on the host.
+
+    The first comes after the prefill, every other after a step of its own. A step is begun only
+    when its token is wanted.
 
     Args:
-        hf: a transformers causal language model.
+        decoder: what runs the model; its sequence begins here.
         prompt: token ids int64 [T], on any device.
         max_new_tokens: at most this many tokens are produced.
         temperature: 0 takes the likeliest token; otherwise samples from the softmax.
         generator: source of randomness for sampling, on the CPU.
-        stop_ids: a produced token among these ends the text and is not returned.
-        after_step: called with the number of the step once its token is known on the host;
-            step 0 is the prefill.
+        stop_ids: a produced token among these ends the text and is not given.
     """
-    produced: list[int] = []
-    step_input: torch.Tensor = prompt[None].to(hf.device)  # pyright: ignore  [1, T]
-    cache: Any = None
-    for step in range(max_new_tokens):
-        with sdpa_kernel(STEADY_ATTENTION):
-            logits, cache = forward_cached(hf, step_input, cache, logits_to_keep=1)
-        token = _choose(logits[0, -1], temperature, generator)
-        if after_step is not None:
-            after_step(step)
+    if max_new_tokens < 1:
+        return
+    logits = decoder.prefill(prompt)
+    for n_left in reversed(range(max_new_tokens)):
+        token = _choose(logits, temperature, generator)
         if token in stop_ids:
-            break
-        produced.append(token)
-        step_input = torch.full_like(step_input[:, :1], token)
-    return produced
+            return
+        yield token
+        if n_left:
+            logits = decoder.step(token)
 
 
 def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> int:
+    """Return the next token by logits [V]."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities = (logits.float().cpu() / temperature).softmax(dim=-1)

@@ -13,21 +13,21 @@ import torch
 
 from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import device_name
-from adapmoe_lab.engine.generation import decode
-from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
+from adapmoe_lab.engine.executor import Decoder, Executor
+from adapmoe_lab.engine.generation import generate_tokens
 from adapmoe_lab.engine.memory_plan import MemoryPlan
 from adapmoe_lab.engine.prefetch.predictors import Predictor, predictors_of
 from adapmoe_lab.engine.resident_layer import resident_layer_s
+from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.engine.store.on_disk import save_store
 from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
-from adapmoe_lab.engine.transfer.link import NO_LINK, EmulatedLink
+from adapmoe_lab.engine.transfer.link import NO_LINK, EmulatedLink, Link
 from adapmoe_lab.models.checkpoint.checkpoint import HFModel
 from adapmoe_lab.models.families import MoELayer
 from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
-from adapmoe_lab.models.hooks.observing import Callback, observing_model
-from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, PrefetchTable, TunedConfig
+from adapmoe_lab.models.hooks.observing import observing_model
+from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, TunedConfig
 from adapmoe_lab.records.arguments import finite_number, one_string, whole_number
-from adapmoe_lab.records.hook_points import HookPoint
 
 
 class LabModel:
@@ -40,6 +40,8 @@ class LabModel:
         tokenizer: the model's tokenizer.
         spec: shape and identity of the model.
         engine: what serves the experts.
+        store: where all experts lie.
+        link: what they travel over.
         memory: what was planned to go where.
         config: the configuration in force.
     """
@@ -49,7 +51,9 @@ class LabModel:
         tokenizer: Any,
         spec: MoESpec,
         hook: ExpertsHook,
-        engine: HostDrivenExecutor,
+        engine: Executor,
+        store: ExpertStore,
+        link: Link,
         memory: MemoryPlan,
     ) -> None:
         """Take over a model whose experts the engine already serves; use `load` to make one."""
@@ -57,6 +61,8 @@ class LabModel:
         self.tokenizer = tokenizer
         self.spec = spec
         self.engine = engine
+        self.store = store
+        self.link = link
         self.memory = memory
         self.config = TunedConfig.untuned(spec)
         self._hook = hook
@@ -81,7 +87,7 @@ class LabModel:
             f"{spec.model_id}: {spec.family}, {spec.n_layers} layers x {spec.n_experts} experts, "
             f"top-{spec.top_k}, {spec.all_experts_bytes / 2**20:.1f} MiB of experts "
             f"in {spec.dtype}\n"
-            f"on {device_name(self.engine.device)}, link {self.engine.link.name}, "
+            f"on {device_name(self.engine.device)}, link {self.link.name}, "
             f"room for {slots} of {spec.n_layers * spec.n_experts} experts"
         )
 
@@ -104,14 +110,19 @@ class LabModel:
 
         Raises:
             RecordError: the config was tuned for another model.
-            ValueError: it was tuned for experts stored otherwise.
+            ValueError: it was tuned for experts stored otherwise, or the executor does not run it.
             RuntimeError: the model was closed.
         """
         self.engine.check_open()
+        self._check(config)
+        self.put_in_force(config)
+
+    def _check(self, config: TunedConfig) -> None:
+        """Refuse a config that is not for this model, or that its executor cannot run."""
         for part in parts_of_one_model(config):
             part.check_model(self.spec)
         check_precision(config, self.spec)
-        self.put_in_force(config)
+        self.engine.capabilities.check(config, self.spec.precision)
 
     def put_in_force(self, config: TunedConfig) -> None:
         """Run under a config that is known to be this model's; `apply` asks that first."""
@@ -120,21 +131,16 @@ class LabModel:
             predictors = ()
             if config.prefetch is not None:
                 predictors = self._kept_predictors(config.prefetch.fitted)
-            previous_pace = self.engine.step_costs
-            self.engine.step_costs = self._pace(config)
-            try:
-                self.engine.configure(
-                    config.gating,
-                    plan,
-                    config.eviction,
-                    config.compensation,
-                    config.prefetch,
-                    predictors,
-                )
-            except BaseException:
-                self.engine.step_costs = previous_pace
-                raise
-            self._watch(config.prefetch)
+            self.engine.configure(
+                config.gating,
+                plan,
+                config.eviction,
+                config.compensation,
+                config.prefetch,
+                predictors,
+                self._step_costs(config),
+            )
+            self._watch()
             self.config = config
 
     def predictors(self, fitted: Predictors | None = None) -> tuple[Predictor, ...]:
@@ -155,14 +161,15 @@ class LabModel:
             self._predictors = {key: found}  # of the last asked for only: they may be large
         return self._predictors[key]
 
-    def _pace(self, config: TunedConfig) -> StepPace:
-        """Return what steps are expected to take under a config; a virtual clock's user tells.
+    def _step_costs(self, config: TunedConfig) -> StepPace | None:
+        """Return what steps are expected to take under a config.
 
-        Without hardware in the config they are measured, once for the model.
+        Without hardware in the config they are measured, once for the model. None on a virtual
+        clock, whose user sets them.
         """
-        engine, hardware = self.engine, config.hardware
-        if isinstance(engine.clock, VirtualClock):
-            return engine.step_costs
+        hardware = config.hardware
+        if isinstance(self.engine.clock, VirtualClock):
+            return None
         if config.prefetch is None:
             return StepPace()
         if hardware is not None:
@@ -178,18 +185,12 @@ class LabModel:
         n_runs = sum(layer.n_runs for layer in self.layers)
         return resident_layer_s(self.hf, self.engine, n_runs)
 
-    def _watch(self, table: PrefetchTable | None) -> None:
-        """Tell the engine where forward passes begin and end, and what the table asks for."""
-        engine = self.engine
-        callbacks: dict[HookPoint, Callback] = {
-            HookPoint.TOKEN: lambda token_ids, _: engine.begin_pass(token_ids),
-            HookPoint.LAST_HIDDEN: engine.end_pass,
-        }
-        if table is not None and table.predicts_at(HookPoint.LAYER_OUTPUT):
-            callbacks[HookPoint.LAYER_OUTPUT] = engine.end_layer
+    def _watch(self) -> None:
+        """Show the engine what it wants to see of forward passes."""
         self._watching.close()
         self._watching = ExitStack()
-        self._watching.enter_context(observing_model(self.hf, self.layers, callbacks))
+        observed = observing_model(self.hf, self.layers, self.engine.callbacks)
+        self._watching.enter_context(observed)
 
     @contextmanager
     def running(self, config: TunedConfig | None = None) -> Iterator[Self]:
@@ -202,9 +203,7 @@ class LabModel:
             self.engine.check_open()
             previous = self.config
             if config is not None and config is not previous:
-                for part in parts_of_one_model(config):
-                    part.check_model(self.spec)
-                check_precision(config, self.spec)
+                self._check(config)
             try:
                 self.put_in_force(config if config is not None else previous)
                 yield self
@@ -253,7 +252,7 @@ class LabModel:
 
     def _emulated_link(self, target: LinkTarget | None) -> EmulatedLink:
         """Return the link if it can be made another one."""
-        link = self.engine.link
+        link = self.link
         if not isinstance(link, EmulatedLink):
             wanted = "No link" if target is None else repr(target.name)
             raise ValueError(
@@ -261,6 +260,10 @@ class LabModel:
                 "over a real link; load the model with device='cpu'."
             )
         return link
+
+    def decoder(self) -> Decoder:
+        """Return what decodes one sequence under the config in force; see `generate_tokens`."""
+        return self.engine.decoder(self.hf)
 
     def encode(self, text: str) -> torch.Tensor:
         """Return the token ids of a text, int64 [T].
@@ -294,20 +297,22 @@ class LabModel:
         stop = self.hf.generation_config.eos_token_id
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         with self._in_use:
-            produced = decode(
-                self.hf,
-                ids,
-                max_new_tokens,
-                temperature=temperature,
-                generator=torch.Generator().manual_seed(seed),
-                stop_ids=stop_ids,
+            produced = list(
+                generate_tokens(
+                    self.decoder(),
+                    ids,
+                    max_new_tokens,
+                    temperature=temperature,
+                    generator=torch.Generator().manual_seed(seed),
+                    stop_ids=stop_ids,
+                )
             )
         return self.tokenizer.decode([*ids.tolist(), *produced], skip_special_tokens=True)
 
     def save_experts(self, folder: str | Path) -> None:
         """Write the experts as they are stored, for `load(..., store=folder)` to reopen at once."""
         self.engine.check_open()
-        save_store(self.engine.store, Path(folder).expanduser(), self.spec.fingerprint())
+        save_store(self.store, Path(folder).expanduser(), self.spec.fingerprint())
 
     def detach(self) -> HFModel:
         """Give the experts back and return the plain transformers model; the handle is spent.
@@ -320,7 +325,7 @@ class LabModel:
             self._hook.detach()
             self.engine.release()
             for number in range(self.spec.n_layers):
-                weights = self.engine.store.fused(number, self.hf.dtype)
+                weights = self.store.fused(number, self.hf.dtype)
                 on_device = {name: t.to(self.hf.device) for name, t in weights.items()}
                 self._hook.give_weights(number, on_device)
             self.engine.close()

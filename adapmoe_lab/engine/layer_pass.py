@@ -44,6 +44,8 @@ class LayerGradient:
         keep: bool [T, K], which of them were run.
         contributions: weighted expert outputs [T, K, D], zero where nothing was run.
         gradient: of what was differentiated, with respect to their sum [T, D].
+        surrogate_contributions: what surrogates would give in each choice's place, weighted,
+            float32 [T, K, D]; None where there are none.
     """
 
     layer: int
@@ -53,3 +55,4 @@ class LayerGradient:
     keep: NDArray[np.bool_]
     contributions: torch.Tensor
     gradient: torch.Tensor
+    surrogate_contributions: torch.Tensor | None = None

@@ -15,6 +15,9 @@ from adapmoe_lab.records.arguments import described
 ExpertDtype = str | Sequence[Sequence[str]]
 """A precision for all experts, or one for each, [L][E]."""
 
+EXECUTORS = ("host", "graph")
+"""What may run the experts: the host layer by layer, or a captured CUDA graph per token."""
+
 
 def model_name(name: Any) -> str | Path:
     """Return what names a model: a hub id or `"demo"` as it is, a folder as a path.
@@ -92,6 +95,18 @@ def optional_text(argument: str, value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise ValueError(f"{argument} must be text or None, got {described(value)}.")
+
+
+def executor_name(name: Any) -> str:
+    """Return the name of an executor.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in EXECUTORS:
+        known = ", ".join(map(repr, EXECUTORS))
+        raise ValueError(f"executor={described(name)} is unknown; expected one of {known}.")
+    return name
 
 
 def check_function(argument: str, value: Any) -> None:

@@ -11,12 +11,15 @@ import torch
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import choose_device
+from adapmoe_lab.engine.executor import Executor
+from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_device
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.load_arguments import (
     ExpertDtype,
     check_function,
     dtype_name,
+    executor_name,
     expert_dtypes,
     model_name,
     optional_text,
@@ -25,6 +28,7 @@ from adapmoe_lab.engine.load_arguments import (
 )
 from adapmoe_lab.engine.memory_plan import memory_needs, plan_memory
 from adapmoe_lab.engine.store.builder import check_store, expert_formats, open_experts
+from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.engine.store.index import find_store
 from adapmoe_lab.engine.transfer.clock import Clock, RealClock
 from adapmoe_lab.engine.transfer.link import NO_LINK, CudaLink, EmulatedLink, Link
@@ -57,6 +61,7 @@ def load(
     batch_size: int = 1,
     link: str | None = None,
     clock: Clock | None = None,
+    executor: str = "host",
     announce: Callable[[str], None] = print,
 ) -> LabModel:
     """Load a Mixture-of-Experts model whose experts stay in host memory or on disk.
@@ -84,6 +89,9 @@ def load(
         link: on the CPU, the named target whose link is emulated (`data/targets.json`), `"none"`
             for no emulation, None for the default target. A GPU always uses its real link.
         clock: what time is read from; a `VirtualClock` makes runs exactly repeatable.
+        executor: what runs the experts: `"host"`, which runs everything, or `"graph"`, which
+            replays one captured CUDA graph per token: experts in bfloat16 and in pinned memory,
+            LRU, nothing skipped or prefetched.
         announce: is told the memory plan.
 
     Raises:
@@ -103,6 +111,7 @@ def load(
     for argument, size in (("expert_memory", expert_memory), ("host_memory", host_memory)):
         if size is not None:
             check_size(argument, size)
+    executor = executor_name(executor)
     check_function("announce", announce)
     if config is not None and expert_memory is not None:
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
@@ -123,6 +132,9 @@ def load(
     spec = describe(checkpoint.model, formats)
     if config is not None:
         check_precision(config, spec)
+    if executor == "graph":
+        check_device(where)
+        CAPABILITIES.check(config or TunedConfig.untuned(spec), spec.precision)
     plan = plan_memory(
         spec,
         memory_needs(checkpoint.model, spec.top_k, where, max_context_tokens, batch_size),
@@ -149,9 +161,11 @@ def load(
         hook = ExpertsHook(hf, layers)
         routers = [layer.router for layer in layers]
         crossed = _link_without_delay(where, clock)
-        engine = HostDrivenExecutor(experts, crossed, clock, where, hf.dtype, routers)
+        host = HostDrivenExecutor(experts, crossed, clock, where, hf.dtype, routers)
+        context_tokens = plan.needs.context_tokens
+        engine = _graph(host, experts, spec, context_tokens) if executor == "graph" else host
         hook.attach(engine)
-        model = LabModel(tokenizer, spec, hook, engine, plan)
+        model = LabModel(tokenizer, spec, hook, engine, experts, crossed, plan)
         if target is not None:
             model.emulate_link(target)
         model.put_in_force(config if config is not None else replace(model.config, plan=plan.slots))
@@ -159,6 +173,15 @@ def load(
         experts.close()
         raise
     return model
+
+
+def _graph(
+    host: HostDrivenExecutor, store: ExpertStore, spec: MoESpec, context_tokens: int
+) -> Executor:
+    """Return the graph-captured executor; only it needs triton."""
+    from adapmoe_lab.engine.graph.executor import GraphExecutor
+
+    return GraphExecutor(host, store, spec.top_k, context_tokens)
 
 
 def _check_shape(config: TunedConfig, model: MetaModel) -> None:

@@ -7,25 +7,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from adapmoe_lab.engine.generation import decode
-from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
+from adapmoe_lab.engine.executor import Executor
+from adapmoe_lab.engine.generation import generate_tokens
 
 PROMPT_TOKENS = 8
 
 
-def decode_step_times(
-    hf: nn.Module, engine: HostDrivenExecutor, n_steps: int
-) -> NDArray[np.float64]:
+def decode_step_times(hf: nn.Module, engine: Executor, n_steps: int) -> NDArray[np.float64]:
     """Return the seconds of `n_steps` decode steps after a short fixed prompt."""
-    stamps: list[float] = []
-    prompt = torch.arange(PROMPT_TOKENS)
-    decode(hf, prompt, n_steps + 1, after_step=lambda _: stamps.append(engine.clock.now()))
-    return np.diff(stamps)
+    tokens = generate_tokens(engine.decoder(hf), torch.arange(PROMPT_TOKENS), n_steps + 1)
+    return np.diff([engine.clock.now() for _ in tokens])
 
 
-def resident_layer_s(
-    hf: nn.Module, engine: HostDrivenExecutor, n_runs: int, n_steps: int = 24
-) -> float:
+def resident_layer_s(hf: nn.Module, engine: Executor, n_runs: int, n_steps: int = 24) -> float:
     """Return the median seconds of one decode layer that finds and runs every expert it needs.
 
     `n_runs` is how many layers with experts a forward pass runs, one run again counted again.

@@ -21,7 +21,7 @@ def measurement_conditions(model: LabModel) -> dict[str, Any]:
         "precision": model.spec.precision.fingerprint(),
         "experts_by_precision": model.spec.precision.counts,
         "device": device_name(model.engine.device),
-        "link": model.engine.link.name,
+        "link": model.link.name,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

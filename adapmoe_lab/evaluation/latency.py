@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from adapmoe_lab.engine.generation import decode
-from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
+from adapmoe_lab.engine.executor import Executor
+from adapmoe_lab.engine.generation import generate_tokens
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
@@ -32,13 +32,13 @@ class _Phase:
 
 
 class _Stopwatch:
-    """Splits a run into its prefill and decode steps; telling others about it is not timed."""
+    """Splits a run into its prefill and decode steps; reporting it is not timed."""
 
-    def __init__(self, engine: HostDrivenExecutor, tell: Callable[[int], None]) -> None:
+    def __init__(self, engine: Executor, report: Callable[[int], None]) -> None:
         self.phases = (_Phase(), _Phase())
         self.per_token: list[float] = []
         self._engine = engine
-        self._tell = tell
+        self._report = report
         self.start()
 
     def start(self) -> None:
@@ -48,7 +48,7 @@ class _Stopwatch:
     def lap(self, step: int) -> None:
         seconds = self._engine.clock.now() - self._started
         self._laps.append((seconds, self._engine.traffic - self._before))
-        self._tell(step)
+        self._report(step)
         self._mark()
 
     def keep(self) -> None:
@@ -106,20 +106,20 @@ def measure_latency(
     encoded = [model.encode(text)[:max_prompt_tokens] for text in texts]
     if not encoded or any(not len(ids) for ids in encoded):
         raise ValueError("Latency needs at least one prompt, none of them empty.")
-    engine = model.engine
     runs = [encoded[0], *encoded * repeats]
     n_steps = len(runs) * new_tokens
 
-    def tell(step: int) -> None:
+    def report(step: int) -> None:
         if progress is not None:
             progress(number * new_tokens + step + 1, n_steps, "measuring latency")
 
     with model.running(config):
-        watch = _Stopwatch(engine, tell)
+        watch = _Stopwatch(model.engine, report)
         for number, prompt in enumerate(runs):
             for _ in range(MAX_TRIES):
                 watch.start()
-                decode(model.hf, prompt, new_tokens, after_step=watch.lap)
+                for step, _ in enumerate(generate_tokens(model.decoder(), prompt, new_tokens)):
+                    watch.lap(step)
                 if was_disturbed is None or not was_disturbed():
                     break
             else:

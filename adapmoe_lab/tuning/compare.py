@@ -163,10 +163,10 @@ def run_bench(
     for target in links:
         load_ratio = target.load_ratio if target is not None else None
         with nullcontext() if is_real else model.linked(target):
-            say(f"Measuring decode over {model.engine.link.name}, {rounds} rounds.")
+            say(f"Measuring decode over {model.link.name}, {rounds} rounds.")
             reports = _interleaved(model, [plain, *configs], held, new_tokens, rounds)
             samples += [
-                {"link": model.engine.link.name, "decode_s": report.decode.samples.tolist()}
+                {"link": model.link.name, "decode_s": report.decode.samples.tolist()}
                 for report in reports
             ]
             for asked, report, loss in zip(fractions, reports[1:], losses, strict=True):
@@ -240,7 +240,7 @@ def _row(
 ) -> BenchRow:
     skipped = gated.decode_traffic.skipped_fraction
     return BenchRow(
-        link=model.engine.link.name,
+        link=model.link.name,
         load_ratio=load_ratio,
         requested_fraction=requested_fraction,
         skipped_fraction=skipped,

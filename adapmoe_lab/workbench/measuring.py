@@ -57,7 +57,7 @@ class Measuring:
             "hit_rate": traffic.hit_rate,
             "skipped_fraction": traffic.skipped_fraction,
             "experts_per_token": (1 - traffic.skipped_fraction) * self._model.spec.top_k,
-            "link": self._model.engine.link.name,
+            "link": self._model.link.name,
         }
 
     def loss(self, config: TunedConfig, progress: Progress) -> dict[str, Any]:

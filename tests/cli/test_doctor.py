@@ -61,7 +61,7 @@ def test_what_it_says_of_a_model_is_what_is_then_taken(model_type, precision, tm
     meta_model = look_at_model(folder)
     (fit,) = [f for f in fits(meta_model, examine()) if f.precision == precision]
     model = load(folder, expert_dtype=precision, device="cpu", link="none")
-    assert fit.all_experts_bytes == pytest.approx(model.engine.store.n_bytes, rel=0.05)
+    assert fit.all_experts_bytes == pytest.approx(model.store.n_bytes, rel=0.05)
     assert fit.expert_bytes == pytest.approx(model.spec.stored_expert_bytes, rel=0.05)
     others = {id(t): t for t in (*model.hf.parameters(), *model.hf.buffers())}.values()
     taken = sum(t.numel() * t.element_size() for t in others)

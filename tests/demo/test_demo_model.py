@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import decode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapmoe_lab.assets import data_folder, demo_folder, text_folder
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.evaluation.harness import evaluate
 from adapmoe_lab.policies.allocation.slots import slots_plan

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import decode
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,6 @@ from transformers import (
 )
 
 from adapmoe_lab.demo.train import main
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.models.demo_architecture import (
     FAMILIES,

@@ -7,9 +7,8 @@ import weakref
 import psutil
 import pytest
 import torch
-from runs import PROMPT, half_cached
+from runs import PROMPT, decode, half_cached
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.records import TunedConfig
 
 
@@ -35,7 +34,7 @@ def test_closing_gives_back_experts_and_slots(load_tiny, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     model = half_cached(load_tiny(**arguments))
     decode(model.hf, model.encode(PROMPT), 2)
-    parts = [model.engine.store.buffer(0, 0).untyped_storage(), *model.engine.cached._slots]
+    parts = [model.store.buffer(0, 0).untyped_storage(), *model.engine._cached._slots]
     held = [weakref.ref(part) for part in parts]
     del parts
     gc.collect()
@@ -62,7 +61,7 @@ def test_a_model_that_nothing_refers_to_is_gone(load_tiny):
     threads = threading.active_count()
     model = half_cached(load_tiny())
     decode(model.hf, model.encode(PROMPT), 2)
-    gone = [weakref.ref(part) for part in (model, model.hf, model.engine, model.engine.store)]
+    gone = [weakref.ref(part) for part in (model, model.hf, model.engine, model.store)]
     del model
     gc.collect()
     assert [part() for part in gone] == [None] * 4

@@ -32,7 +32,7 @@ def load_on_disk(folder, **arguments):
     """Load with host memory for half the experts, all of it slots unless told otherwise."""
     options = {"host_memory": "60%", "dtype": "float32", "device": "cpu", "link": "none"}
     model = load(folder, **{**options, **arguments})
-    assert isinstance(model.engine.store, DiskStore)
+    assert isinstance(model.store, DiskStore)
     return model
 
 
@@ -49,18 +49,18 @@ def test_it_equals_the_model_in_memory(folder, expert_memory):
 
 def test_rows_are_kept_within_the_budget(folder):
     model = load_on_disk(folder, host_memory="84%", expert_memory="42%")
-    reads, write = [], model.engine.store._write
-    model.engine.store._write = lambda *args: (reads.append(args[:2]), write(*args))
+    reads, write = [], model.store._write
+    model.store._write = lambda *args: (reads.append(args[:2]), write(*args))
     for _ in range(3):
-        model.engine.store.buffer(0, 1)
+        model.store.buffer(0, 1)
     assert reads == [(0, 1)]
     for expert in range(4):
         for layer in range(3):
-            model.engine.store.buffer(layer, expert)
+            model.store.buffer(layer, expert)
     assert len(reads) == 12  # the first was still there
-    model.engine.store.buffer(0, 1)
+    model.store.buffer(0, 1)
     assert len(reads) == 13  # and has left since
-    assert model.engine.store._used_bytes <= model.engine.store._cache_bytes
+    assert model.store._used_bytes <= model.store._cache_bytes
 
 
 def flip_a_bit(folder, layer, expert):

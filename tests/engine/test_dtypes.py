@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import save_tiny_mixtral
+from runs import decode
 from stand_ins import compensate, random_surrogates
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
 from adapmoe_lab.policies.allocation.slots import slots_plan
@@ -96,7 +96,7 @@ def test_what_replaces_skipped_experts_is_that_of_the_formula(tiny_checkpoint, w
 def test_fetching_ahead_changes_no_token(tiny_checkpoint, texts, kind, way):
     model = loaded(tiny_checkpoint, clock=VirtualClock())
     model.engine.step_costs = StepPace(dense_layer_s=2**-8, expert_s=2**-11, head_s=2**-9)
-    model.engine.link.bytes_per_s = model.spec.stored_expert_bytes / 2**-9
+    model.link.bytes_per_s = model.spec.stored_expert_bytes / 2**-9
     fitted = fit_predictors(model, texts) if kind == "fitted" else None
     if way == "cast":
         model.hf.half()

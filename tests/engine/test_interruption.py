@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from runs import PROMPT, half_cached, reference_text
+from runs import PROMPT, decode, half_cached, reference_text
 
-from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.host_driven import combine
 
 
 class Stop(BaseException):
@@ -42,31 +43,26 @@ class FailingLink:
 def test_a_broken_transfer(load_tiny, at, method):
     model = half_cached(load_tiny())
     expected = reference_text(load_tiny)
-    whole = model.engine.cached._link
-    model.engine.cached._link = FailingLink(whole, at, method)
+    whole = model.engine._cached._link
+    model.engine._cached._link = FailingLink(whole, at, method)
     with pytest.raises(Stop):
         decode(model.hf, model.encode(PROMPT), 24)
-    model.engine.cached._link = whole
+    model.engine._cached._link = whole
     assert decode(model.hf, model.encode(PROMPT), 24) == expected
 
 
 @pytest.mark.parametrize("at_step", [0, 1, 7])
 def test_an_interrupt_between_tokens(load_tiny, at_step):
     model = half_cached(load_tiny())
-
-    def stop(step):
-        if step == at_step:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        decode(model.hf, model.encode(PROMPT), 24, after_step=stop)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 the interrupt comes between two tokens
+        for step, _ in enumerate(generate_tokens(model.decoder(), model.encode(PROMPT), 24)):
+            if step == at_step:
+                raise KeyboardInterrupt
     assert decode(model.hf, model.encode(PROMPT), 24) == reference_text(load_tiny)
 
 
 @pytest.mark.parametrize("at", [1, 4, 9])
 def test_an_exception_while_an_expert_computes(load_tiny, monkeypatch, at):
-    from adapmoe_lab.engine.host_driven import combine
-
     model, calls, run = half_cached(load_tiny()), [], combine.run_expert
 
     def run_or_fail(*arguments):
@@ -89,4 +85,4 @@ def test_a_config_is_restored_when_its_block_fails(load_tiny):
     assert model.config is before
     with pytest.raises(Stop), model.engine.reading_store(), torch.no_grad():
         raise Stop
-    assert model.engine._source is model.engine.cached
+    assert model.engine._source is model.engine._cached

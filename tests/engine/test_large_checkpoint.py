@@ -115,7 +115,7 @@ finally:
     watcher.join()
 torch.save(logits, work / "logits.pt")
 print(json.dumps({"start": start, "loading_peak": loading_peak, "peak": peak, "seconds": seconds,
-                  "slot_bytes": model.memory.slot_bytes, "store": type(model.engine.store).__name__,
+                  "slot_bytes": model.memory.slot_bytes, "store": type(model.store).__name__,
                   "weights": model.memory.needs.weights}))
 """
 

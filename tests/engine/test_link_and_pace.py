@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import PROMPT, half_cached
+from runs import PROMPT, decode, half_cached
 
 from adapmoe_lab.engine import lab_model
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import known_targets, link_target
 from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
@@ -50,23 +49,23 @@ def paced_probe(monkeypatch):
 
 def test_a_model_is_linked_for_a_while_and_then_as_before(load_tiny, target, paced_probe):
     model = load_tiny()
-    before = state(model.engine.link)
+    before = state(model.link)
     with model.linked(target) as linked:
         assert linked is model
-        name, bytes_per_s, _ = state(model.engine.link)
+        name, bytes_per_s, _ = state(model.link)
         assert name == f"emulated:{target.name}"
         load_s = model.spec.stored_expert_bytes / bytes_per_s
         assert load_s == pytest.approx(MEASURED_S * target.load_ratio)
         with model.linked(None):
-            assert state(model.engine.link) == ("none", float("inf"), 0.0)
-        assert model.engine.link.name == name
-    assert state(model.engine.link) == before
+            assert state(model.link) == ("none", float("inf"), 0.0)
+        assert model.link.name == name
+    assert state(model.link) == before
 
 
 @pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_the_link_as_before(load_tiny, target, paced_probe, monkeypatch, stop):
     model = load_tiny(link=target.name)
-    before = state(model.engine.link)
+    before = state(model.link)
     with pytest.raises(stop), model.linked(None):
         raise stop
 
@@ -76,12 +75,12 @@ def test_an_error_leaves_the_link_as_before(load_tiny, target, paced_probe, monk
     monkeypatch.setattr(lab_model, "resident_layer_s", stopped)
     with pytest.raises(stop), model.linked(target):
         pytest.fail("the link was not measured")
-    assert state(model.engine.link) == before
+    assert state(model.link) == before
 
 
 def test_without_a_link_loads_take_no_time(load_tiny):
     model = half_cached(load_tiny(clock=VirtualClock()))
-    model.engine.link.emulate("emulated:slow", bytes_per_s=1.0)
+    model.link.emulate("emulated:slow", bytes_per_s=1.0)
     ids = model.encode(PROMPT)
     with model.linked(None):
         decode(model.hf, ids, 4)
@@ -101,13 +100,13 @@ def test_a_link_is_as_fast_whatever_config_is_in_force(load_tiny, target):
     model = load_tiny(clock=VirtualClock())
     model.engine.step_costs = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
     with model.linked(target):
-        plain = state(model.engine.link)
+        plain = state(model.link)
     skipping = GatingTable.per_layer([0.0] * 3, top_k=2)
     model.apply(replace(TunedConfig.untuned(model.spec), gating=skipping))
     decode(model.hf, model.encode(PROMPT), 4)
     before, seen = model.engine.traffic.to_json(), []
     with observing(model, {HookPoint.EXPERTS_OUTPUT: seen.append}), model.linked(target):
-        assert state(model.engine.link) == (plain[0], pytest.approx(plain[1]), plain[2])
+        assert state(model.link) == (plain[0], pytest.approx(plain[1]), plain[2])
     assert (model.engine.traffic.to_json(), seen) == (before, [])
 
 
@@ -131,7 +130,7 @@ def test_step_costs_are_those_of_the_config_that_is_applied(load_tiny, paced_pro
         assert model.engine.step_costs.load_s(1000) == hardware.load_s(1000)
         model.apply(prefetching(model))
         assert model.engine.step_costs == measured
-        assert model.engine.cached.prefetcher.step_costs == measured
+        assert model.engine._cached.prefetcher.step_costs == measured
     gating = GatingTable.per_layer([OFF] * 3, top_k=2)
     with model.running(replace(prefetching(model, fast), gating=gating)):
         assert model.engine.step_costs.dense_layer_s == pytest.approx(2e-3)

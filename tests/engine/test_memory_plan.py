@@ -143,7 +143,7 @@ def test_a_wrong_size_is_named_by_its_argument(plan):
 def test_a_config_without_a_plan_keeps_the_slots_the_model_was_loaded_with():
     model = load("demo", link="none", expert_memory="40%", announce=lambda _: None)
     with model.running(TunedConfig.untuned(model.spec)):
-        slots = model.engine.cached.plan.slots.tolist()
+        slots = model.engine.plan.slots.tolist()
     assert slots == model.memory.slots.slots.tolist()
     assert max(slots) < 8
 
@@ -165,4 +165,4 @@ def test_slots_that_do_not_fit_leave_the_model_as_it_was(monkeypatch):
         raise AssertionError("it must not run")
     assert model.config is before
     assert model.engine.gating is gating
-    assert model.engine.cached.plan is before.plan
+    assert model.engine.plan is before.plan

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import PROMPT
+from runs import PROMPT, decode
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.policies.allocation.slots import slots_plan
@@ -37,7 +36,7 @@ def config_for(model, n_slots=2):
 @pytest.mark.parametrize("n_slots", [0, 1, 2])
 def test_predicted_bytes_are_those_that_cross_the_link(load_mixed, n_slots):
     model = load_mixed(clock=VirtualClock())
-    assert model.spec.all_experts_bytes == model.engine.store.n_bytes
+    assert model.spec.all_experts_bytes == model.store.n_bytes
     config, recorder = config_for(model, n_slots), RoutingRecorder(model)
     with model.running(config), recorder.recording():
         decode(model.hf, model.encode(PROMPT)[:1], 40)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from replays import step_by_step
+from runs import decode
 from transformers import AutoModelForCausalLM
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.models.families import Router, UnsupportedModelError
@@ -124,10 +124,11 @@ def test_an_observer_sees_what_was_computed(load_tiny):
 
 
 def test_scores_that_cannot_be_had_are_refused_before_anything_runs(load_tiny):
-    engine = load_tiny().engine
+    model = load_tiny()
+    engine = model.engine
     router = Router(torch.nn.Linear(4, 4), 4, reads_experts_input=False)
     other = HostDrivenExecutor(
-        engine.store, engine.link, engine.clock, engine.device, torch.float32, [router] * 3
+        model.store, model.link, engine.clock, engine.device, torch.float32, [router] * 3
     )
     plan = slots_plan(load_tiny().spec, 2)
     with pytest.raises(UnsupportedModelError, match="'router_average' reads the router's scores"):

@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import PROMPT
+from runs import PROMPT, decode
 from tiny_models import save_tiny
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.transfer.clock import RealClock, StepPace, VirtualClock
 from adapmoe_lab.engine.transfer.link import EmulatedLink
@@ -35,7 +34,7 @@ def following(spec, sources, fitted=None, buffer_slots=3):
 def quick_link(model):
     """Let a virtual clock and link leave time between layers for two experts."""
     model.engine.step_costs = PACE
-    model.engine.link.bytes_per_s = model.spec.stored_expert_bytes / 2**-9
+    model.link.bytes_per_s = model.spec.stored_expert_bytes / 2**-9
     return model
 
 
@@ -80,8 +79,8 @@ def test_fitted_predictors_are_followed_as_they_were_recorded(load_tiny, texts):
         trace, kept_experts(trace, None), slots_plan(model.spec, 1), "lru", candidates
     )
     costs = StepCosts.of(
-        model.engine.store.expert_bytes,
-        model.engine.link.seconds,
+        model.store.expert_bytes,
+        model.link.seconds,
         dense_layer_s=PACE.dense_layer_s,
         expert_s=PACE.expert_s,
         head_s=PACE.head_s,
@@ -95,7 +94,7 @@ def test_fitted_predictors_are_followed_as_they_were_recorded(load_tiny, texts):
 
 def test_demands_are_counted_exactly_in_real_time(load_tiny):
     model = load_tiny(clock=RealClock())
-    model.engine.link.bytes_per_s = model.spec.stored_expert_bytes / 1e-4
+    model.link.bytes_per_s = model.spec.stored_expert_bytes / 1e-4
     recorder = RoutingRecorder(model)
     with model.running(with_slots(model, 2)):
         with recorder.recording():

@@ -45,7 +45,7 @@ def test_it_reopens_as_it_was(tiny_checkpoint, tmp_path, expert_dtype):
     expected = load_with(tiny_checkpoint, None, expert_dtype=expert_dtype)
     load_with(tiny_checkpoint, tmp_path / "experts", expert_dtype=expert_dtype)
     reopened = load_with(tiny_checkpoint, tmp_path / "experts", expert_memory="80%")
-    assert isinstance(reopened.engine.store, PreparedStore)
+    assert isinstance(reopened.store, PreparedStore)
     assert reopened.spec.expert_bytes == expected.spec.expert_bytes
     assert reopened.spec.dtype == expected.spec.dtype
     assert torch.equal(reopened.hf(IDS).logits, expected.hf(IDS).logits)
@@ -233,7 +233,7 @@ def test_the_index_is_read_once(tiny_checkpoint, prepared, monkeypatch):
 
 def test_an_interrupt_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypatch):
     model = load_with(tiny_checkpoint, None)
-    row, left = model.engine.store.row, 5
+    row, left = model.store.row, 5
 
     def interrupted(layer, expert):
         nonlocal left
@@ -242,7 +242,7 @@ def test_an_interrupt_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypat
             raise KeyboardInterrupt
         return row(layer, expert)
 
-    monkeypatch.setattr(model.engine.store, "row", interrupted)
+    monkeypatch.setattr(model.store, "row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.save_experts(tmp_path / "experts")
     assert list(tmp_path.iterdir()) == []
@@ -278,7 +278,7 @@ def test_what_another_model_prepared_meanwhile_is_refused(tiny_checkpoint, tmp_p
 
 
 def test_of_two_saves_at_once_the_first_to_end_stays(tiny_checkpoint, tmp_path):
-    store, folder = load_with(tiny_checkpoint, None).engine.store, tmp_path / "experts"
+    store, folder = load_with(tiny_checkpoint, None).store, tmp_path / "experts"
 
     def save_another(_):
         if not folder.exists():

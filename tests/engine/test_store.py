@@ -49,7 +49,7 @@ def test_what_is_computed_is_what_is_stored(tiny_checkpoint, names, n_slots, bro
 
 def break_a_copy(model, number):
     """Let the given copy fail once; a forward that needs fewer copies succeeds."""
-    link, copy = model.engine.link, model.engine.link.copy
+    link, copy = model.link, model.link.copy
     left = number
 
     def failing(source, target):
@@ -77,7 +77,7 @@ def test_every_precision_is_close_to_the_unmodified_model(tiny_checkpoint, name)
     most = {"float32": 1e-5, "bfloat16": 0.06, "float16": 0.01, "int8": 0.06, "int4": 0.35}
     assert error <= most.get(name, 1.2)
     assert model.spec.dtype == name
-    assert model.spec.stored_expert_bytes == model.engine.store.slot_bytes(0)
+    assert model.spec.stored_expert_bytes == model.store.slot_bytes(0)
 
 
 def test_bytes_moved_are_those_of_each_expert(tiny_checkpoint):
@@ -86,8 +86,8 @@ def test_bytes_moved_are_those_of_each_expert(tiny_checkpoint):
         tiny_checkpoint, dtype="float32", expert_dtype=precisions, device="cpu", link="none"
     )
     assert model.spec.dtype == "3 x float32, 3 x int4, 3 x int8, 3 x mxfp4"
-    assert model.spec.all_experts_bytes == model.engine.store.n_bytes
-    sizes = model.engine.store.expert_bytes
+    assert model.spec.all_experts_bytes == model.store.n_bytes
+    sizes = model.store.expert_bytes
     assert (np.diff(sizes, axis=1) < 0).all()
     assert model.config.plan.slot_bytes.tolist() == [sizes[0, 0]] * L
     model.hf(IDS)
@@ -100,7 +100,7 @@ def test_rows_are_aligned_and_do_not_overlap(tiny_checkpoint):
     model = load(
         tiny_checkpoint, dtype="float32", expert_dtype=precisions, device="cpu", link="none"
     )
-    store = model.engine.store
+    store = model.store
     for layer in range(L):
         rows = [store.buffer(layer, expert) for expert in range(E)]
         starts = [row.data_ptr() - rows[0].data_ptr() for row in rows]

@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import PROMPT, half_cached
+from runs import PROMPT, decode, half_cached
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
@@ -38,7 +37,7 @@ from adapmoe_lab.simulation.timing.timeline import StepCosts, run_timeline
 
 
 def paced(model, bytes_per_s):
-    model.engine.link.bytes_per_s = bytes_per_s
+    model.link.bytes_per_s = bytes_per_s
     return model
 
 
@@ -207,8 +206,8 @@ def run_and_replay(model, config, run, **asking):
     keep = kept_experts(trace, config.gating)
     replayed = replay(trace, keep, config.plan, config.eviction, candidates)
     costs = StepCosts.of(
-        engine.store.expert_bytes,
-        engine.link.seconds,
+        model.store.expert_bytes,
+        model.link.seconds,
         dense_layer_s=pace.dense_layer_s,
         expert_s=np.array(pace.expert_s),
         head_s=pace.head_s,

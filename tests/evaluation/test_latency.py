@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import PROMPT, half_cached
+from runs import PROMPT, decode, half_cached
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.evaluation.latency import measure_latency

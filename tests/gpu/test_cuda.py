@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from replays import step_by_step
-from runs import PROMPT, half_cached
+from runs import PROMPT, decode, half_cached
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.cli.doctor import examine
-from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.generation import generate_tokens
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.transfer.clock import RealClock
 from adapmoe_lab.engine.transfer.link import CudaLink
@@ -103,10 +103,8 @@ def test_pieces_fill_the_time_that_is_expected_to_be_quiet_and_no_more():
 
 
 def test_experts_are_pinned_and_slots_are_on_the_device(demo):
-    assert isinstance(demo.engine.link, CudaLink)
-    assert all(
-        demo.engine.store.buffer(*number).is_pinned() for number in demo.engine.store.numbers()
-    )
+    assert isinstance(demo.link, CudaLink)
+    assert all(demo.store.buffer(*number).is_pinned() for number in demo.store.numbers())
     assert not any(parameter.numel() for parameter in demo.layers[0].experts.parameters())
     allocated = torch.cuda.memory_allocated()
     demo.apply(config_with(demo, 2))
@@ -134,13 +132,10 @@ def test_an_interrupt_leaves_it_exact(demo):
     demo.apply(config_with(demo, 8))
     expected = decode(demo.hf, demo.encode(PROMPT), 24)
     half_cached(demo)
-
-    def stop(step):
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        decode(demo.hf, demo.encode(PROMPT), 24, after_step=stop)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 the interrupt comes between two tokens
+        for step, _ in enumerate(generate_tokens(demo.decoder(), demo.encode(PROMPT), 24)):
+            if step == 5:
+                raise KeyboardInterrupt
     assert decode(demo.hf, demo.encode(PROMPT), 24) == expected
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from runs import decode
 
-from adapmoe_lab.engine.generation import decode
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.store.expert_store import DiskStore
 from adapmoe_lab.records.files import CACHE_VARIABLE
@@ -29,8 +29,8 @@ def logits(model):
 def test_packed_experts_equal_those_on_the_cpu(precision):
     on_cpu = load("demo", device="cpu", dtype="float32", expert_dtype=precision, link="none")
     on_gpu = loaded(expert_dtype=precision, expert_memory="50%")
-    for number in on_cpu.engine.store.numbers():
-        cpu, gpu = (model.engine.store.buffer(*number).float() for model in (on_cpu, on_gpu))
+    for number in on_cpu.store.numbers():
+        cpu, gpu = (model.store.buffer(*number).float() for model in (on_cpu, on_gpu))
         assert (cpu != gpu).float().mean() < 0.01, "packing differs by more than rounding"
     torch.testing.assert_close(logits(on_gpu), logits(on_cpu), rtol=0.02, atol=0.05)
     short = on_gpu.encode(PROMPT)
@@ -41,7 +41,7 @@ def test_the_disk_tier_is_exact(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     expected = logits(loaded())
     model = loaded(host_memory="10MiB", expert_memory="50%")
-    assert isinstance(model.engine.store, DiskStore)
+    assert isinstance(model.store, DiskStore)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
 
 
@@ -49,15 +49,15 @@ def test_a_prepared_store_is_exact_and_pinned(tmp_path):
     expected = logits(loaded(expert_dtype="int4"))
     loaded(expert_dtype="int4", store=tmp_path / "experts")
     model = loaded(store=tmp_path / "experts", expert_memory="50%")
-    assert model.engine.store.buffer(0, 0).is_pinned()
+    assert model.store.buffer(0, 0).is_pinned()
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
 
 
 def test_closing_unpins(tmp_path):
     model = loaded()
-    row = model.engine.store.buffer(0, 0)
+    row = model.store.buffer(0, 0)
     assert row.is_pinned()
-    model.engine.store.close()
+    model.store.close()
     assert not row.is_pinned()
 
 

@@ -8,7 +8,7 @@ import pytest
 from checkpoints import save_tiny_mixtral
 from runs import PROMPT, half_cached
 
-from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.generation import generate_tokens
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.prefetch.predictors import NextRouter, OwnNorm
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
@@ -28,8 +28,8 @@ def virtual(load_tiny, **arguments):
     """Return a model on a virtual machine that takes `COSTS` and loads an expert in `LOAD_S`."""
     model = load_tiny(clock=VirtualClock(), **arguments)
     model.engine.step_costs = COSTS
-    model.engine.link.name = "emulated:virtual"
-    model.engine.link.bytes_per_s = model.spec.stored_expert_bytes / LOAD_S
+    model.link.name = "emulated:virtual"
+    model.link.bytes_per_s = model.spec.stored_expert_bytes / LOAD_S
     return model
 
 
@@ -40,7 +40,7 @@ def test_it_finds_the_costs_of_a_virtual_machine(load_tiny, expert_memory):
     assert hardware.dense_step_s == pytest.approx(model.spec.n_layers * COSTS.dense_layer_s)
     assert hardware.expert_s == pytest.approx(COSTS.expert_s)
     assert hardware.load_s(model.spec.stored_expert_bytes) == pytest.approx(LOAD_S)
-    assert hardware.link_bytes_per_s == pytest.approx(model.engine.link.bytes_per_s)
+    assert hardware.link_bytes_per_s == pytest.approx(model.link.bytes_per_s)
     assert hardware.miss_s == pytest.approx(0, abs=1e-12)
     asked = hardware.gate_s, hardware.predict_s, hardware.gated_predict_s
     asked += hardware.predict_overhead_s, hardware.predict_output_overhead_s
@@ -80,14 +80,10 @@ def test_from_it_the_time_of_a_virtual_run_is_predicted(load_tiny):
     model = virtual(load_tiny)
     hardware = probe_hardware(model, n_steps=8, rounds=2)
     half_cached(model)
-    recorder, stamps = RoutingRecorder(model), []
+    recorder = RoutingRecorder(model)
     with recorder.recording():
-        decode(
-            model.hf,
-            model.encode(PROMPT)[:1],
-            30,
-            after_step=lambda _: stamps.append(model.engine.clock.now()),
-        )
+        tokens = generate_tokens(model.decoder(), model.encode(PROMPT)[:1], 30)
+        stamps = [model.engine.clock.now() for _ in tokens]
     predicted = simulate(recorder.trace(), model.config, hardware, warmup_tokens=1)
     assert predicted.ms_per_token == pytest.approx(1e3 * np.diff(stamps).mean())
 
@@ -107,7 +103,7 @@ def test_it_uses_the_memory_that_was_given_and_restores_the_configuration(load_t
     assert all((slots <= model.memory.slots.slots).all() for slots in used)
     assert model.config is config
     assert model.engine.gating is gating
-    assert model.engine.cached.plan is config.plan
+    assert model.engine.plan is config.plan
     assert hardware.link == "none"
 
 
@@ -159,4 +155,4 @@ def test_the_demo_is_probed_in_twenty_seconds():
     hardware = probe_hardware(model)
     assert time.monotonic() - start < 20
     assert hardware.is_emulated
-    assert hardware.link_bytes_per_s == pytest.approx(model.engine.link.bytes_per_s, rel=0.1)
+    assert hardware.link_bytes_per_s == pytest.approx(model.link.bytes_per_s, rel=0.1)

@@ -75,5 +75,5 @@ def test_an_emulated_link_is_held_against_one_run_of_a_layer(folder):
     model.engine.step_costs = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
     model.emulate_link(target)
     one_layer_s = 1e-3 + 2 * 1e-4
-    load_s = model.spec.stored_expert_bytes / model.engine.link.bytes_per_s
+    load_s = model.spec.stored_expert_bytes / model.link.bytes_per_s
     assert load_s == pytest.approx(target.load_ratio * one_layer_s)

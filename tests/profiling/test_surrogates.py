@@ -76,7 +76,7 @@ def test_linear_experts_are_recovered_exactly(tmp_path, bytes_of_text):
         torch.testing.assert_close(model.hf(ids).logits, expected, rtol=1e-3, atol=1e-3)
         assert without > 0.05
     assert np.abs(surrogates.gain).max() < 1e-3
-    store = model.engine.store
+    store = model.store
     for expert in range(8):
         weights = store.views(0, expert, store.buffer(0, expert))
         product = weights["down_proj"] @ weights["up_proj"]
@@ -177,7 +177,7 @@ def test_gradients_are_those_of_the_unmodified_model(tiny_checkpoint, load_tiny,
 def test_it_is_the_same_from_memory_and_from_disk(load_tiny, texts, tmp_path, monkeypatch, dtype):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     on_disk = load_tiny(host_memory="60%", dtype=dtype)
-    assert isinstance(on_disk.engine.store, DiskStore)
+    assert isinstance(on_disk.store, DiskStore)
     fitted = [
         fit_surrogates(model, texts, rank=4, gradient_weighted=True)
         for model in (load_tiny(dtype=dtype), on_disk)
@@ -195,7 +195,7 @@ def test_cache_gating_and_compensation_play_no_part(load_tiny, texts):
     again = fit_surrogates(model, texts, rank=2)
     assert again.fingerprint() == fitted.fingerprint()
     assert model.config is config
-    assert model.engine.cached.plan.slots[0] == 1
+    assert model.engine.plan.slots[0] == 1
 
 
 @pytest.mark.parametrize("stop_at", ["recording activations", "fitting surrogates"])
@@ -215,7 +215,7 @@ def test_an_interrupt_leaves_nothing_behind(load_tiny, texts, temporary_folder, 
     assert max(files) == 3
     assert not list(temporary_folder.iterdir())
     assert model.config is before
-    assert model.engine.cached.plan.slots[0] == 4
+    assert model.engine.plan.slots[0] == 4
 
 
 def test_a_budget_goes_where_it_is_worth_most(load_tiny, texts):

@@ -19,7 +19,7 @@ def model(load_tiny, texts, monkeypatch):
 
 
 def state(model):
-    link = model.engine.link
+    link = model.link
     return link.name, link.bytes_per_s, link.latency_s, model.config.to_json()
 
 
@@ -44,7 +44,7 @@ def test_a_comparison_that_ends_early_leaves_the_model_as_it_was(model, monkeypa
     before, calls = state(model), []
 
     def ends_early(*_, **__):
-        calls.append(model.engine.link.name)
+        calls.append(model.link.name)
         raise stop
 
     monkeypatch.setattr(bench, "measure_latency", ends_early)

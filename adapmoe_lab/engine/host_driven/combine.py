@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from adapmoe_lab.engine.host_driven.expert_sources import ExpertSource
+from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
 from adapmoe_lab.engine.layer_pass import LayerGradient
 from adapmoe_lab.models.experts import run_expert
 
@@ -29,12 +30,14 @@ class LayerRun:
         module: the transformers experts module.
         indices: the router's choice, int64 [T, K].
         keep: bool [T, K], which of them are run.
+        surrogates: what is computed in the place of an expert that is not run.
     """
 
     layer: int
     module: nn.Module
     indices: NDArray[np.int64]
     keep: NDArray[np.bool_]
+    surrogates: SurrogateOutputs | None = None
 
     def outputs(
         self, source: ExpertSource, hidden: torch.Tensor
@@ -73,6 +76,15 @@ class LayerRun:
         for at, produced in self.outputs(source, hidden):
             parts[at] = produced * weights[at].unsqueeze(-1)
         return parts
+
+    def surrogate_contributions(
+        self, hidden: torch.Tensor, weights: torch.Tensor, nothing: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return what surrogates would give for each choice, weighted, float32 [T, K, D]."""
+        if self.surrogates is None:
+            return None
+        routing = self.indices, weights.float().cpu().numpy()
+        return self.surrogates.of_each_choice(self.layer, hidden, nothing, routing, self.keep)
 
     def no_contributions(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return zeros [T, K, D] in the precision that experts are summed in."""
@@ -129,7 +141,16 @@ class StreamedCombine(torch.autograd.Function):
                     parts[at] = produced * weights[at].unsqueeze(-1)
         if parts is not None:
             found = LayerGradient(
-                run.layer, hidden.detach(), run.indices, weights, run.keep, parts, gradient
+                layer=run.layer,
+                hidden=hidden.detach(),
+                indices=run.indices,
+                weights=weights,
+                keep=run.keep,
+                contributions=parts,
+                gradient=gradient,
+                surrogate_contributions=run.surrogate_contributions(
+                    hidden.detach(), weights, torch.zeros_like(gradient)
+                ),
             )
             for observer in ctx.observers:
                 observer(found)

@@ -1,16 +1,18 @@
-"""The engine: runs routed experts that live in host memory, under a gating table and a cache."""
+"""The executor that the host drives layer by layer: any policy, any precision, any device."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
 
 from adapmoe_lab.engine.device import on_host
+from adapmoe_lab.engine.executor import Capabilities
 from adapmoe_lab.engine.host_driven.combine import LayerRun, StreamedCombine
+from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.host_driven.expert_sources import CachedExperts, ExpertSource, StoredExperts
 from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
 from adapmoe_lab.engine.layer_pass import LayerPass
@@ -22,6 +24,7 @@ from adapmoe_lab.engine.transfer.link import Link
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router
 from adapmoe_lab.models.hooks.observing import OF_EXPERTS, Callback
+from adapmoe_lab.policies.eviction.expert_cache import CacheState
 from adapmoe_lab.policies.gating.keep import gated_weights, keep_by_cuts
 from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogates, Traffic
 from adapmoe_lab.records.files import digest
@@ -30,11 +33,17 @@ from adapmoe_lab.records.routing import UNGATED
 
 
 class HostDrivenExecutor:
-    """Executes a model's experts from a store through a cache on the device.
+    """Runs a model's experts from a store through a cache on the device; an `Executor`.
 
-    Implements `models.hook.ExpertsExecutor`. One forward at a time; an exception or interrupt at
-    any point leaves the cache consistent.
+    Attributes:
+        device: where it computes.
+        clock: what time is read from.
+        step_costs: what the parts of a step are expected to take; on a virtual clock, whose user
+            sets them, they take just that.
+        is_closed: whether everything was given up.
     """
+
+    capabilities = Capabilities("host")
 
     def __init__(
         self,
@@ -50,15 +59,15 @@ class HostDrivenExecutor:
         `dtype` is the precision the model computes in. The routers, one per layer, are asked for
         scores by eviction policies that read them.
         """
-        self.store = store
-        self.link = link
+        self._store = store
+        self._link = link
         self.clock = clock
         self.device = device
-        self.dtype = dtype
+        self._dtype = dtype
         self.step_costs = StepPace()
-        self.gating: GatingTable | None = None
-        self.compensation: SurrogateOutputs | None = None
-        self._callbacks = _no_callbacks()
+        self._gating: GatingTable | None = None
+        self._surrogate_outputs: SurrogateOutputs | None = None
+        self._observers = _no_observers()
         self.is_closed = False
         self._n_sequences = 1
         self._routers = routers
@@ -73,6 +82,7 @@ class HostDrivenExecutor:
         surrogates: Surrogates | None = None,
         prefetch: PrefetchTable | None = None,
         predictors: Sequence[Predictor] = (),
+        step_costs: StepPace | None = None,
     ) -> None:
         """Set the gating and start afresh with an empty cache of the planned slots.
 
@@ -83,46 +93,54 @@ class HostDrivenExecutor:
         """
         self.check_open()
         self.release()
-        compensation = self._on_device(surrogates)
+        costs = step_costs if step_costs is not None else self.step_costs
+        outputs = self._on_device(surrogates)
         prefetcher = None
         if prefetch is not None:
-            prefetcher = self.prefetcher(prefetch, predictors, gating)
+            prefetcher = self._prefetcher_of(prefetch, predictors, gating, costs, self.device)
         self._use(
             CachedExperts(
-                self.store, self.link, self.device, plan, eviction, self._routers, prefetcher
+                self._store, self._link, self.device, plan, eviction, self._routers, prefetcher
             )
         )
-        self.gating, self.compensation = gating, compensation
+        self._gating, self._surrogate_outputs, self.step_costs = gating, outputs, costs
 
-    def prefetcher(
+    def idle_prefetcher(
+        self, table: PrefetchTable, predictors: Sequence[Predictor], gating: GatingTable | None
+    ) -> Prefetcher:
+        """Return what queries the predictors of a table, with its buffer on the host.
+
+        It is for timing queries of tables that nothing is fetched by; `gating` is what candidates
+        are put to.
+        """
+        host = torch.device("cpu")
+        return self._prefetcher_of(table, predictors, gating, self.step_costs, host)
+
+    def _prefetcher_of(
         self,
         table: PrefetchTable,
         predictors: Sequence[Predictor],
         gating: GatingTable | None,
-        device: torch.device | None = None,
+        costs: StepPace,
+        device: torch.device,
     ) -> Prefetcher:
-        """Return what follows a prefetch table here, its buffer on the engine's device or another.
-
-        `gating` is what will skip experts.
-        """
         return Prefetcher(
-            table, predictors, self.store, self.link, self.clock, device or self.device,
- self.step_costs,            gating,
-        )  # fmt: skip
+            table, predictors, self._store, self._link, self.clock, device, costs, gating
+        )
 
     def release(self) -> None:
         """Give up all slots, once nothing is on its way into them; experts then only stream."""
-        self.link.drain()
-        none = CachePlan(np.zeros(self.store.n_layers), None, None, "none")
-        self._use(CachedExperts(self.store, self.link, self.device, none))
+        self._link.drain()
+        none = CachePlan(np.zeros(self._store.n_layers), None, None, "none")
+        self._use(CachedExperts(self._store, self._link, self.device, none))
 
     def close(self) -> None:
         """Give up the cache, what stands in for experts, and the store: nothing runs afterwards."""
-        self.link.drain()
-        self.cached.close()
-        self.gating = self.compensation = None
+        self._link.drain()
+        self._cached.close()
+        self._gating = self._surrogate_outputs = None
         self.is_closed = True
-        self.store.close()
+        self._store.close()
 
     def check_open(self) -> None:
         """Raise RuntimeError if the engine was closed."""
@@ -132,29 +150,29 @@ class HostDrivenExecutor:
     def _on_device(self, surrogates: Surrogates | None) -> SurrogateOutputs | None:
         if surrogates is None:
             return None
-        present = self.compensation
+        present = self._surrogate_outputs
         if present is not None and present.surrogates is surrogates:
             return present
-        return SurrogateOutputs(surrogates, self.device, self.dtype)
+        return SurrogateOutputs(surrogates, self.device, self._dtype)
 
     @property
     def skipping(self) -> str:
         """Identify what is skipped and what stands in for it; `UNGATED` if nothing is skipped."""
-        if self.gating is None:
+        if self._gating is None:
             return UNGATED
-        if self.compensation is None:
-            return self.gating.fingerprint()
-        return digest(self.gating.fingerprint(), self.compensation.surrogates.fingerprint())
+        if self._surrogate_outputs is None:
+            return self._gating.fingerprint()
+        return digest(self._gating.fingerprint(), self._surrogate_outputs.surrogates.fingerprint())
 
     def _use(self, cached: CachedExperts) -> None:
-        self.cached = cached
+        self._cached = cached
         self._source: ExpertSource = cached
         self._n_steps = self._kept = self._skipped = 0
 
     @property
     def traffic(self) -> Traffic:
         """Counters since the cache was made."""
-        cached, ahead = self.cached, self.cached.prefetcher
+        cached, ahead = self._cached, self._cached.prefetcher
         nothing = np.zeros_like(cached.hits)
         return Traffic(
             hits=cached.hits.copy(),
@@ -166,6 +184,43 @@ class HostDrivenExecutor:
             prefetch_used=ahead.used.copy() if ahead else nothing,
             prefetch_wasted=ahead.wasted.copy() if ahead else nothing,
         )
+
+    @property
+    def plan(self) -> CachePlan:
+        """The slots in use."""
+        return self._cached.plan
+
+    @property
+    def slots(self) -> Sequence[torch.Tensor]:
+        """The slots of every pool, uint8 [S, bytes] each."""
+        return self._cached.slots
+
+    def cache_state(self) -> CacheState:
+        """Return who is resident, and what decides who leaves."""
+        return self._cached.cache.state
+
+    def adopt(self, state: CacheState) -> None:
+        """Go on from residency that something else brought about in the same slots."""
+        self._cached.adopt(state)
+
+    @property
+    def gating(self) -> GatingTable | None:
+        """The gating in force."""
+        return self._gating
+
+    @property
+    def surrogates(self) -> Surrogates | None:
+        """What is computed in a skipped expert's place."""
+        outputs = self._surrogate_outputs
+        return outputs.surrogates if outputs is not None else None
+
+    def decoder(self, hf: nn.Module) -> TransformersDecoder:
+        """Return what decodes one sequence with the model whose experts this runs."""
+        return TransformersDecoder(hf)
+
+    def switch_to(self, gating: GatingTable | None, prefetcher: Prefetcher | None) -> None:
+        """Go on under another gating and prefetcher; slots and counters stay as they are."""
+        self._gating, self._cached.prefetcher = gating, prefetcher
 
     @contextmanager
     def reading_store(self) -> Iterator[None]:
@@ -182,9 +237,9 @@ class HostDrivenExecutor:
 
         What is configured and counted is as before afterwards.
         """
-        kept = ("compensation", "_callbacks", "_n_steps", "_kept", "_skipped")
+        kept = ("_surrogate_outputs", "_observers", "_n_steps", "_kept", "_skipped")
         before = {name: getattr(self, name) for name in kept}
-        self.compensation, self._callbacks = None, _no_callbacks()
+        self._surrogate_outputs, self._observers = None, _no_observers()
         try:
             with self.reading_store(), self.gated_by(None):
                 yield
@@ -195,16 +250,16 @@ class HostDrivenExecutor:
     @contextmanager
     def gated_by(self, table: GatingTable | None) -> Iterator[None]:
         """Skip by another table for a while; cache and counters go on."""
-        previous, self.gating = self.gating, table
+        previous, self._gating = self._gating, table
         try:
             yield
         finally:
-            self.gating = previous
+            self._gating = previous
 
     @contextmanager
     def observing(self, callbacks: Mapping[HookPoint, Callback]) -> Iterator[None]:
         """Call back at the hook points that lie inside a layer's experts, see `OF_EXPERTS`."""
-        lists = [(self._callbacks[point], callback) for point, callback in callbacks.items()]
+        lists = [(self._observers[point], callback) for point, callback in callbacks.items()]
         for registered, callback in lists:
             registered.append(callback)
         try:
@@ -213,37 +268,45 @@ class HostDrivenExecutor:
             for registered, callback in lists:
                 registered.remove(callback)
 
-    def begin_pass(self, token_ids: torch.Tensor) -> None:
+    @property
+    def callbacks(self) -> Mapping[HookPoint, Callback]:
+        """What it wants to be shown of every forward pass: beginning, end, and maybe layers."""
+        wanted: dict[HookPoint, Callback] = {
+            HookPoint.TOKEN: self.begin_pass,
+            HookPoint.LAST_HIDDEN: self.end_pass,
+        }
+        prefetcher = self._cached.prefetcher
+        if prefetcher is not None and prefetcher.table.predicts_at(HookPoint.LAYER_OUTPUT):
+            wanted[HookPoint.LAYER_OUTPUT] = self.end_layer
+        return wanted
+
+    def begin_pass(self, token_ids: torch.Tensor, _: object = None) -> None:
         """Fetch ahead by the tokens [B, T] of a forward pass that begins."""
         self._n_sequences = len(token_ids)
         if self._prefetcher is not None:
-            self._prefetcher.begin_pass(token_ids.flatten(), self.cached.cache)
+            self._prefetcher.begin_pass(token_ids.flatten(), self._cached.cache)
 
     def end_layer(self, layer: int, output: torch.Tensor) -> None:
         """Fetch ahead by the output [T, D] of a layer."""
         if self._prefetcher is not None:
-            self._prefetcher.on_layer_output(layer, output, self.cached.cache)
+            self._prefetcher.on_layer_output(layer, output, self._cached.cache)
 
     def end_pass(self, last_hidden: torch.Tensor) -> None:
         """Fetch ahead by the last hidden states [T, D]; on a virtual clock the rest takes time.
 
         Of several sequences nothing is said: what follows each is not known to follow at once.
         """
-        if self._source is not self.cached:
+        if self._source is not self._cached:
             return
         if self._prefetcher is not None and self._n_sequences == 1:
-            self._prefetcher.end_pass(last_hidden[-1:], self.cached.cache)
+            self._prefetcher.end_pass(last_hidden[-1:], self._cached.cache)
         self.clock.spend(self.step_costs.head_s)
 
     @property
     def _prefetcher(self) -> Prefetcher | None:
         """What fetches ahead now; nothing does while the store is read or gradients are kept."""
-        is_cached = self._source is self.cached and not torch.is_grad_enabled()
-        return self.cached.prefetcher if is_cached else None
-
-    def without_link_delay(self) -> AbstractContextManager[None]:
-        """Return a context in which an emulated link holds nothing."""
-        return self.link.without_link_delay()
+        is_cached = self._source is self._cached and not torch.is_grad_enabled()
+        return self._cached.prefetcher if is_cached else None
 
     def fetch_experts(
         self, layer: int, experts: Collection[int], hidden: torch.Tensor
@@ -292,13 +355,13 @@ class HostDrivenExecutor:
         self.clock.spend(self.step_costs.dense_layer_s)
         # on a GPU this is the layer's one synchronisation
         indices, weights = on_host([top_k_index, top_k_weights.float()])
-        keep = indices < self.store.n_experts(layer)
-        if self.gating is not None:
-            keep &= keep_by_cuts(weights, self.gating.cuts[layer], self.gating.quantity)
-            if self.gating.renormalise:
+        keep = indices < self._store.n_experts(layer)
+        if self._gating is not None:
+            keep &= keep_by_cuts(weights, self._gating.cuts[layer], self._gating.quantity)
+            if self._gating.renormalise:
                 scaled = gated_weights(weights, keep, renormalise=True)
                 top_k_weights = torch.from_numpy(scaled).to(top_k_weights)
-        run = LayerRun(layer, experts, indices, keep)
+        run = LayerRun(layer, experts, indices, keep, self._surrogate_outputs)
         if torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad):
             output, parts = StreamedCombine.apply(
                 hidden,
@@ -306,7 +369,7 @@ class HostDrivenExecutor:
                 run,
                 self,
                 self._direct,
-                tuple(self._callbacks[HookPoint.EXPERTS_GRADIENT]),
+                tuple(self._observers[HookPoint.EXPERTS_GRADIENT]),
             )
         else:
             parts = run.contributions(self, hidden, top_k_weights)
@@ -314,16 +377,16 @@ class HostDrivenExecutor:
         self._n_steps += layer == 0
         self._kept += int(keep.sum())
         self._skipped += int(keep.size - keep.sum())
-        if self.compensation is not None:
+        if self._surrogate_outputs is not None:
             routing = indices, weights
-            output = self.compensation.complete(layer, hidden, output, routing, keep)
+            output = self._surrogate_outputs.complete(layer, hidden, output, routing, keep)
         output = output.to(hidden.dtype)
-        if callbacks := self._callbacks[HookPoint.EXPERTS_OUTPUT]:
+        if callbacks := self._observers[HookPoint.EXPERTS_OUTPUT]:
             passed = LayerPass(layer, hidden, indices, weights, keep, parts, output)
             for callback in callbacks:
                 callback(passed)
         return output
 
 
-def _no_callbacks() -> dict[HookPoint, list[Callback]]:
+def _no_observers() -> dict[HookPoint, list[Callback]]:
     return {point: [] for point in OF_EXPERTS}

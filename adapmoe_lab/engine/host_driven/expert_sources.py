@@ -16,7 +16,7 @@ from adapmoe_lab.engine.transfer.prefetch_copy import AheadCopy
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router, UnsupportedModelError, router_scores
 from adapmoe_lab.policies.allocation.slots import N_STAGING
-from adapmoe_lab.policies.eviction.expert_cache import ExpertCache, Load, StepPlan
+from adapmoe_lab.policies.eviction.expert_cache import CacheState, ExpertCache, Load, StepPlan
 from adapmoe_lab.policies.eviction.rules import POLICIES
 from adapmoe_lab.records import CachePlan
 
@@ -113,6 +113,19 @@ class CachedExperts:
     def plan(self) -> CachePlan:
         """How many slots there are, and who shares them."""
         return self.cache.plan
+
+    @property
+    def slots(self) -> Sequence[torch.Tensor]:
+        """The slots of every pool, uint8 [S, bytes] each."""
+        return self._slots
+
+    def adopt(self, state: CacheState) -> None:
+        """Go on from residency that something else brought about in the same slots."""
+        self.cache.restore(state)
+        self._views = [{} for _ in self.plan.slots]
+        for layer, expert in np.argwhere(state.slot_of >= 0).tolist():
+            load = Load(layer, expert, int(state.slot_of[layer, expert]), None)
+            self._views[layer][expert] = self._store.views(layer, expert, self._slot_of(load))
 
     @property
     def bytes_moved(self) -> int:

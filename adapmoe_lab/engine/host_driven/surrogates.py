@@ -65,8 +65,28 @@ class SurrogateOutputs:
         of_dropped = on_device[:, :-1].to(down.dtype)  # [T, n]
         inner = (hidden.to(down.dtype) @ down.T).unflatten(1, (len(needed), -1))
         inner = inner * of_dropped[:, :, None]  # [T, n, R]
-        stand_ins = torch.addmm(of_dropped @ offset, inner.flatten(1), up)
-        return kept_output * on_device[:, -1:] + stand_ins
+        instead = torch.addmm(of_dropped @ offset, inner.flatten(1), up)
+        return kept_output * on_device[:, -1:] + instead
+
+    def of_each_choice(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        nothing: torch.Tensor,
+        routing: tuple[NDArray[np.int64], NDArray[np.float32]],
+        keep: NDArray[np.bool_],
+    ) -> torch.Tensor:
+        """Return what would take the place of each choice alone, weighted, float32 [T, K, D].
+
+        The arguments are those of `complete`. Completing `nothing`, an output of zeros [T, D], with
+        one choice dropped leaves its surrogate alone.
+        """
+        each = []
+        for k in range(keep.shape[1]):
+            without = keep.copy()
+            without[:, k] = False
+            each.append(self.complete(layer, hidden, nothing, routing, without))
+        return torch.stack(each, dim=1).float()
 
 
 def _on(device: torch.device, dtype: torch.dtype, array: NDArray[np.float32]) -> torch.Tensor:

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from adapmoe_lab.models.support import UnsupportedModelError
 
 NAMES = ("cache", "past_key_values")
 """What the cache is called, the newer name first."""
@@ -35,6 +38,29 @@ def forward_cached(
     options[_parameter(type(hf).forward)] = previous
     output = hf(input_ids=token_ids, use_cache=True, **options)
     return output.logits, _named(output)
+
+
+def static_cache(hf: nn.Module, n_tokens: int) -> StaticCache:
+    """Return a cache for a sequence of at most `n_tokens`, whose tensors stay where they are.
+
+    Raises:
+        UnsupportedModelError: a layer keeps something else than keys and values of every token.
+    """
+    cache = StaticCache(config=hf.config, max_cache_len=n_tokens)  # pyright: ignore
+    others = sorted({type(layer).__name__ for layer in cache.layers} - {StaticLayer.__name__})
+    if others:
+        raise UnsupportedModelError(
+            "Decoding by a captured graph needs layers that keep keys and values of every token; "
+            f"this {hf.config.model_type} model has {', '.join(others)}. Load it with "  # pyright: ignore
+            "executor='host'."
+        )
+    return cache
+
+
+def rewind(cache: StaticCache, n_tokens: int) -> None:
+    """Forget all but the first `n_tokens` of a static cache."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(n_tokens)  # pyright: ignore
 
 
 def cache_given(arguments: Mapping[str, Any]) -> Any:

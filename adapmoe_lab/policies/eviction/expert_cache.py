@@ -53,6 +53,21 @@ class StepPlan:
     streamed: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class CacheState:
+    """Residency, and what decides who leaves next, for another to go on from.
+
+    Attributes:
+        slot_of: int64 [L, E], each expert's slot in its layer's pool, -1 if it is not resident.
+        priorities: int64 [L, E], of every expert.
+        clocks: steps so far of every pool.
+    """
+
+    slot_of: NDArray[np.int64]
+    priorities: NDArray[np.int64]
+    clocks: tuple[int, ...]
+
+
 class ExpertCache:
     """Residency of experts: who lies in which slot, and who leaves next.
 
@@ -118,6 +133,17 @@ class ExpertCache:
             for expert, (slot, evicted) in zip(misses, places, strict=False)
         )
         return StepPlan(tuple(hits), loads, tuple(misses[len(loads) :]))
+
+    @property
+    def state(self) -> CacheState:
+        """A copy of what a policy that keeps priorities only needs to go on."""
+        return CacheState(self.slot_of.copy(), self._priorities.copy(), tuple(self._clocks))
+
+    def restore(self, state: CacheState) -> None:
+        """Go on from a state of the same plan and policy."""
+        self.slot_of[:] = state.slot_of
+        self._priorities[:] = state.priorities
+        self._clocks = list(state.clocks)
 
     def vacate(self, plan: StepPlan) -> None:
         """Take the plan's victims out, before any slot is overwritten."""

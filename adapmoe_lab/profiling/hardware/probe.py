@@ -25,6 +25,7 @@ from adapmoe_lab.profiling.hardware.machine_times import (
 )
 from adapmoe_lab.profiling.hardware.timed_steps import (
     TimedStep,
+    host_driven,
     solved_costs,
     throttled_steps,
     unthrottled_steps,
@@ -58,10 +59,10 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         UnsupportedModelError: some layers run several times for each token.
     """
     check_each_runs_once(model.layers)
-    spec, engine = model.spec, model.engine
+    spec, engine = model.spec, host_driven(model)
     hidden = torch.ones(1, spec.hidden_size, dtype=model.hf.dtype, device=engine.device)
     hidden = hidden / spec.hidden_size
-    stored = {layout.precision: layout for layer in engine.store.formats for layout in layer}
+    stored = {layout.precision: layout for layer in model.store.formats for layout in layer}
     sync_s, launch_s = None, None
     if engine.device.type == "cuda":
         sync_s, launch_s = sync_and_launch_s(engine.device)
@@ -70,7 +71,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         layer_host_s = _layer_host_s(model, hidden)
         host_copy_s, miss_s = _host_miss_s(model, hidden)
         engine.release()
-        copies = copy_times(engine.store, engine.link, engine.clock, engine.device)
+        copies = copy_times(model.store, model.link, engine.clock, engine.device)
         by_precision = expert_times(model.layers[0].experts, list(stored.values()), hidden)
         n_throttled = _n_throttled(model, copies.linked[-1], n_steps, rounds)
         free, throttled = [], []
@@ -85,7 +86,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
     solved = solved_costs(free, miss_s, alone_s)
     profile = HardwareProfile(
         device=device_name(engine.device),
-        link=engine.link.name,
+        link=model.link.name,
         copy_bytes=np.array(copies.sizes),
         copy_s=np.array(copies.linked),
         dense_step_s=solved["step"],
@@ -111,7 +112,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
 
 def _n_throttled(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
     """Return the steps that a round over a throttled link has time for; 0 where it is not."""
-    if model.engine.link.name == NO_LINK:
+    if model.link.name == NO_LINK:
         return 0
     step_s = max(1e-6, model.spec.n_layers * load_s)
     return int(np.clip(THROTTLED_S / rounds / step_s, 2, n_steps))
@@ -133,7 +134,7 @@ def _wait_s(steps: list[TimedStep], hardware: HardwareProfile, model: LabModel) 
 @torch.no_grad()
 def _layer_host_s(model: LabModel, hidden: torch.Tensor) -> float | None:
     """Return what a layer takes around K resident experts; None if it has no room for them."""
-    engine, top_k = model.engine, model.spec.top_k
+    engine, top_k = host_driven(model), model.spec.top_k
     if model.memory.slots.slots[0] < top_k:
         return None
     engine.configure(None, model.memory.slots)
@@ -144,7 +145,7 @@ def _layer_host_s(model: LabModel, hidden: torch.Tensor) -> float | None:
     def layer() -> object:
         return engine.run_layer(0, module, hidden, index, weights)
 
-    with engine.without_link_delay():
+    with model.link.without_link_delay():
         layer()
         resident = [
             found for _, found in engine.fetch_experts(0, range(top_k), hidden)
@@ -174,8 +175,8 @@ def _host_miss_s(
     Each layer runs by turns experts it has and as many it lacks, the link not holding. The second
     is None where there are too few experts or slots for that, both where the link is real.
     """
-    engine, spec, store = model.engine, model.spec, model.engine.store
-    if not isinstance(engine.link, EmulatedLink):
+    engine, spec, store = host_driven(model), model.spec, model.store
+    if not isinstance(model.link, EmulatedLink):
         return None, None
     n_asked = min(spec.top_k, spec.n_experts // 2, int(model.memory.slots.slots.min()))
     engine.configure(None, replace(model.memory.slots, slots=np.full(spec.n_layers, n_asked)))
@@ -186,7 +187,7 @@ def _host_miss_s(
 
     def copy() -> None:
         row = store.buffer(*next(copied))
-        engine.link.copy(row, target[: row.numel()])
+        model.link.copy(row, target[: row.numel()])
 
     def ask(layer: int) -> None:
         for _, weights in engine.fetch_experts(layer, asked, hidden):
@@ -201,7 +202,7 @@ def _host_miss_s(
     works = {"copy": lambda: seconds_each([copy] * spec.n_layers, engine.device, engine.clock)}
     if n_asked:
         works |= {"missing": lambda: asking(True), "hitting": lambda: asking(False)}
-    with engine.without_link_delay():
+    with model.link.without_link_delay():
         medians = interleaved_medians(works, budget_s=1.0)
     if not n_asked:
         return medians["copy"], None

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapmoe_lab.engine.generation import decode
+from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.prefetch.predictors import MAX_DISTANCE
@@ -68,14 +69,14 @@ def _variants(model: LabModel) -> list[_Variant]:
 
     In a gated step the answers are put to a gate too. The engine is left as the model was loaded.
     """
-    engine, spec, variants = model.engine, model.spec, []
+    engine, spec, variants = host_driven(model), model.spec, []
     keeps_all, keeps_one = (
         GatingTable.per_layer(np.full(spec.n_layers, cut), spec.top_k) for cut in (OFF, 0.0)
     )
     engine.configure(None, model.memory.slots)
-    tables, predictors, host = _query_tables(model), model.predictors(), torch.device("cpu")
+    tables, predictors = _query_tables(model), model.predictors()
     plain, judging = (
-        [None, *(engine.prefetcher(table, predictors, judge, device=host) for table in tables)]
+        [None, *(engine.idle_prefetcher(table, predictors, judge) for table in tables)]
         for judge in (None, keeps_all)
     )
     for gating, asked in ((None, plain), (keeps_all, judging), (keeps_one, judging)):
@@ -107,17 +108,17 @@ def unthrottled_steps(model: LabModel, n_steps: int, first: int) -> list[TimedSt
 
     With each number, `first` begins with another way.
     """
-    engine, variants = model.engine, _variants(model)
+    engine, variants = host_driven(model), _variants(model)
     first = first * STRIDE % len(variants)
     outputs = observing(model, {HookPoint.LAYER_OUTPUT: engine.end_layer})
-    with engine.without_link_delay(), outputs:
+    with model.link.without_link_delay(), outputs:
         return _steps(model, n_steps, variants[first:] + variants[:first])
 
 
 def throttled_steps(model: LabModel, n_steps: int) -> list[TimedStep]:
     """Decode over a link that holds its copies; the prompt passes unthrottled."""
     with ExitStack() as unthrottled:
-        unthrottled.enter_context(model.engine.without_link_delay())
+        unthrottled.enter_context(model.link.without_link_delay())
         model.engine.configure(None, _half(model))
         return _steps(model, n_steps, [_Variant()], after_prompt=unthrottled.close)
 
@@ -129,25 +130,36 @@ def _steps(
     after_prompt: Callable[[], None] = lambda: None,
 ) -> list[TimedStep]:
     """Decode in a cache that is empty at first; return the steps after the prompt."""
-    engine, steps = model.engine, []
-    before, start = engine.traffic, 0.0
-
-    def note(step: int) -> None:
-        nonlocal before, start
+    engine, steps = host_driven(model), []
+    before, start, variant = engine.traffic, 0.0, _Variant()
+    tokens = generate_tokens(model.decoder(), torch.arange(PROMPT_TOKENS), n_steps + 1)
+    for step, _ in enumerate(tokens):
         seconds, passed = engine.clock.now() - start, engine.traffic - before
         if step > 0:
-            querying, is_gated = engine.cached.prefetcher, engine.gating is not None
-            asked = _n_queries(model, querying.table) if querying else (0, 0, 0)
-            counted = passed.kept, is_gated, *asked, passed.hits, passed.misses
+            querying = variant.querying
+            queries = _n_queries(model, querying.table) if querying else (0, 0, 0)
+            counted = passed.kept, variant.gating is not None, *queries, passed.hits, passed.misses
             steps.append(TimedStep(seconds, *counted))
         else:
             after_prompt()
         variant = variants[step % len(variants)]
-        engine.gating, engine.cached.prefetcher = variant.gating, variant.querying
+        engine.switch_to(variant.gating, variant.querying)
         before, start = engine.traffic, engine.clock.now()
-
-    decode(model.hf, torch.arange(PROMPT_TOKENS), n_steps + 1, after_step=note)
     return steps
+
+
+def host_driven(model: LabModel) -> HostDrivenExecutor:
+    """Return the executor of a model, whose parts can be timed one by one.
+
+    Raises:
+        ValueError: it runs by another one.
+    """
+    if not isinstance(model.engine, HostDrivenExecutor):
+        raise ValueError(
+            f"The parts of a step are timed with executor='host'; this model was loaded with "
+            f"executor={model.engine.capabilities.name!r}. Load it again without it to probe."
+        )
+    return model.engine
 
 
 def _n_queries(model: LabModel, asked: PrefetchTable) -> tuple[int, int, int]:

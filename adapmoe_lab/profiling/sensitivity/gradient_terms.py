@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapmoe_lab.engine.host_driven.combine import LayerGradient
-from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
 from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.layer_pass import LayerGradient
 from adapmoe_lab.policies.gating.keep import keep_by_cuts
 from adapmoe_lab.profiling.sensitivity.backward import backpropagate
 from adapmoe_lab.profiling.sensitivity.estimators import ESTIMATORS, SkipEffects
@@ -45,11 +44,12 @@ def gradient_terms(
 
     What the engine's surrogates would put in an expert's place counts as kept.
     """
-    by_layer = {}
+    by_layer, surrogates = {}, model.engine.surrogates
+    gains = np.zeros(model.spec.n_layers) if surrogates is None else surrogates.gain
 
     def read(found: LayerGradient) -> None:
         by_layer[found.layer] = _terms_of(
-            found, estimators, cuts, renormalise, model.engine.compensation
+            found, estimators, cuts, float(renormalise) + gains[found.layer]
         )
 
     backpropagate(model, ids, read)
@@ -65,16 +65,17 @@ def _terms_of(
     found: LayerGradient,
     estimators: Sequence[str],
     cuts: NDArray[np.float64],
-    renormalise: bool,
-    compensation: SurrogateOutputs | None,
+    gain: float,
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return squares, terms [C, B], first_order [B] and skipped [B] of one layer."""
+    """Return squares, terms [C, B], first_order [B] and skipped [B] of one layer.
+
+    `gain` is what the kept weights grow by, per weight dropped over weight kept.
+    """
     gradient, outputs = found.gradient.float(), found.contributions.float()
     weights = found.weights.float().cpu().numpy()
-    lost, gain = outputs, float(renormalise)
-    if compensation is not None:
-        lost = outputs - _surrogates(found, compensation, weights)
-        gain += compensation.surrogates.gain[found.layer]
+    lost = outputs
+    if found.surrogate_contributions is not None:
+        lost = outputs - found.surrogate_contributions
     parts = torch.cat([lost, outputs], dim=1)  # [T, 2K, D]
     effects = SkipEffects(
         weights=weights.astype(np.float64),
@@ -91,23 +92,6 @@ def _terms_of(
         first_order[b] = effects.first_order(dropped).mean()
         terms[:, b] = [ESTIMATORS[name].of_tokens(effects, dropped).mean() for name in estimators]
     return float((gradient**2).sum(dim=1).mean()), terms, first_order, skipped
-
-
-def _surrogates(
-    found: LayerGradient, compensation: SurrogateOutputs, weights: NDArray[np.float32]
-) -> torch.Tensor:
-    """Return what would take the place of each choice, weighted, float32 [T, K, D].
-
-    Completing an output of zeros with one choice dropped leaves its surrogate alone.
-    """
-    nothing = torch.zeros_like(found.gradient)
-    each = []
-    for k in range(weights.shape[1]):
-        keep = found.keep.copy()
-        keep[:, k] = False
-        routing = found.indices, weights
-        each.append(compensation.complete(found.layer, found.hidden, nothing, routing, keep))
-    return torch.stack(each, dim=1).float()
 
 
 def _on_host(values: torch.Tensor) -> NDArray[np.float64]:

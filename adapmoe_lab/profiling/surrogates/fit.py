@@ -155,7 +155,7 @@ class _Samples:
             self.metric = OutputMetric.of_gradients(seen.gradient.to(device, torch.float64))
         self._layer = layer
         self._module = model.layers[layer].experts
-        self._source = StoredExperts(model.engine.store, device)
+        self._source = StoredExperts(model.store, device)
 
     def outputs(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield every chosen expert, its tokens [n], their columns [n] and outputs [n, D]."""

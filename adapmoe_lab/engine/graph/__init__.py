@@ -1,0 +1,1 @@
+"""The executor that decodes a token by replaying one captured CUDA graph."""

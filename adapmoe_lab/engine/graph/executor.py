@@ -1,0 +1,251 @@
+"""The graph-captured executor: a decode step, attention and cache included, is one CUDA graph.
+
+Prompts, and everything that is observed, run through the host-driven executor in the same slots.
+Residency has one owner at a time: the host's cache or the device's tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from adapmoe_lab.engine.graph.captured_step import CapturedStep
+from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_experts
+from adapmoe_lab.engine.graph.served_step import ServedStep
+from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
+from adapmoe_lab.engine.store.expert_store import ExpertStore
+from adapmoe_lab.models.hooks.observing import Callback
+from adapmoe_lab.records import CachePlan, GatingTable, Surrogates, Traffic
+from adapmoe_lab.records.hook_points import HookPoint
+
+
+class GraphExecutor:
+    """Decodes by replaying a captured graph; an `Executor`.
+
+    Attributes:
+        device: where it computes.
+        clock: what time is read from.
+    """
+
+    capabilities = CAPABILITIES
+
+    def __init__(
+        self, host: HostDrivenExecutor, store: ExpertStore, top_k: int, context_tokens: int
+    ) -> None:
+        """Decode beside a host-driven executor of the same model.
+
+        Args:
+            host: what runs prompts, and everything that is observed.
+            store: all experts.
+            top_k: experts that a token chooses.
+            context_tokens: longest text that a captured step has room for.
+
+        Raises:
+            ValueError: the experts are not what can be served so.
+        """
+        check_experts(store)
+        self.device, self.clock = host.device, host.clock
+        self._host = host
+        self._store = store
+        self._top_k = top_k
+        self._context_tokens = context_tokens
+        self._is_eager = False
+        self._is_capturing = False
+        self._forget_step()
+
+    def configure(
+        self,
+        gating: GatingTable | None,
+        plan: CachePlan,
+        eviction: str = "lru",
+        surrogates: Surrogates | None = None,
+        *others: Any,
+    ) -> None:
+        """Start afresh with empty slots of a plan; what was captured for other slots is dropped."""
+        self._forget_step()
+        self._host.configure(gating, plan, eviction, surrogates, *others)
+
+    def release(self) -> None:
+        """Give up all slots; experts then only stream."""
+        self._forget_step()
+        self._host.release()
+
+    def decoder(self, hf: nn.Module) -> GraphDecoder:
+        """Return what decodes one sequence, the last one begun; others end with it."""
+        return GraphDecoder(self, hf)
+
+    def captured_step(self, hf: nn.Module) -> CapturedStep:
+        """Return the step of the present slots, captured when it is first replayed."""
+        if self._captured is None:
+            served = ServedStep(self._store, self._host.slots, self._top_k, self.device)
+            self._captured = CapturedStep(hf, served, self._context_tokens, self.capturing)
+        return self._captured
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Serve one token's experts on the device, for a step that is rehearsed or captured."""
+        self._is_capturing = True
+        try:
+            yield
+        finally:
+            self._is_capturing = False
+
+    def gives_residency_to_device(self) -> bool:
+        """Let a step be replayed, and count it; return False where it must run layer by layer.
+
+        It must where something is observed, or served from elsewhere.
+        """
+        if self._is_eager or self._captured is None:
+            return False
+        if not self._is_device_owner:
+            self._captured.served.take_over(self._host.cache_state())
+            self._is_device_owner = True
+        self._n_steps += 1
+        return True
+
+    def run_layer(self, layer: int, *arguments: Any) -> torch.Tensor:
+        """Return the summed outputs [T, D] of a layer's experts, see `ExpertsExecutor`."""
+        if self._is_capturing and self._captured is not None:
+            return self._captured.served.run_layer(layer, *arguments)
+        if self._is_device_owner and self._captured is not None:
+            self._host.adopt(self._captured.served.state())
+            self._is_device_owner = False
+        return self._host.run_layer(layer, *arguments)
+
+    @property
+    def callbacks(self) -> Mapping[HookPoint, Callback]:
+        """Nothing: it fetches nothing before it is needed."""
+        return {}
+
+    @property
+    def traffic(self) -> Traffic:
+        """Counters since the slots were made, of prompts and of replayed steps together."""
+        passed = self._host.traffic
+        if self._captured is None or not self._n_steps:
+            return passed
+        hits, misses = self._captured.served.counts
+        nothing = np.zeros_like(hits)
+        return passed + Traffic(
+            hits=hits,
+            misses=misses,
+            n_steps=self._n_steps,
+            bytes_moved=int((misses * self._store.expert_bytes[:, 0]).sum()),
+            kept=int(hits.sum() + misses.sum()),
+            skipped=0,
+            prefetch_used=nothing,
+            prefetch_wasted=nothing,
+        )
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether everything was given up."""
+        return self._host.is_closed
+
+    @property
+    def plan(self) -> CachePlan:
+        """The slots in use."""
+        return self._host.plan
+
+    @property
+    def gating(self) -> GatingTable | None:
+        """The gating in force."""
+        return self._host.gating
+
+    @property
+    def surrogates(self) -> Surrogates | None:
+        """What is computed in a skipped expert's place."""
+        return self._host.surrogates
+
+    @property
+    def skipping(self) -> str:
+        """Identify what is skipped."""
+        return self._host.skipping
+
+    def reading_store(self) -> AbstractContextManager[None]:
+        """Take experts straight from the store; the slots and their counters stay as they are."""
+        return self._eagerly(self._host.reading_store())
+
+    def unconfigured(self) -> AbstractContextManager[None]:
+        """Run everything straight from the store, and count and show none."""
+        return self._eagerly(self._host.unconfigured())
+
+    def gated_by(self, table: GatingTable | None) -> AbstractContextManager[None]:
+        """Skip by another table for a while."""
+        return self._eagerly(self._host.gated_by(table))
+
+    def observing(self, callbacks: Mapping[HookPoint, Callback]) -> AbstractContextManager[None]:
+        """Call back at the hook points that lie inside a layer's experts, see `OF_EXPERTS`."""
+        return self._eagerly(self._host.observing(callbacks))
+
+    def check_open(self) -> None:
+        """Raise RuntimeError if it was closed."""
+        self._host.check_open()
+
+    def close(self) -> None:
+        """Give up the graph, the slots and the store: nothing runs afterwards."""
+        self._forget_step()
+        self._host.close()
+
+    @contextmanager
+    def _eagerly(self, context: AbstractContextManager[None]) -> Iterator[None]:
+        """Run steps layer by layer within a context of the host-driven executor."""
+        before, self._is_eager = self._is_eager, True
+        try:
+            with context:
+                yield
+        finally:
+            self._is_eager = before
+
+    def _forget_step(self) -> None:
+        self._captured: CapturedStep | None = None
+        self._is_device_owner = False
+        self._n_steps = 0
+
+
+class GraphDecoder:
+    """A `Decoder` whose steps are replayed."""
+
+    def __init__(self, executor: GraphExecutor, hf: nn.Module) -> None:
+        """Begin a sequence, which ends the one before it."""
+        self._executor = executor
+        self._hf = hf
+        self._step = executor.captured_step(hf)
+        self._sequence = self._step.begin()
+        self._n_tokens = 0
+
+    def prefill(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Run a prompt, int64 [T]; return the logits [V] of what follows it."""
+        self._check(len(token_ids))
+        logits = self._step.run(token_ids.to(self._executor.device))
+        self._n_tokens = len(token_ids)
+        return logits
+
+    def step(self, token: int) -> torch.Tensor:
+        """Run one token more; return the logits [V] of what follows it, valid until the next."""
+        self._check(1)
+        if self._executor.gives_residency_to_device():
+            logits = self._step.replay(token, self._n_tokens)
+        else:
+            logits = self._step.run(torch.tensor([token], device=self._executor.device))
+        self._n_tokens += 1
+        return logits
+
+    def _check(self, n_more: int) -> None:
+        """Refuse to go on with a sequence that has ended, or past the cache's end."""
+        is_present = self._executor.captured_step(self._hf) is self._step
+        if not is_present or self._step.sequence != self._sequence:
+            raise RuntimeError(
+                "Another sequence has begun, or the slots have changed, since this one did; "
+                "executor='graph' decodes one at a time. Begin again with model.decoder()."
+            )
+        n_tokens, room = self._n_tokens + n_more, self._step.context_tokens
+        if n_tokens > room:
+            raise ValueError(
+                f"A text of {n_tokens} tokens does not fit the {room} that executor='graph' has "
+                f"room for; load the model with max_context_tokens={n_tokens} or more."
+            )

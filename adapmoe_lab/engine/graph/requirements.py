@@ -1,0 +1,58 @@
+"""What a captured step is able to serve; asked before anything is loaded."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from adapmoe_lab.engine.executor import Capabilities
+from adapmoe_lab.engine.store.expert_store import ExpertStore
+
+CAPABILITIES = Capabilities(
+    "graph",
+    precisions=("bfloat16",),
+    evictions=("lru",),
+    is_gated=False,
+    has_surrogates=False,
+    has_prefetch=False,
+)
+
+MATRICES = ("gate_up_proj", "down_proj")
+"""What an expert must consist of."""
+
+REMEDY = "Load the model with executor='host', which runs everything."
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a device on which no step can be captured.
+
+    Raises:
+        ValueError: it is no CUDA device, or triton is not there.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"executor='graph' needs a CUDA device; this is {device}. {REMEDY}")
+    if find_spec("triton") is None:
+        raise ValueError(f"executor='graph' needs triton, which is not installed. {REMEDY}")
+
+
+def check_experts(store: ExpertStore) -> None:
+    """Refuse experts that a captured step cannot serve, by name.
+
+    Raises:
+        ValueError: the GPU cannot read them, or they are of another kind.
+    """
+    layout, reasons = store.formats[0][0], []
+    if not store.buffer(0, 0).is_pinned():
+        reasons.append("the GPU reads experts in pinned host memory only, and these are not")
+    names = tuple(field.name for field in layout.fields)
+    if names != MATRICES:
+        reasons.append(f"it serves experts of {' and '.join(MATRICES)}, these are of {names}")
+    if any(field.transposed for field in layout.fields):
+        reasons.append("it serves matrices [output, input], these are transposed")
+    if any(expert != layout for experts in store.formats for expert in experts):
+        reasons.append("it serves experts of one layout, these differ")
+    if reasons:
+        raise ValueError(
+            f"executor='graph' cannot serve this model: {'; '.join(reasons)}. {REMEDY}"
+        )

@@ -1,0 +1,99 @@
+"""What every executor promises, and what is refused where one cannot."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from runs import PROMPT, decode
+
+from adapmoe_lab.engine.executor import Capabilities
+from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
+from adapmoe_lab.engine.loading import load
+from adapmoe_lab.policies.allocation.slots import shared
+from adapmoe_lab.records import GatingTable, PrecisionPlan
+
+NARROW = Capabilities(
+    "narrow", precisions=("bfloat16",), evictions=("lru",), is_gated=False, has_surrogates=False,
+    has_prefetch=False,
+)  # fmt: skip
+PLAIN = PrecisionPlan.uniform("bfloat16", (3, 4), 1000)
+
+
+def test_a_config_is_refused_by_the_name_of_what_cannot_be_run(load_tiny):
+    config = load_tiny().config
+    gating = GatingTable.per_layer(np.full(3, 0.8), 2)
+    with pytest.raises(ValueError, match=r"executor='narrow' does not run gating\. .*'host'"):
+        NARROW.check(replace(config, gating=gating), PLAIN)
+    with pytest.raises(ValueError, match="does not run eviction 'lfu', experts in int4"):
+        NARROW.check(replace(config, eviction="lfu"), PrecisionPlan.uniform("int4", (3, 4), 1000))
+    with pytest.raises(ValueError, match="does not run a shared pool of slots"):
+        NARROW.check(replace(config, plan=shared(config.plan)), PLAIN)
+    NARROW.check(config, PLAIN)
+    Capabilities("all").check(replace(config, gating=gating, eviction="lfu"), PLAIN)
+
+
+def test_an_unknown_executor_and_one_without_its_device_are_refused():
+    with pytest.raises(
+        ValueError, match=r"executor='fast' .*is unknown; expected one of 'host', 'graph'"
+    ):
+        load("demo", device="cpu", executor="fast")
+    with pytest.raises(ValueError, match=r"needs a CUDA device; this is cpu\. .*executor='host'"):
+        load("demo", device="cpu", executor="graph")
+
+
+def test_tokens_are_decoded_when_they_are_wanted(load_tiny):
+    model = load_tiny()
+    ids = model.encode(PROMPT)
+    whole = decode(model.hf, ids, 12)
+    tokens = generate_tokens(model.decoder(), ids, 12)
+    before = model.engine.traffic
+    assert next(tokens) == whole[0]
+    assert (model.engine.traffic - before).n_steps == 1
+    assert [next(tokens), next(tokens)] == whole[1:3]
+    assert (model.engine.traffic - before).n_steps == 3
+    tokens.close()
+    assert list(generate_tokens(model.decoder(), ids, 0)) == []
+
+
+def test_a_stop_token_ends_the_text_and_is_not_given(load_tiny):
+    model = load_tiny()
+    ids = model.encode(PROMPT)
+    whole = decode(model.hf, ids, 12)
+    stop = frozenset({whole[5]})
+    found = list(generate_tokens(model.decoder(), ids, 12, stop_ids=stop))
+    assert found == whole[: whole.index(whole[5])]
+
+
+def test_sampling_is_repeatable_and_follows_the_temperature(load_tiny):
+    model = load_tiny()
+
+    def sampled(temperature):
+        generator = torch.Generator().manual_seed(7)
+        decoder = TransformersDecoder(model.hf)
+        return list(
+            generate_tokens(
+                decoder, model.encode(PROMPT), 12, temperature=temperature, generator=generator
+            )
+        )
+
+    assert sampled(1.0) == sampled(1.0)
+    assert sampled(1e-4) == decode(model.hf, model.encode(PROMPT), 12)
+
+
+def test_gating_and_prefetcher_can_change_between_steps_with_the_slots_as_they_are(load_tiny):
+    model = load_tiny()
+    engine = model.engine
+    one = GatingTable.per_layer(np.zeros(3), 2)
+    tokens = generate_tokens(model.decoder(), model.encode(PROMPT), 4)
+    next(tokens)
+    before = engine.traffic
+    engine.switch_to(one, None)
+    next(tokens)
+    passed = engine.traffic - before
+    assert (passed.kept, passed.skipped) == (3, 3)
+    assert engine.gating is one
+    engine.switch_to(None, None)
+    next(tokens)
+    assert (engine.traffic - before).kept == 9

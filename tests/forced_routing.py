@@ -1,0 +1,43 @@
+"""Routing that is given instead of computed, so that two executors choose the same experts."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+@contextmanager
+def forced_routing(model, choices, position):
+    """Let every router choose by a table.
+
+    Args:
+        model: a LabModel whose routers return logits, weights and indices.
+        choices: int64 [L, T, K] on the device, what each position of the text chooses.
+        position: int64 [1] on the device, of the first token of the pass that runs; it is read by
+            the pass itself, so that a captured one follows it too.
+    """
+
+    def choose(layer):
+        def hook(_, __, output):
+            logits = output[0]
+            places = position + torch.arange(len(logits), device=logits.device)
+            chosen = choices[layer].index_select(0, places)
+            weights = logits.float().softmax(dim=-1).gather(1, chosen)
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+            return logits, weights.to(output[1].dtype), chosen
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer, found in enumerate(model.layers):
+            handle = found.router.module.register_forward_hook(choose(layer))
+            hooks.callback(handle.remove)
+        yield
+
+
+def random_choices(n_layers, n_tokens, n_experts, top_k, device, seed=0):
+    """Return distinct experts for every layer and token, int64 [L, T, K]."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand((n_layers, n_tokens, n_experts), generator=generator)
+    return scores.topk(top_k, dim=-1).indices.to(device)
