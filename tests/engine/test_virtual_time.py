@@ -9,6 +9,7 @@ import torch
 from runs import PROMPT, decode, half_cached
 
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
 from adapmoe_lab.engine.transfer.clock import RealClock, StepPace, VirtualClock
 from adapmoe_lab.engine.transfer.link import EmulatedLink
@@ -141,7 +142,7 @@ def decode_batch(model, prompts, n_steps):
     """Continue a batch of prompts of one length greedily; return the trace of what was routed."""
     passes = []
     ids, cache = torch.stack(prompts), None
-    with torch.no_grad(), model.engine.observed_by(passes.append):
+    with torch.no_grad(), observing(model, {HookPoint.EXPERTS_OUTPUT: passes.append}):
         for _ in range(n_steps):
             logits, cache = forward_cached(model.hf, ids, cache)
             ids = logits[:, -1:].argmax(-1)

@@ -20,7 +20,7 @@ from adapmoe_lab.models.families import (
     router_scores,
     scores_of_logits,
 )
-from adapmoe_lab.models.hooks.residual_stream import find_input_norms
+from adapmoe_lab.models.hooks.input_norms import find_input_norms
 from adapmoe_lab.records import Predictors
 from adapmoe_lab.records.prefetch import HOOK_POINTS, HookPoint
 
