@@ -15,8 +15,9 @@ from adapmoe_lab.records import (
     SensitivityProfile,
     TunedConfig,
 )
+from adapmoe_lab.simulation.replay.outcomes import HIT
 from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
-from adapmoe_lab.simulation.replay.replay import HIT, Replay, replay
+from adapmoe_lab.simulation.replay.replay import Replay, replay
 from adapmoe_lab.simulation.timing.timeline import StepCosts, Timeline, run_timeline
 
 

@@ -9,7 +9,7 @@ from adapmoe_lab.policies.prefetch import expected_gain as prefetch
 from adapmoe_lab.policies.prefetch.expected_gain import N_CHUNKS
 from adapmoe_lab.records.prefetch import HookPoint
 from adapmoe_lab.simulation.compiled import called, inlined
-from adapmoe_lab.simulation.replay.replay import HIT
+from adapmoe_lab.simulation.replay.outcomes import HIT
 
 needed_at = inlined(prefetch.needed_at)
 expected_gain_s = inlined(prefetch.expected_gain_s)

@@ -11,7 +11,7 @@ import numpy as np
 from adapmoe_lab.policies.allocation.slots import N_STAGING
 from adapmoe_lab.policies.prefetch.expected_gain import N_CHUNKS
 from adapmoe_lab.simulation.compiled import compiled, inlined
-from adapmoe_lab.simulation.replay.replay import HIT, LOAD, STREAM
+from adapmoe_lab.simulation.replay.outcomes import HIT, LOAD, STREAM
 from adapmoe_lab.simulation.timing.buffer_loops import (
     ARRIVAL,
     BEGUN,

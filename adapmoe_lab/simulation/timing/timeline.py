@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from adapmoe_lab.policies.prefetch.expected_gain import N_CHUNKS, chunk_bounds
 from adapmoe_lab.records import HardwareProfile, PrecisionPlan
 from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.simulation.replay.expert_sets import in_threads
+from adapmoe_lab.simulation.replay.outcomes import LOAD
 from adapmoe_lab.simulation.replay.recorded_candidates import NO_CANDIDATES, Candidates
-from adapmoe_lab.simulation.replay.replay import LOAD, Replay, in_threads
+from adapmoe_lab.simulation.replay.replay import Replay
 
 
 @dataclass(frozen=True, eq=False)
