@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from adapmoe_lab.assets import data_folder
-from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
+from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.executor import Executor
 from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_device
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
@@ -142,6 +142,8 @@ class _Planned:
 def _planned(wanted: LoadRequest) -> _Planned:
     """Read headers and configuration, and plan the memory."""
     config, folder = wanted.config, wanted.store
+    if config is not None:
+        check_eviction(config)
     stored = find_store(folder) if folder is not None else None
     checkpoint = open_checkpoint(wanted.name, wanted.dtype, wanted.revision)
     tokenizer = checkpoint.load_tokenizer()
