@@ -26,8 +26,7 @@ def test_importing_it_loads_nothing_heavy_and_is_quick():
 def test_every_public_name_is_there_and_documented(name):
     public = getattr(lab, name)
     assert name in dir(lab)
-    assert public.__doc__
-    assert public.__name__ == name
+    assert name.isupper() or (public.__doc__ and public.__name__.split(".")[-1] == name)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -1,5 +1,5 @@
 """The command line: `adapmoe-lab` and its commands."""
 
-from adapmoe_lab.cli.commands import main
+from adapmoe_lab.cli.program import main
 
 __all__ = ["main"]

@@ -2,6 +2,6 @@
 
 import sys
 
-from adapmoe_lab.cli.commands import main
+from adapmoe_lab.cli.program import main
 
 sys.exit(main())

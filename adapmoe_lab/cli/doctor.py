@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -16,45 +14,23 @@ import torch
 
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.device import device_name
-from adapmoe_lab.engine.memory_plan import HEADROOM, in_words, memory_needs
-from adapmoe_lab.models.checkpoint.meta_model import MetaModel, configured_top_k
+from adapmoe_lab.engine.memory_plan import (
+    HEADROOM,
+    FreeMemory,
+    MemoryNeeds,
+    in_words,
+    memory_needs,
+    plan_memory,
+)
+from adapmoe_lab.engine.store.builder import expert_formats
+from adapmoe_lab.models.checkpoint.meta_model import MetaModel, configured_top_k, describe
 from adapmoe_lab.models.support import family_class, find_family
-from adapmoe_lab.policies.allocation.slots import N_STAGING
-from adapmoe_lab.records import PRECISIONS
-from adapmoe_lab.records.files import RecordError, fields_of, known_values
+from adapmoe_lab.profiling.hardware.machine_times import interleaved_medians, seconds_each
+from adapmoe_lab.records import PRECISIONS, MoESpec
+from adapmoe_lab.records.known_models import KnownModel, load_known_models
 
 PACKAGES = ("adapmoe-lab", "torch", "transformers", "jupyterlab", "ipywidgets", "plotly", "lm-eval")
-BFLOAT16_BYTES = 2
 COPY_BYTES = 64 * 2**20
-N_COPIES = 9
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """Dimensions of a published model, whose experts are three matrices each."""
-
-    name: str
-    n_layers: int
-    n_experts: int
-    top_k: int
-    hidden_size: int
-    expert_width: int
-    total_parameters: float
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert in bfloat16."""
-        return 3 * self.hidden_size * self.expert_width * BFLOAT16_BYTES
-
-    @property
-    def all_experts_bytes(self) -> int:
-        """Bytes of every expert in bfloat16."""
-        return self.n_layers * self.n_experts * self.expert_bytes
-
-    @property
-    def other_bytes(self) -> float:
-        """Bytes of everything but the experts, in bfloat16."""
-        return self.total_parameters * BFLOAT16_BYTES - self.all_experts_bytes
 
 
 @dataclass(frozen=True)
@@ -65,6 +41,19 @@ class Machine:
     device_free_bytes: int | None
     host_free_bytes: int
     copy_bytes_per_s: float
+
+    @property
+    def device_kind(self) -> torch.device:
+        """Where models would compute."""
+        return torch.device("cpu" if self.device_free_bytes is None else "cuda")
+
+    @property
+    def free(self) -> FreeMemory:
+        """What is free, as a memory plan asks."""
+        on_device = self.device_free_bytes
+        return FreeMemory(
+            self.host_free_bytes if on_device is None else on_device, self.host_free_bytes
+        )
 
 
 def examine() -> Machine:
@@ -80,26 +69,7 @@ def examine() -> Machine:
 
 def known_models() -> list[KnownModel]:
     """Return the published models that fit is judged for."""
-    return read_known_models(data_folder() / "known_models.json")
-
-
-def read_known_models(path: Path) -> list[KnownModel]:
-    """Return the models of a file.
-
-    Raises:
-        RecordError: the file is not a list of models, or a value is unknown or missing.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        models = known_values(document, str(path), ("about", "models"))["models"]
-        return [
-            KnownModel(**fields_of(KnownModel, model, f"{path}, model {number},"))
-            for number, model in enumerate(models, start=1)
-        ]
-    except RecordError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise RecordError(f"{path} is not a list of known models: {error!r}.") from error
+    return load_known_models(data_folder() / "known_models.json")
 
 
 def report(machine: Machine) -> str:
@@ -125,7 +95,7 @@ def report(machine: Machine) -> str:
     if importlib.util.find_spec("triton") is None:
         lines.append("Triton         not installed, not needed: experts run as torch products")
     lines += ["", "What would fit, weights in bfloat16:"]
-    lines += [_fit(model, machine) for model in known_models()]
+    lines += [_known_fit(model, machine) for model in known_models()]
     return "\n".join(lines)
 
 
@@ -135,7 +105,7 @@ class Fit:
 
     Attributes:
         precision: how the experts are stored.
-        expert_bytes: bytes of one expert.
+        expert_bytes: bytes of one expert, the widest.
         all_experts_bytes: bytes of all of them.
         device_share: the share of experts that have a slot at once, 0 to 1; None if what is not
             experts leaves no room for one per layer.
@@ -158,34 +128,33 @@ class Fit:
 
 def fits(model: MetaModel, machine: Machine, context_tokens: int | None = None) -> list[Fit]:
     """Return what a model's experts take in every precision, from its configuration alone."""
-    n_layers, n_experts = len(model.layers), model.layers[0].n_experts
     top_k = configured_top_k(model.config)
+    needs = memory_needs(model, top_k, machine.device_kind, context_tokens)
     n_runs = [layer.n_runs for layer in model.layers]
-    cpu = machine.device_free_bytes is None
-    device = torch.device("cpu" if cpu else "cuda")
-    needs = memory_needs(model, top_k, device, context_tokens).total
-    host = HEADROOM * machine.host_free_bytes - (needs if cpu else model.other_bytes)
-    room = (
-        host if machine.device_free_bytes is None else HEADROOM * machine.device_free_bytes - needs
+    return [
+        _fit(describe(model, expert_formats(model, precision)), needs, machine, n_runs)
+        for precision in PRECISIONS
+    ]
+
+
+def _fit(spec: MoESpec, needs: MemoryNeeds, machine: Machine, n_runs: Sequence[int]) -> Fit:
+    """Return where the memory plan would put a model whose layers run so often for each token."""
+    try:
+        plan = plan_memory(spec, needs, machine.device_kind, free=machine.free)
+    except (MemoryError, ValueError):
+        share, fits_host = None, spec.all_experts_bytes <= HEADROOM * machine.host_free_bytes
+    else:
+        share, fits_host = plan.slots.n_slots / spec.stored_bytes.size, plan.fits_host
+    return Fit(
+        precision=spec.precision.name or str(spec.precision),
+        expert_bytes=spec.stored_expert_bytes,
+        all_experts_bytes=spec.all_experts_bytes,
+        device_share=share,
+        fits_host=fits_host,
+        most_s_per_token=spec.top_k
+        * float(np.dot(n_runs, spec.slot_bytes))
+        / machine.copy_bytes_per_s,
     )
-    found = []
-    for precision in PRECISIONS:
-        sizes = [model.expert_format(layer, precision).n_bytes for layer in range(n_layers)]
-        one, every = max(sizes), n_experts * sum(sizes)
-        chosen = top_k * int(np.dot(n_runs, sizes))  # bytes of a token's experts
-        left = room - (every if cpu and 2 * every <= host else 0)  # the store lies there too
-        slots = min(n_layers * n_experts, left // one - N_STAGING if left < every else left // one)
-        found.append(
-            Fit(
-                precision=precision,
-                expert_bytes=one,
-                all_experts_bytes=every,
-                device_share=slots / (n_layers * n_experts) if slots >= n_layers else None,
-                fits_host=every <= host - (max(0, slots) * one if cpu else 0),
-                most_s_per_token=chosen / machine.copy_bytes_per_s,
-            )
-        )
-    return found
 
 
 def model_report(model: MetaModel, machine: Machine, context_tokens: int | None = None) -> str:
@@ -193,8 +162,7 @@ def model_report(model: MetaModel, machine: Machine, context_tokens: int | None 
     config = model.config
     n_layers, n_experts = len(model.layers), model.layers[0].n_experts
     top_k = configured_top_k(config)
-    device = torch.device("cpu" if machine.device_free_bytes is None else "cuda")
-    needs = memory_needs(model, top_k, device, context_tokens)
+    needs = memory_needs(model, top_k, machine.device_kind, context_tokens)
     particulars = find_family(config.model_type).described()
     lines = [
         f"{model.name}: {config.model_type}, {n_layers} layers x {n_experts} experts, top-{top_k}",
@@ -223,32 +191,27 @@ def model_report(model: MetaModel, machine: Machine, context_tokens: int | None 
     return "\n".join(lines)
 
 
-def _fit(model: KnownModel, machine: Machine) -> str:
-    host = machine.host_free_bytes * HEADROOM
-    line = f"  {model.name:17} {model.all_experts_bytes / 2**30:6.1f} GiB of experts: "
+def _known_fit(model: KnownModel, machine: Machine) -> str:
+    """Return a line on a published model, nothing but whose weights is counted."""
+    needs = MemoryNeeds(model.other_bytes, kv_cache=0, work=0, context_tokens=0, batch_size=1)
+    fit = _fit(model.spec, needs, machine, [1] * model.n_layers)
+    line = f"  {model.name:17} {fit.all_experts_bytes / 2**30:6.1f} GiB of experts: "
     if machine.device_free_bytes is None:
-        needed = model.all_experts_bytes + model.other_bytes
-        return line + ("fits host memory" if needed <= host else "does not fit host memory")
-    if model.all_experts_bytes > host:
+        fits_host = fit.fits_host or fit.device_share == 1
+        return line + ("fits host memory" if fits_host else "does not fit host memory")
+    if not fit.fits_host:
         return line + "does not fit host memory"
-    room = machine.device_free_bytes * HEADROOM - model.other_bytes
-    share = min(1.0, room / model.all_experts_bytes)
-    if share <= 0:
-        return line + "what is not experts does not fit the GPU"
-    load_ms = 1e3 * model.expert_bytes / machine.copy_bytes_per_s
-    return line + f"{share:.0%} of them on the GPU at once; loading one takes {load_ms:.2f} ms"
+    if fit.device_share is None:
+        return line + "the GPU has no room for one of each layer beside the rest"
+    load_ms = 1e3 * fit.expert_bytes / machine.copy_bytes_per_s
+    return line + (
+        f"{fit.device_share:.0%} of them on the GPU at once; loading one takes {load_ms:.2f} ms"
+    )
 
 
 def _copy_speed(device: torch.device) -> float:
     """Return bytes per second of a copy from (pinned) host memory, the median of a few."""
-    on_gpu = device.type == "cuda"
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty_like(source, device=device)
-    seconds = []
-    for _ in range(N_COPIES):
-        start = time.perf_counter()
-        target.copy_(source)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return COPY_BYTES / float(np.median(seconds))
+    copy = {"copy": lambda: seconds_each([lambda: target.copy_(source)], device)}
+    return COPY_BYTES / interleaved_medians(copy)["copy"]

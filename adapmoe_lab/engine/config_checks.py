@@ -54,7 +54,7 @@ def check_precision(config: TunedConfig, spec: MoESpec) -> None:
             f"The config was saved for experts in {wanted}; it runs on those that are loaded, "
             f"{stored}, which may lie otherwise. Tune this model and save the config again to have "
             "that checked.",
-            stacklevel=3,
+            stacklevel=4,
         )
     elif wanted.names != stored.names:
         n_experts, n_unlike = spec.n_layers * spec.n_experts, wanted.n_unlike(stored)

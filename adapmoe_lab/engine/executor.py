@@ -7,7 +7,7 @@ or a decoder, and reads counters; what it keeps inside is nobody else's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from adapmoe_lab.engine.layer_pass import GradientObserver, Observer
 from adapmoe_lab.engine.prefetch.predictors import Predictor
 from adapmoe_lab.engine.transfer.clock import Clock
 from adapmoe_lab.models.hooks.experts_hook import ExpertsExecutor
+from adapmoe_lab.models.hooks.observing import Callback
 from adapmoe_lab.records import (
     CachePlan,
     GatingTable,
@@ -28,7 +28,7 @@ from adapmoe_lab.records import (
     Traffic,
     TunedConfig,
 )
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.step_costs import StepCosts
 
 
@@ -165,7 +165,7 @@ class Executor(ExpertsExecutor, Protocol):
         ...
 
     @property
-    def callbacks(self) -> Mapping[HookPoint, Callable[..., None]]:
+    def callbacks(self) -> Mapping[HookPoint, Callback]:
         """What it wants to be shown of every forward pass under the present configuration."""
         ...
 
@@ -209,12 +209,12 @@ class Executor(ExpertsExecutor, Protocol):
         """Skip by another table for a while; slots and counters go on."""
         ...
 
-    def observed_by(self, observer: Observer) -> AbstractContextManager[None]:
-        """Show every layer's pass to an observer."""
-        ...
+    def observing(self, callbacks: Mapping[HookPoint, Callback]) -> AbstractContextManager[None]:
+        """Call back at the hook points that lie inside a layer's experts, see `OF_EXPERTS`.
 
-    def gradients_observed_by(self, observer: GradientObserver) -> AbstractContextManager[None]:
-        """Show an observer what the backward pass of these forwards finds in each layer."""
+        Entered with no callbacks too, where points outside the experts are observed: what runs
+        then must pass through the modules of the model. For `engine.observing` to call.
+        """
         ...
 
     def check_open(self) -> None:

@@ -25,14 +25,9 @@ from adapmoe_lab.engine.transfer.link import NO_LINK, EmulatedLink, Link
 from adapmoe_lab.models.checkpoint.checkpoint import HFModel
 from adapmoe_lab.models.families import MoELayer
 from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
-from adapmoe_lab.models.hooks.residual_stream import (
-    last_hidden_observed_by,
-    layer_outputs_observed_by,
-    token_ids_observed_by,
-)
+from adapmoe_lab.models.hooks.observing import observing_model
 from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, TunedConfig
 from adapmoe_lab.records.arguments import finite_number, one_string, whole_number
-from adapmoe_lab.records.prefetch import HookPoint
 from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 
 
@@ -192,15 +187,9 @@ class LabModel:
     def _watch(self) -> None:
         """Show the engine what it wants to see of forward passes."""
         self._watching.close()
-        self._watching = hooks = ExitStack()
-        wanted = self.engine.callbacks
-        if HookPoint.TOKEN in wanted:
-            hooks.enter_context(token_ids_observed_by(self.hf, wanted[HookPoint.TOKEN]))
-        if HookPoint.LAST_HIDDEN in wanted:
-            hooks.enter_context(last_hidden_observed_by(self.hf, wanted[HookPoint.LAST_HIDDEN]))
-        if HookPoint.LAYER_OUTPUT in wanted:
-            observer = wanted[HookPoint.LAYER_OUTPUT]
-            hooks.enter_context(layer_outputs_observed_by(self.hf, self.layers, observer))
+        self._watching = ExitStack()
+        observed = observing_model(self.hf, self.layers, self.engine.callbacks)
+        self._watching.enter_context(observed)
 
     @contextmanager
     def running(self, config: TunedConfig | None = None) -> Iterator[Self]:

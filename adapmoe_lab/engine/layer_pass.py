@@ -1,10 +1,8 @@
-"""What one layer did in a forward or a backward pass, as observers are shown it."""
+"""What one layer's experts did in one pass, forward or backward, as callbacks are given it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class LayerPass:
-    """What one layer did in one forward pass; what observers are shown.
+    """What one layer did in one forward pass; given to callbacks at EXPERTS_OUTPUT.
 
     Attributes:
         layer: number of the MoE layer.
@@ -34,17 +32,9 @@ class LayerPass:
     output: torch.Tensor
 
 
-class Observer(Protocol):
-    """Is shown every layer's pass; must not change it."""
-
-    def __call__(self, layer_pass: LayerPass) -> None:
-        """Take note of one layer's pass."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class LayerGradient:
-    """What the backward pass found in one layer; what gradient observers are shown.
+    """What the backward pass found in one layer; given to callbacks at EXPERTS_GRADIENT.
 
     Attributes:
         layer: number of the MoE layer.
@@ -66,6 +56,3 @@ class LayerGradient:
     contributions: torch.Tensor
     gradient: torch.Tensor
     surrogate_contributions: torch.Tensor | None = None
-
-
-GradientObserver = Callable[[LayerGradient], None]

@@ -26,6 +26,14 @@ HEADROOM = 0.9
 
 
 @dataclass(frozen=True)
+class FreeMemory:
+    """Bytes that are free on a device and on its host; the same if the device is the CPU."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True)
 class MemoryNeeds:
     """Bytes a model takes beside its experts.
 
@@ -137,6 +145,7 @@ def plan_memory(
     slots: CachePlan | None = None,
     surrogate_bytes: int = 0,
     prefetch_bytes: int = 0,
+    free: FreeMemory | None = None,
 ) -> MemoryPlan:
     """Decide how many experts get a slot, and whether the rest waits in memory or on disk.
 
@@ -150,37 +159,20 @@ def plan_memory(
         slots: the slots of a tuned config, which then decide.
         surrogate_bytes: bytes of what stands in for skipped experts.
         prefetch_bytes: bytes of the buffer for experts fetched ahead, and of fitted predictors.
+        free: what is free; what is so now on this machine if None.
 
     Raises:
         MemoryError: it does not fit; the text has the numbers and the most that does.
         ValueError: the room is too small for one expert per layer.
     """
-    store_bytes, slot_bytes = spec.all_experts_bytes, spec.slot_bytes
+    free = free_memory(device) if free is None else free
     beside_bytes = surrogate_bytes + prefetch_bytes
-    free = _free_bytes(device)
-    left = int(HEADROOM * free) - needs.total
     host = budget_bytes(host_memory, spec, "host_memory") if host_memory is not None else None
-    if device.type == "cpu" and host is not None:
-        left = min(left, host)
+    room = _Room(spec, needs, device, free, host)
     if slots is None:
-        if expert_memory is not None:
-            room = budget_bytes(expert_memory, spec)
-        else:
-            every_slot = spec.n_experts * int(slot_bytes.sum()) + beside_bytes
-            on_host = store_bytes if device.type == "cpu" else 0
-            room = every_slot if every_slot + on_host <= left else left
-            least = int(slot_bytes.sum() + N_STAGING * slot_bytes.max()) + beside_bytes
-            if room < min(least, every_slot) and host is None:
-                raise MemoryError(_does_not_fit(spec, device, needs, free, least, left))
-        slots = uniform_plan(spec, room, beside_bytes=beside_bytes)
+        slots = room.slots(expert_memory, beside_bytes)
     taken = planned_bytes(slots, spec.stored_bytes) + beside_bytes
-    if taken > max(left, 0):
-        raise MemoryError(_does_not_fit(spec, device, needs, free, taken, left))
-    if device.type == "cpu":
-        host_left = left - taken
-    else:
-        host_free = int(HEADROOM * psutil.virtual_memory().available) - needs.weights
-        host_left = host_free if host is None else min(host, host_free)
+    room.check(taken)
     return MemoryPlan(
         device=device,
         needs=needs,
@@ -188,10 +180,79 @@ def plan_memory(
         slot_bytes=taken - beside_bytes,
         surrogate_bytes=surrogate_bytes,
         prefetch_bytes=prefetch_bytes,
-        device_bytes=int(HEADROOM * free),
-        store_bytes=store_bytes,
-        host_bytes=max(0, host_left),
+        device_bytes=int(HEADROOM * free.device_bytes),
+        store_bytes=spec.all_experts_bytes,
+        host_bytes=room.host_bytes(taken),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Room:
+    """What is left for experts on a device and its host.
+
+    Attributes:
+        spec: the model, and how its experts are stored.
+        needs: what it takes beside its experts.
+        device: where it computes.
+        free: what is free before anything is loaded.
+        host: host memory that the user gives to experts, in bytes; None for what is free.
+    """
+
+    spec: MoESpec
+    needs: MemoryNeeds
+    device: torch.device
+    free: FreeMemory
+    host: int | None
+
+    @property
+    def left(self) -> int:
+        """Bytes for experts on the device; below zero if even the rest does not fit."""
+        left = int(HEADROOM * self.free.device_bytes) - self.needs.total
+        is_shared = self.device.type == "cpu" and self.host is not None
+        return min(left, self.host) if is_shared else left
+
+    def slots(self, expert_memory: str | float | None, beside_bytes: int) -> CachePlan:
+        """Return slots in the memory that is asked for; in what is left, if None.
+
+        Raises:
+            MemoryError: not even one expert per layer fits.
+            ValueError: what is asked for is too little for that.
+        """
+        spec, slot_bytes = self.spec, self.spec.slot_bytes
+        if expert_memory is not None:
+            return uniform_plan(spec, budget_bytes(expert_memory, spec), beside_bytes=beside_bytes)
+        every_slot = spec.n_experts * int(slot_bytes.sum()) + beside_bytes
+        on_host = spec.all_experts_bytes if self.device.type == "cpu" else 0
+        room = every_slot if every_slot + on_host <= self.left else self.left
+        least = int(slot_bytes.sum() + N_STAGING * slot_bytes.max()) + beside_bytes
+        if room < min(least, every_slot) and self.host is None:
+            raise MemoryError(self._refusal(least))
+        return uniform_plan(spec, room, beside_bytes=beside_bytes)
+
+    def check(self, taken: int) -> None:
+        """Raise MemoryError if so many bytes are more than is left."""
+        if taken > max(self.left, 0):
+            raise MemoryError(self._refusal(taken))
+
+    def host_bytes(self, taken: int) -> int:
+        """Return the host memory left for the store when so much is taken on the device."""
+        if self.device.type == "cpu":
+            return max(0, self.left - taken)
+        free = int(HEADROOM * self.free.host_bytes) - self.needs.weights
+        return max(0, free if self.host is None else min(self.host, free))
+
+    def _refusal(self, taken: int) -> str:
+        spec, most = self.spec, max(0, self.left)
+        advice = (
+            f"give expert_memory={in_words(most)!r} or less"
+            if most >= (spec.n_layers + N_STAGING) * spec.stored_expert_bytes
+            else "give a smaller max_context_tokens or batch_size, or a lower expert_dtype"
+        )
+        return (
+            f"{spec.model_id} does not fit {self.device}: {in_words(taken)} of expert slots and "
+            f"{self.needs}, of {in_words(self.free.device_bytes)} free ({1 - HEADROOM:.0%} kept "
+            f"back). At most {in_words(most)} are left for experts: {advice}."
+        )
 
 
 def planned_bytes(slots: CachePlan, expert_bytes: NDArray[np.int64]) -> int:
@@ -203,26 +264,15 @@ def planned_bytes(slots: CachePlan, expert_bytes: NDArray[np.int64]) -> int:
     return int((slots.slots * slot_bytes).sum()) + staging
 
 
+def free_memory(device: torch.device) -> FreeMemory:
+    """Return what is free on this machine now."""
+    return FreeMemory(_free_bytes(device), psutil.virtual_memory().available)
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def _does_not_fit(
-    spec: MoESpec, device: torch.device, needs: MemoryNeeds, free: int, taken: int, left: int
-) -> str:
-    most = max(0, left)
-    advice = (
-        f"give expert_memory={in_words(most)!r} or less"
-        if most >= (spec.n_layers + N_STAGING) * spec.stored_expert_bytes
-        else "give a smaller max_context_tokens or batch_size, or a lower expert_dtype"
-    )
-    return (
-        f"{spec.model_id} does not fit {device}: {in_words(taken)} of expert slots and {needs}, of "
-        f"{in_words(free)} free ({1 - HEADROOM:.0%} kept back). At most {in_words(most)} are left "
-        f"for experts: {advice}."
-    )
 
 
 def in_words(n_bytes: float) -> str:

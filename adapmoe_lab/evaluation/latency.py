@@ -13,8 +13,7 @@ from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
 from adapmoe_lab.records import LatencyReport, Measurement, Traffic, TunedConfig
 from adapmoe_lab.records.arguments import whole_number
-
-Progress = Callable[[int, int, str], None]
+from adapmoe_lab.records.progress import Progress
 
 N_DEFAULT_PROMPTS = 4
 PROMPT_TOKENS = 32

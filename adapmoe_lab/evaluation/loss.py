@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from adapmoe_lab.engine.lab_model import LabModel
@@ -11,8 +9,7 @@ from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
 from adapmoe_lab.records import LossReport, TunedConfig
 from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.files import digest
-
-Progress = Callable[[int, int, str], None]
+from adapmoe_lab.records.progress import Progress
 
 MAX_TOKENS = 512
 

@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,15 @@ def as_labels(labels: str | Iterable[str] | None, texts: Texts, n_texts: int) ->
     if len(found) != n_texts:
         raise ValueError(f"{n_texts} texts need as many labels, got {len(found)}: {found[:8]}.")
     return found
+
+
+def calibration_split(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the texts to calibrate with and others to measure on: the first half and the second.
+
+    Of an odd number the second half has one more; a single text serves for both.
+    """
+    half = len(texts) // 2 or 1
+    return list(texts[:half]), list(texts[half:] or texts)
 
 
 def calibration_texts() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.layer_pass import LayerGradient, LayerPass
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.profiling.sensitivity.backward import backpropagate
-
-Progress = Callable[[int, int, str], None]
+from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.progress import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,5 +133,5 @@ def _check_room(model: LabModel, n_tokens: int, n_kinds: int, folder: Path) -> N
 
 
 def _record(model: LabModel, ids: torch.Tensor, activations: Activations) -> None:
-    with torch.no_grad(), model.engine.observed_by(activations.add):
+    with torch.no_grad(), observing(model, {HookPoint.EXPERTS_OUTPUT: activations.add}):
         model.hf(input_ids=ids[None].to(model.engine.device), use_cache=False)

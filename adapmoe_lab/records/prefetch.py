@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
@@ -12,24 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.records.files import RecordError, digest, fields_of, frozen_array, known_values
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.predictors import Predictors
-
-
-class HookPoint(IntEnum):
-    """When a predictor can be asked, and what it is then shown.
-
-    At the first and the last of them, layer 0 is its source as well as its target.
-    """
-
-    TOKEN = 0
-    """A forward pass begins: its token ids int64 [T]."""
-    EXPERTS_INPUT = 1
-    """A layer has asked for its experts: hidden states [T, D] as router and experts get them."""
-    LAYER_OUTPUT = 2
-    """A layer is done: the residual stream [T, D] after it."""
-    LAST_HIDDEN = 3
-    """A forward pass is done: the final hidden state [T, D] of the token before each."""
-
 
 HOOK_POINTS: Mapping[str, HookPoint] = MappingProxyType(
     {
@@ -41,7 +24,7 @@ HOOK_POINTS: Mapping[str, HookPoint] = MappingProxyType(
         "last_hidden": HookPoint.LAST_HIDDEN,
     }
 )
-"""The hook_point of each predictor."""
+"""The hook point at which each predictor predicts."""
 
 FITTED = ("ridge", "token_table", "last_hidden")
 """Predictors that have to be fitted."""

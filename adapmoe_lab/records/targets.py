@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapmoe_lab.records.files import RecordError, fields_of, known_values
+from adapmoe_lab.records.listed import read_listed
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,5 @@ def load_targets(path: Path) -> dict[str, LinkTarget]:
     Raises:
         RecordError: the file is not a list of targets.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        entries = known_values(document, str(path), ("about", "targets"))["targets"]
-        targets = [
-            LinkTarget(**fields_of(LinkTarget, entry, f"{path}, target {number},"))
-            for number, entry in enumerate(entries, start=1)
-        ]
-    except RecordError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise RecordError(f"{path} is not a list of link targets: {error!r}.") from error
+    targets = read_listed(path, LinkTarget, "targets", "link targets")
     return {target.name: target for target in targets}

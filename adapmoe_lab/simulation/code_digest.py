@@ -59,8 +59,9 @@ def _of_value(value: Any, seen: _Seen) -> Iterator[str | bytes]:
         yield from _of_value(value.value, seen)
     elif isinstance(value, enum.EnumType):
         yield from _of_value(tuple(value), seen)
-    elif isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields"):
-        yield f"{value.__qualname__} of {value._fields!r} by default {value._field_defaults!r}"
+    elif isinstance(value, type) and issubclass(value, tuple):
+        own = vars(value)
+        yield f"tuple {own.get('_fields')!r} by default {own.get('_field_defaults')!r}"
     elif isinstance(value, (*_PLAIN, numba.types.Type)):
         yield f"{type(value).__qualname__} {value!r}"
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:

@@ -16,9 +16,10 @@ from adapmoe_lab.engine.transfer.link import NO_LINK
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss, token_sequences
-from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
+from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_split, calibration_texts
 from adapmoe_lab.policies.allocation.slots import slots_plan
-from adapmoe_lab.policies.gating.rules import check_method, check_skipped_fraction
+from adapmoe_lab.policies.gating.registry import check_method
+from adapmoe_lab.policies.gating.rule import check_skipped_fraction
 from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity
 from adapmoe_lab.records import LatencyReport, LinkTarget, Measurement, TunedConfig
@@ -141,8 +142,7 @@ def run_bench(
         raise ValueError("run_bench needs at least one skipped fraction, such as 0.25.")
     for fraction in fractions:
         check_skipped_fraction(fraction, model.spec.top_k)
-    calibration = calibration_texts()
-    fit, held = calibration[: len(calibration) // 2], calibration[len(calibration) // 2 :]
+    fit, held = calibration_split(calibration_texts())
     texts = held if texts is None else as_texts(texts)
     token_sequences(model, texts)  # refuses what is too short
     n_slots = model.spec.n_experts // 2 if slots_per_layer is None else slots_per_layer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from adapmoe_lab.engine.lab_model import LabModel
@@ -11,12 +10,11 @@ from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.evaluation.texts import Texts, as_texts
 from adapmoe_lab.records import LossReport, TunedConfig
+from adapmoe_lab.records.progress import Progress
 
 N_PROMPTS = 3
 NEW_TOKENS = 16
 MAX_LOSS_TOKENS = 256
-
-Progress = Callable[..., None]
 
 
 class Measuring:

@@ -9,7 +9,7 @@ from IPython.core.getipython import get_ipython
 
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import token_sequences
-from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts
+from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_split, calibration_texts
 from adapmoe_lab.profiling.hardware.probe import probe_hardware
 from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity as measure_sensitivity
@@ -76,17 +76,16 @@ class Workbench:
                 given.check_model(model.spec)
         if trace is not None:
             trace.check_ungated()
-        shipped = calibration_texts()
-        half = len(shipped) // 2
-        held = shipped[half:] if texts is None else as_texts(texts)
-        token_sequences(model, held, MAX_LOSS_TOKENS)  # refuses what is too short
+        calibration, unseen = calibration_split(calibration_texts())
+        unseen = unseen if texts is None else as_texts(texts)
+        token_sequences(model, unseen, MAX_LOSS_TOKENS)  # refuses what is too short
         if trace is None:
             with model.running(TunedConfig.untuned(model.spec)):
-                trace = profile(model, shipped[:half])
+                trace = profile(model, calibration)
         if sensitivity is None:
-            sensitivity = measure_sensitivity(model, shipped[:half], compensation=compensation)
+            sensitivity = measure_sensitivity(model, calibration, compensation=compensation)
         hardware = probe_hardware(model) if hardware is None else hardware
-        measuring = Measuring(model, held)
+        measuring = Measuring(model, unseen)
         panel = Panel(Session(trace, sensitivity, hardware, compensation), measuring, repr(model))
         # The one reference to the panel, which knows nothing of the workbench: whichever way it
         # is closed, and if the workbench is dropped, it goes, and what it holds with it.

@@ -11,11 +11,12 @@ from typing import Any
 import ipywidgets
 
 from adapmoe_lab.records import TunedConfig
+from adapmoe_lab.records.progress import Progress
 from adapmoe_lab.simulation.simulate import Simulation
 from adapmoe_lab.views import figures
 from adapmoe_lab.views.widgets import DownloadButton, Job, LatestWins, LiveFigure, OwningBox
 from adapmoe_lab.workbench.controls import Controls
-from adapmoe_lab.workbench.measuring import Measuring, Progress
+from adapmoe_lab.workbench.measuring import Measuring
 from adapmoe_lab.workbench.session import Cache, Candidate, Session
 from adapmoe_lab.workbench.summary import as_html, tiles
 

@@ -1,13 +1,16 @@
 """What the doctor says of machines it is shown, and of this one."""
 
 import pytest
+import torch
 from tiny_models import save_tiny
 from transformers import MixtralConfig
 
 from adapmoe_lab.cli.doctor import Machine, examine, fits, known_models, model_report, report
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.memory_plan import FreeMemory, memory_needs, plan_memory
+from adapmoe_lab.engine.store.builder import expert_formats
 from adapmoe_lab.models.checkpoint.checkpoint import look_at_model
-from adapmoe_lab.models.checkpoint.meta_model import meta_model_of
+from adapmoe_lab.models.checkpoint.meta_model import describe, meta_model_of
 
 GIB = 2**30
 
@@ -32,12 +35,14 @@ def test_with_a_gpu_it_says_how_much_fits_and_what_a_load_takes():
     text = report(Machine("GPU", 24 * GIB, 128 * GIB, 25e9))
     assert "24.0 GiB free" in text
     assert "OLMoE-1B-7B         12.0 GiB of experts: 100% of them on the GPU" in text
-    assert "Mixtral-8x7B        84.0 GiB of experts: 22% of them on the GPU at once" in text
+    assert "Mixtral-8x7B        84.0 GiB of experts: 21% of them on the GPU at once" in text
     assert "loading one takes 14.09 ms" in text
 
 
-def test_a_gpu_too_small_for_the_rest_is_told_so():
-    assert "what is not experts does not fit" in report(Machine("GPU", GIB, 256 * GIB, 25e9))
+def test_a_gpu_too_small_for_an_expert_of_each_layer_is_told_so():
+    assert "the GPU has no room for one of each layer" in report(
+        Machine("GPU", GIB, 256 * GIB, 25e9)
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,26 @@ def test_mixtral_on_a_small_gpu():
     assert by_name["int4"].fits_host
     assert 0.6 < by_name["int4"].device_share < 0.8
     assert by_name["bfloat16"].most_s_per_token == pytest.approx(2 * 32 * 352.3e6 / 25e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("on_device", [24 * GIB, None])
+def test_it_says_what_the_memory_plan_would_do(on_device):
+    mixtral = meta_model_of("mixtral", MixtralConfig(dtype="bfloat16"), "bfloat16")
+    machine = Machine("some", on_device, 64 * GIB, 25e9)
+    device = torch.device("cpu" if on_device is None else "cuda")
+    for fit in fits(mixtral, machine, 1024):
+        spec = describe(mixtral, expert_formats(mixtral, fit.precision))
+        needs, free = (
+            memory_needs(mixtral, 2, device, 1024),
+            FreeMemory(on_device or 64 * GIB, 64 * GIB),
+        )
+        if fit.device_share is None:
+            with pytest.raises(MemoryError):
+                plan_memory(spec, needs, device, free=free)
+        else:
+            plan = plan_memory(spec, needs, device, free=free)
+            assert fit.device_share == plan.slots.n_slots / 256
+            assert fit.fits_host == plan.fits_host
 
 
 def test_too_small_a_gpu_has_no_slots():

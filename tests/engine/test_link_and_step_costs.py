@@ -9,6 +9,7 @@ from runs import PROMPT, decode, half_cached
 
 from adapmoe_lab.engine import lab_model
 from adapmoe_lab.engine.loading import known_targets, link_target
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.records import (
     OFF,
@@ -18,6 +19,7 @@ from adapmoe_lab.records import (
     PrefetchTable,
     TunedConfig,
 )
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 
 MEASURED_S = 0.25
@@ -104,7 +106,7 @@ def test_a_link_is_as_fast_whatever_config_is_in_force(load_tiny, target):
     model.apply(replace(TunedConfig.untuned(model.spec), gating=skipping))
     decode(model.hf, model.encode(PROMPT), 4)
     before, seen = model.engine.traffic.to_json(), []
-    with model.engine.observed_by(seen.append), model.linked(target):
+    with observing(model, {HookPoint.EXPERTS_OUTPUT: seen.append}), model.linked(target):
         assert state(model.link) == (plain[0], pytest.approx(plain[1]), plain[2])
     assert (model.engine.traffic.to_json(), seen) == (before, [])
 

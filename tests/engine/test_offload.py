@@ -11,11 +11,13 @@ from runs import decode
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.models.families import Router, UnsupportedModelError
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, TunedConfig
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.simulation.replay.replay import replay
 
 PROMPT = "Once upon a time there was a king who"
@@ -111,13 +113,14 @@ def test_an_observer_sees_what_was_computed(load_tiny):
     model = load_tiny()
     model.apply(config_of(model, 2, [0.7] * 3))
     passes = []
-    with torch.no_grad(), model.engine.observed_by(passes.append):
+    with torch.no_grad(), observing(model, {HookPoint.EXPERTS_OUTPUT: passes.append}):
         model.hf(model.encode(PROMPT)[None])
     assert [p.layer for p in passes] == [0, 1, 2]
     for seen in passes:
         torch.testing.assert_close(seen.contributions.sum(dim=1), seen.output)
         assert (seen.contributions.abs().sum(-1) > 0).numpy().tolist() == seen.keep.tolist()
-    assert not model.engine._observers
+    model.hf(model.encode(PROMPT)[None])
+    assert len(passes) == 3
 
 
 def test_scores_that_cannot_be_had_are_refused_before_anything_runs(load_tiny):

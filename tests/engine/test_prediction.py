@@ -20,8 +20,8 @@ from adapmoe_lab.engine.prefetch.predictors import (
 )
 from adapmoe_lab.models.families import UnsupportedModelError
 from adapmoe_lab.models.hooks.experts_hook import served_by
+from adapmoe_lab.models.hooks.input_norms import find_input_norms
 from adapmoe_lab.models.hooks.key_value_cache import forward_cached
-from adapmoe_lab.models.hooks.residual_stream import find_input_norms
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import Predictors
 

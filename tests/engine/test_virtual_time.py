@@ -9,6 +9,7 @@ import torch
 from runs import PROMPT, decode, half_cached
 
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.transfer.clock import RealClock, VirtualClock
 from adapmoe_lab.engine.transfer.link import EmulatedLink
 from adapmoe_lab.evaluation.latency import measure_latency
@@ -28,6 +29,7 @@ from adapmoe_lab.records import (
     RoutingTrace,
     TunedConfig,
 )
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
 from adapmoe_lab.simulation.replay.replay import replay
@@ -142,7 +144,7 @@ def decode_batch(model, prompts, n_steps):
     """Continue a batch of prompts of one length greedily; return the trace of what was routed."""
     passes = []
     ids, cache = torch.stack(prompts), None
-    with torch.no_grad(), model.engine.observed_by(passes.append):
+    with torch.no_grad(), observing(model, {HookPoint.EXPERTS_OUTPUT: passes.append}):
         for _ in range(n_steps):
             logits, cache = forward_cached(model.hf, ids, cache)
             ids = logits[:, -1:].argmax(-1)

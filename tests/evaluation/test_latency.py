@@ -7,11 +7,13 @@ import pytest
 import torch
 from runs import PROMPT, decode, half_cached
 
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.gating.keep import fixed_k, score_ratio
 from adapmoe_lab.records import GatingTable, IncomparableError, TunedConfig
+from adapmoe_lab.records.hook_points import HookPoint
 
 PROMPTS = [PROMPT, "def f(x):"]
 
@@ -51,7 +53,8 @@ def test_accuracy_and_latency_runs_keep_the_same_experts(load_tiny, gating):
     def kept_by(run):
         """Return indices and keep of every layer, tokens in the order they were run."""
         passes = [[], [], []]
-        with model.running(config), model.engine.observed_by(lambda p: passes[p.layer].append(p)):
+        callbacks = {HookPoint.EXPERTS_OUTPUT: lambda p: passes[p.layer].append(p)}
+        with model.running(config), observing(model, callbacks):
             run()
         return [
             [np.concatenate([getattr(p, name) for p in layer]) for name in ("indices", "keep")]

@@ -10,6 +10,7 @@ from adapmoe_lab.evaluation.texts import (
     as_labels,
     as_texts,
     calibration_labels,
+    calibration_split,
     calibration_texts,
     read_texts,
 )
@@ -159,3 +160,12 @@ def test_a_path_is_told_how_its_texts_are_read(tmp_path):
         ValueError, match=r"must be several texts, got a path, .*lab\.read_texts\('/"
     ):
         as_texts(path)
+
+
+@pytest.mark.parametrize(("n_texts", "n_first"), [(1, 1), (2, 1), (5, 2), (8, 4)])
+def test_texts_to_calibrate_with_are_none_of_those_to_measure_on(n_texts, n_first):
+    texts = [f"text {number}" for number in range(n_texts)]
+    first, second = calibration_split(texts)
+    assert len(first) == n_first
+    assert second == (texts if n_texts == 1 else texts[n_first:])
+    assert n_texts == 1 or first + second == texts

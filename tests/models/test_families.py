@@ -18,6 +18,7 @@ from transformers.integrations import moe
 
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.models.families import router_scores
 from adapmoe_lab.models.support import (
     REFUSED,
@@ -29,6 +30,7 @@ from adapmoe_lab.models.support import (
     find_family,
 )
 from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.records.hook_points import HookPoint
 
 NAMED = (
     "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3",
@@ -133,7 +135,7 @@ def assert_traits_tell_the_truth(model_type: str, model: LabModel) -> None:
 def runs_of_layers(model: LabModel) -> list[int]:
     """Return how often each layer's experts are called in a forward pass."""
     passes = []
-    with model.engine.observed_by(passes.append):
+    with observing(model, {HookPoint.EXPERTS_OUTPUT: passes.append}):
         model.hf(token_ids(1, 3))
     called = Counter(seen.layer for seen in passes)
     assert called == {number: layer.n_runs for number, layer in enumerate(model.layers)}
@@ -143,7 +145,7 @@ def runs_of_layers(model: LabModel) -> list[int]:
 def assert_scores_equal_the_routers(model_type: str, model: LabModel, ids: torch.Tensor) -> None:
     """A token's chosen experts must have scores in the proportion of the router's weights."""
     passes = []
-    with model.engine.observed_by(passes.append):
+    with observing(model, {HookPoint.EXPERTS_OUTPUT: passes.append}):
         model.hf(ids)
     for seen in passes:
         layer = model.layers[seen.layer]

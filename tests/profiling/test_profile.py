@@ -5,9 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import RoutingTrace
+from adapmoe_lab.records.hook_points import HookPoint
 
 
 def plain_routing(checkpoint, ids):
@@ -131,6 +133,16 @@ def test_padded_batches_are_refused(load_tiny):
         model.hf(torch.ones((2, 5), dtype=torch.long))
 
 
+def test_a_pass_without_token_ids_is_refused(load_tiny):
+    model = load_tiny()
+    embedded = model.hf.get_input_embeddings()(torch.tensor([[1, 2, 3]]))
+    with RoutingRecorder(model).recording() as recorder:
+        model.hf(torch.tensor([[1, 2, 3]]))
+        with pytest.raises(ValueError, match="run the model on token ids, not on embeddings"):
+            model.hf(inputs_embeds=embedded)
+    assert recorder.trace().n_tokens == 3
+
+
 def test_nothing_recorded_and_no_text_are_errors(load_tiny):
     model = load_tiny()
     with pytest.raises(ValueError, match="Nothing was recorded"):
@@ -151,7 +163,7 @@ def test_an_interrupted_forward_leaves_no_half_step(load_tiny):
 
     with torch.no_grad(), recorder.recording():
         model.hf(model.encode("whole")[None])
-        with pytest.raises(KeyboardInterrupt), model.engine.observed_by(stop):
+        with pytest.raises(KeyboardInterrupt), observing(model, {HookPoint.EXPERTS_OUTPUT: stop}):
             model.hf(model.encode("broken off")[None])
         model.hf(model.encode("whole again")[None])
     assert recorder.trace().n_tokens == len("whole") + len("whole again")

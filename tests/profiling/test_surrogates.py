@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.store.expert_store import DiskStore
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.profiling.activations import recorded_activations
 from adapmoe_lab.profiling.surrogates.fit import fit_surrogates
 from adapmoe_lab.records import GatingTable, TunedConfig
 from adapmoe_lab.records.files import CACHE_VARIABLE
+from adapmoe_lab.records.hook_points import HookPoint
 
 
 @pytest.fixture
@@ -45,7 +47,8 @@ def only_the_best(model, surrogates=None):
 def passes_of(model, texts):
     """Return, layer by layer, hidden states, indices, weights and contributions of every token."""
     seen = []
-    with model.running(TunedConfig.untuned(model.spec)), model.engine.observed_by(seen.append):
+    config, callbacks = TunedConfig.untuned(model.spec), {HookPoint.EXPERTS_OUTPUT: seen.append}
+    with model.running(config), observing(model, callbacks):
         for text in texts:
             model.hf(model.encode(text)[None])
     for layer in range(model.spec.n_layers):
@@ -213,7 +216,6 @@ def test_an_interrupt_leaves_nothing_behind(load_tiny, texts, temporary_folder, 
     assert not list(temporary_folder.iterdir())
     assert model.config is before
     assert model.engine.plan.slots[0] == 4
-    assert not model.engine._observers
 
 
 def test_a_budget_goes_where_it_is_worth_most(load_tiny, texts):

@@ -13,7 +13,6 @@ from safetensors.numpy import save as save_tensors
 from traces import make_spec
 
 from adapmoe_lab.assets import data_folder
-from adapmoe_lab.cli.doctor import read_known_models
 from adapmoe_lab.engine.store.index import read_index
 from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.records import (
@@ -31,6 +30,7 @@ from adapmoe_lab.records import (
     load_targets,
 )
 from adapmoe_lab.records.files import fields_of
+from adapmoe_lab.records.known_models import load_known_models
 from adapmoe_lab.records.published import PublishedAdapMoE
 
 SAVED = Path(__file__).parents[1] / "fixtures" / "saved_by_0_1"
@@ -56,7 +56,7 @@ JSON_FILES = {
     "hardware.json": HardwareProfile.load,
     "store_int4/experts.json": lambda path: read_index(path.parent),
     "targets.json": load_targets,
-    "known_models.json": read_known_models,
+    "known_models.json": load_known_models,
     "adapmoe_published.json": PublishedAdapMoE.load,
     **{f"{name}.json": read_plain(name) for name in PLAIN},
 }

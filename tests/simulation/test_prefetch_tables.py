@@ -8,7 +8,7 @@ from traces import make_trace, predicting
 
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.gating.rules import UniformCut
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.records import HardwareProfile, RecordError, TunedConfig
 from adapmoe_lab.simulation.search.prefetch_search import (
     best_prefetch,
@@ -64,12 +64,12 @@ def test_good_guesses_are_followed_and_bad_ones_are_not():
     config = replace(TunedConfig.untuned(trace.spec), plan=slots_plan(trace.spec, 4))
     table, times = best_prefetch(predicting(trace, 0.9), config, hardware)
     assert table is not None
-    assert times["the next layer"] < times["nobody"]
+    assert times["the next layer"] < times["none"]
     simulated = simulate(predicting(trace, 0.9), replace(config, prefetch=table), hardware)
     assert simulated.ms_per_token == times["the next layer"]
     table, times = best_prefetch(predicting(trace, 0.0), config, costly)
     assert table is None
-    assert min(times, key=lambda name: times[name]) == "nobody"
+    assert min(times, key=lambda name: times[name]) == "none"
 
 
 def test_sources_are_those_recorded_the_fitted_before_others():

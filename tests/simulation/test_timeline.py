@@ -6,7 +6,7 @@ from traces import make_spec, make_trace
 
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 from adapmoe_lab.simulation.replay.outcomes import HIT, LOAD, STREAM
 from adapmoe_lab.simulation.replay.recorded_candidates import Candidates

@@ -10,7 +10,7 @@ from traces import make_sensitivity, make_spec, make_trace
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.allocation.slots import N_STAGING, uniform_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.gating.rules import RULES
+from adapmoe_lab.policies.gating.registry import RULES
 from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity
 from adapmoe_lab.profiling.surrogates.fit import fit_surrogates
@@ -141,8 +141,8 @@ def test_fetching_ahead_is_taken_where_it_is_predicted_to_pay():
     assert alone.prefetch is None
     assert alone.evidence["prefetch"] is None
     times = ahead.evidence["prefetch"]
-    assert times["nobody"] == alone.evidence["predicted"]["ms_per_token"]
-    assert ahead.evidence["predicted"]["ms_per_token"] == min(times.values()) < times["nobody"]
+    assert times["none"] == alone.evidence["predicted"]["ms_per_token"]
+    assert ahead.evidence["predicted"]["ms_per_token"] == min(times.values()) < times["none"]
     room = ahead.prefetch.n_bytes(1000) + (ahead.plan.n_slots + N_STAGING) * 1000
     assert room <= 0.75 * trace.spec.all_experts_bytes
     assert ahead.plan.n_slots < alone.plan.n_slots

@@ -155,7 +155,7 @@ def test_the_gain_is_that_of_configs_in_the_same_memory():
     smaller = slots_plan(trace.spec, 2)
     table = plan_prefetch(trace, plan=smaller)
     ahead = simulate(trace, replace(plain, plan=smaller, prefetch=table), link)
-    assert info.ms["nobody"][1, 0] == pytest.approx(on_demand.ms_per_token)
+    assert info.ms["none"][1, 0] == pytest.approx(on_demand.ms_per_token)
     assert info.ms["the next layer"][1, 0] == pytest.approx(ahead.ms_per_token)
     least = min(on_demand.ms_per_token, ahead.ms_per_token)
     assert info.saved[1, 0] == pytest.approx(1 - least / on_demand.ms_per_token)
@@ -169,14 +169,14 @@ def test_foresight_is_what_right_guesses_bring():
     info = figures.prefetch_gain_info(trace, HARDWARE, (1,), (0.5, 0.75))
     best = figures.prefetch_gain_info(right, HARDWARE, (1,), (0.5, 0.75))
     np.testing.assert_allclose(
-        info.foresight_ms, np.minimum(best.ms["the next layer"], info.ms["nobody"])
+        info.foresight_ms, np.minimum(best.ms["the next layer"], info.ms["none"])
     )
 
 
 def test_without_room_for_a_buffer_nobody_is_followed():
     trace = predicting(make_trace(), 0.9)
     info = figures.prefetch_gain_info(trace, HARDWARE, (1,), (0.25, 0.75))
-    assert info.best[0][0] == "nobody"
+    assert info.best[0][0] == "none"
     assert info.saved[0, 0] == 0
     assert np.isnan([info.ms["the next layer"][0, 0], info.foresight_ms[0, 0]]).all()
     assert info.idle[0, 0] == info.idle_after[0, 0]
@@ -192,9 +192,9 @@ def test_a_line_per_link_and_one_per_choice():
     assert shown[1].customdata[:, 0].tolist() == list(info.best[1])
     choices = figures.plot_prefetch_choices(info, 0.5)
     assert [line.name for line in choices.data] == [
-        "nobody", "the next layer", "were every prediction right",
+        "none", "the next layer", "were every prediction right",
     ]  # fmt: skip
-    ratio = info.ms["the next layer"][1] / info.ms["nobody"][1]
+    ratio = info.ms["the next layer"][1] / info.ms["none"][1]
     assert choices.data[1].y == pytest.approx(ratio)
     with pytest.raises(ValueError, match=r"No link of ratio 3 was tried; there are 2, 0\.5"):
         figures.plot_prefetch_choices(info, 3)

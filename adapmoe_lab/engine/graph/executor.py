@@ -6,7 +6,7 @@ Residency has one owner at a time: the host's cache or the device's tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,10 +18,10 @@ from adapmoe_lab.engine.graph.captured_step import CapturedStep
 from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_experts
 from adapmoe_lab.engine.graph.served_step import ServedStep
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
-from adapmoe_lab.engine.layer_pass import GradientObserver, Observer
 from adapmoe_lab.engine.store.expert_store import ExpertStore
+from adapmoe_lab.models.hooks.observing import Callback
 from adapmoe_lab.records import CachePlan, GatingTable, Surrogates, Traffic
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 
 
 class GraphExecutor:
@@ -118,7 +118,7 @@ class GraphExecutor:
         return self._host.run_layer(layer, *arguments)
 
     @property
-    def callbacks(self) -> Mapping[HookPoint, Callable[..., None]]:
+    def callbacks(self) -> Mapping[HookPoint, Callback]:
         """Nothing: it fetches nothing before it is needed."""
         return {}
 
@@ -178,13 +178,9 @@ class GraphExecutor:
         """Skip by another table for a while."""
         return self._eagerly(self._host.gated_by(table))
 
-    def observed_by(self, observer: Observer) -> AbstractContextManager[None]:
-        """Show every layer's pass to an observer."""
-        return self._eagerly(self._host.observed_by(observer))
-
-    def gradients_observed_by(self, observer: GradientObserver) -> AbstractContextManager[None]:
-        """Show an observer what the backward pass of these forwards finds in each layer."""
-        return self._eagerly(self._host.gradients_observed_by(observer))
+    def observing(self, callbacks: Mapping[HookPoint, Callback]) -> AbstractContextManager[None]:
+        """Call back at the hook points that lie inside a layer's experts, see `OF_EXPERTS`."""
+        return self._eagerly(self._host.observing(callbacks))
 
     def check_open(self) -> None:
         """Raise RuntimeError if it was closed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from adapmoe_lab.engine.host_driven.expert_sources import ExpertSource
 from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
-from adapmoe_lab.engine.layer_pass import GradientObserver, LayerGradient
+from adapmoe_lab.engine.layer_pass import LayerGradient
 from adapmoe_lab.models.experts import run_expert
 
 Positions = tuple[torch.Tensor, torch.Tensor] | tuple[slice, int]
@@ -108,7 +108,7 @@ class StreamedCombine(torch.autograd.Function):
         run: LayerRun,
         source: ExpertSource,
         source_again: ExpertSource,
-        observers: tuple[GradientObserver, ...],
+        observers: tuple[Callable[[LayerGradient], None], ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum [T, D], and the contributions [T, K, D], which carry no gradient."""
         ctx.save_for_backward(hidden, weights)

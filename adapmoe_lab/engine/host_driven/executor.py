@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,7 +15,7 @@ from adapmoe_lab.engine.host_driven.combine import LayerRun, StreamedCombine
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.host_driven.expert_sources import CachedExperts, ExpertSource, StoredExperts
 from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
-from adapmoe_lab.engine.layer_pass import GradientObserver, LayerPass, Observer
+from adapmoe_lab.engine.layer_pass import LayerPass
 from adapmoe_lab.engine.prefetch.predictors import Predictor
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
 from adapmoe_lab.engine.store.expert_store import ExpertStore
@@ -23,11 +23,12 @@ from adapmoe_lab.engine.transfer.clock import Clock
 from adapmoe_lab.engine.transfer.link import Link
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router
+from adapmoe_lab.models.hooks.observing import OF_EXPERTS, Callback
 from adapmoe_lab.policies.eviction.expert_cache import CacheState
 from adapmoe_lab.policies.gating.keep import gated_weights, keep_by_cuts
 from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogates, Traffic
 from adapmoe_lab.records.files import digest
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.routing import UNGATED
 from adapmoe_lab.records.step_costs import StepCosts
 
@@ -67,8 +68,7 @@ class HostDrivenExecutor:
         self.step_costs = StepCosts()
         self._gating: GatingTable | None = None
         self._surrogate_outputs: SurrogateOutputs | None = None
-        self._observers: list[Observer] = []
-        self._gradient_observers: list[GradientObserver] = []
+        self._observers = _no_observers()
         self.is_closed = False
         self._n_sequences = 1
         self._routers = routers
@@ -238,12 +238,9 @@ class HostDrivenExecutor:
 
         What is configured and counted is as before afterwards.
         """
-        kept = (
-            "_surrogate_outputs", "_observers", "_gradient_observers", "_n_steps", "_kept",
-            "_skipped",
-        )  # fmt: skip
+        kept = ("_surrogate_outputs", "_observers", "_n_steps", "_kept", "_skipped")
         before = {name: getattr(self, name) for name in kept}
-        self._surrogate_outputs, self._observers, self._gradient_observers = None, [], []
+        self._surrogate_outputs, self._observers = None, _no_observers()
         try:
             with self.reading_store(), self.gated_by(None):
                 yield
@@ -261,33 +258,30 @@ class HostDrivenExecutor:
             self._gating = previous
 
     @contextmanager
-    def observed_by(self, observer: Observer) -> Iterator[None]:
-        """Show every layer's pass to an observer."""
-        self._observers.append(observer)
+    def observing(self, callbacks: Mapping[HookPoint, Callback]) -> Iterator[None]:
+        """Call back at the hook points that lie inside a layer's experts, see `OF_EXPERTS`."""
+        lists = [(self._observers[point], callback) for point, callback in callbacks.items()]
+        for registered, callback in lists:
+            registered.append(callback)
         try:
             yield
         finally:
-            self._observers.remove(observer)
-
-    @contextmanager
-    def gradients_observed_by(self, observer: GradientObserver) -> Iterator[None]:
-        """Show an observer what the backward pass of these forwards finds in each layer."""
-        self._gradient_observers.append(observer)
-        try:
-            yield
-        finally:
-            self._gradient_observers.remove(observer)
+            for registered, callback in lists:
+                registered.remove(callback)
 
     @property
-    def callbacks(self) -> Mapping[HookPoint, Callable[..., None]]:
+    def callbacks(self) -> Mapping[HookPoint, Callback]:
         """What it wants to be shown of every forward pass: beginning, end, and maybe layers."""
-        wanted = {HookPoint.TOKEN: self.begin_pass, HookPoint.LAST_HIDDEN: self.end_pass}
+        wanted: dict[HookPoint, Callback] = {
+            HookPoint.TOKEN: self.begin_pass,
+            HookPoint.LAST_HIDDEN: self.end_pass,
+        }
         prefetcher = self._cached.prefetcher
         if prefetcher is not None and prefetcher.table.predicts_at(HookPoint.LAYER_OUTPUT):
             wanted[HookPoint.LAYER_OUTPUT] = self.end_layer
         return wanted
 
-    def begin_pass(self, token_ids: torch.Tensor) -> None:
+    def begin_pass(self, token_ids: torch.Tensor, _: object = None) -> None:
         """Fetch ahead by the tokens [B, T] of a forward pass that begins."""
         self._n_sequences = len(token_ids)
         if self._prefetcher is not None:
@@ -371,7 +365,12 @@ class HostDrivenExecutor:
         run = LayerRun(layer, experts, indices, keep, self._surrogate_outputs)
         if torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad):
             output, parts = StreamedCombine.apply(
-                hidden, top_k_weights, run, self, self._direct, tuple(self._gradient_observers)
+                hidden,
+                top_k_weights,
+                run,
+                self,
+                self._direct,
+                tuple(self._observers[HookPoint.EXPERTS_GRADIENT]),
             )
         else:
             parts = run.contributions(self, hidden, top_k_weights)
@@ -383,8 +382,12 @@ class HostDrivenExecutor:
             routing = indices, weights
             output = self._surrogate_outputs.complete(layer, hidden, output, routing, keep)
         output = output.to(hidden.dtype)
-        if self._observers:
+        if callbacks := self._observers[HookPoint.EXPERTS_OUTPUT]:
             passed = LayerPass(layer, hidden, indices, weights, keep, parts, output)
-            for observer in self._observers:
-                observer(passed)
+            for callback in callbacks:
+                callback(passed)
         return output
+
+
+def _no_observers() -> dict[HookPoint, list[Callback]]:
+    return {point: [] for point in OF_EXPERTS}

@@ -23,7 +23,7 @@ from adapmoe_lab.policies.prefetch.expected_gain import (
     needed_at,
 )
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.step_costs import StepCosts, chunk_bounds
 
 

@@ -102,14 +102,10 @@ class ExpertCache:
         Raises:
             ValueError: it needs them, and there are none.
         """
-        if self._policy.needs_scores and scores is None:
-            raise ValueError(
-                f"Eviction {self._policy.name!r} reads the router's scores; give those of the "
-                "step's tokens."
-            )
+        self._policy.check_scores(scores)
         members = np.array(sorted(experts), dtype=np.int64)
         is_hit = self.slot_of[layer, members] >= 0
-        self._note(layer, members, is_hit, scores)
+        self._change_priorities(layer, members, is_hit, scores)
         hits, misses = members[is_hit].tolist(), members[~is_hit].tolist()
         if not misses:
             return StepPlan(tuple(hits), (), ())
@@ -148,7 +144,7 @@ class ExpertCache:
             return 0, 0, len(self.slot_of)
         return layer, layer, layer + 1
 
-    def _note(
+    def _change_priorities(
         self,
         layer: int,
         members: NDArray[np.int64],

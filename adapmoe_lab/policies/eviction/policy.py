@@ -112,3 +112,11 @@ class EvictionPolicy:
                 "per expert and changes those of the step's own layer only. Use the host-driven "
                 "executor, or another policy."
             )
+
+    def check_scores(self, scores: Any) -> None:
+        """Raise ValueError if it reads the router's scores and there are none."""
+        if self.needs_scores and scores is None:
+            raise ValueError(
+                f"Eviction {self.name!r} reads the router's scores; give those of the step's "
+                "tokens."
+            )

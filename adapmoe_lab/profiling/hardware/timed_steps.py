@@ -12,13 +12,13 @@ import torch
 from adapmoe_lab.engine.generation import generate_tokens
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.prefetch.predictors import MAX_DISTANCE
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
 from adapmoe_lab.engine.resident_layer import PROMPT_TOKENS
-from adapmoe_lab.models.hooks.residual_stream import layer_outputs_observed_by
 from adapmoe_lab.profiling.hardware.solved_costs import TimedStep
 from adapmoe_lab.records import OFF, CachePlan, GatingTable, PrefetchSource, PrefetchTable
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 
 STRIDE = 5
 """Variants by which the next decode begins further on: few steps cover all, since it divides no
@@ -79,7 +79,7 @@ def unthrottled_steps(model: LabModel, n_steps: int, first: int) -> list[TimedSt
     """
     engine, variants = host_driven(model), _variants(model)
     first = first * STRIDE % len(variants)
-    outputs = layer_outputs_observed_by(model.hf, model.layers, engine.end_layer)
+    outputs = observing(model, {HookPoint.LAYER_OUTPUT: engine.end_layer})
     with model.link.without_link_delay(), outputs:
         return _steps(model, n_steps, variants[first:] + variants[:first])
 

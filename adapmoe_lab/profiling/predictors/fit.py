@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.prefetch.predictors import MAX_DISTANCE, TokenEmbedding, predictors_of
 from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.evaluation.texts import Texts
 from adapmoe_lab.models.families import router_logits, router_scores
-from adapmoe_lab.models.hooks.residual_stream import last_hidden_observed_by
 from adapmoe_lab.profiling.activations import Activations, recorded_activations
 from adapmoe_lab.profiling.predictors.linear_maps import fit_gate, fit_ridges
 from adapmoe_lab.records import Predictors, TunedConfig
 from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.files import digest
+from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.progress import Progress
 from adapmoe_lab.simulation.statistics.token_means import means_by_token
-
-Progress = Callable[[int, int, str], None]
 
 HELD_OUT_EVERY = 4
 """Of so many texts one is held out to choose how strongly a fit is held back.
@@ -64,10 +64,14 @@ def fit_predictors(
             f"least {FEWEST_TOKENS} tokens, got {len(sequences[0])}. Give more text."
         )
     states: list[torch.Tensor] = []
+
+    def keep_state(last_hidden: torch.Tensor) -> None:
+        states.append(last_hidden.float().cpu())
+
     with (
         torch.no_grad(),
         model.running(TunedConfig.untuned(model.spec)),
-        last_hidden_observed_by(model.hf, lambda state: states.append(state.float().cpu())),
+        observing(model, {HookPoint.LAST_HIDDEN: keep_state}),
         recorded_activations(model, sequences, progress=progress) as activations,
     ):
         tokens = _Tokens(sequences, model.engine.device)

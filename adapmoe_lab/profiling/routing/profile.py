@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,9 +14,8 @@ from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import Predictors, RecordError, RoutingTrace
 from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.files import digest
+from adapmoe_lab.records.progress import Progress
 from adapmoe_lab.records.routing import SCHEMA_VERSION
-
-Progress = Callable[[int, int, str], None]
 
 MAX_TOKENS = 512
 

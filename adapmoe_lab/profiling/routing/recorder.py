@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,19 +14,15 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.layer_pass import LayerPass
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.engine.prefetch.predictors import Predictor, likeliest
 from adapmoe_lab.models.families import (
     check_each_runs_once,
     check_scores_known,
     router_scores,
 )
-from adapmoe_lab.models.hooks.key_value_cache import cache_given
-from adapmoe_lab.models.hooks.residual_stream import (
-    last_hidden_observed_by,
-    layer_outputs_observed_by,
-)
 from adapmoe_lab.records import Prediction, RoutingTrace
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 
 Key = tuple[str, int, int]
 """A predictor's name, the distance it looks, and the layer it predicts."""
@@ -80,23 +76,26 @@ class RoutingRecorder:
         self._predictors = model.predictors() if predictors is None else predictors
         self._n_candidates = n_candidates or model.spec.top_k
         self._last_hidden: torch.Tensor | None = None
+        self._running: _Step | None = None
         self._steps: list[_Step] = []
         self._skipping = model.engine.skipping
 
     @contextmanager
     def recording(self) -> Iterator[RoutingRecorder]:
         """Record every forward pass inside the block."""
-        model = self._model
-        self._skipping = model.engine.skipping
-        begin = model.hf.register_forward_pre_hook(self._begin_step, with_kwargs=True)
-        with ExitStack() as hooks:
-            hooks.callback(self._drop_incomplete)
-            hooks.callback(begin.remove)
-            hooks.enter_context(model.engine.observed_by(self._observe))
-            see_output = partial(self._ask, HookPoint.LAYER_OUTPUT)
-            hooks.enter_context(layer_outputs_observed_by(model.hf, model.layers, see_output))
-            hooks.enter_context(last_hidden_observed_by(model.hf, self._end_step))
-            yield self
+        self._skipping = self._model.engine.skipping
+        callbacks = {
+            HookPoint.TOKEN: self._begin_step,
+            HookPoint.EXPERTS_INPUT: partial(self._predict, HookPoint.EXPERTS_INPUT),
+            HookPoint.EXPERTS_OUTPUT: self._add_layer,
+            HookPoint.LAYER_OUTPUT: partial(self._predict, HookPoint.LAYER_OUTPUT),
+            HookPoint.LAST_HIDDEN: self._end_step,
+        }
+        try:
+            with observing(self._model, callbacks):
+                yield self
+        finally:
+            self._drop_incomplete()
 
     def _drop_incomplete(self) -> None:
         self._steps = [s for s in self._steps if len(s.layers) == len(self._routers)]
@@ -157,37 +156,44 @@ class RoutingRecorder:
                 experts[-len(found[0]) :, target], scores[-len(found[0]) :, target] = found
         return experts, scores
 
-    def _begin_step(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        ids: torch.Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    def _begin_step(self, ids: torch.Tensor, past: Any) -> None:
         if ids.shape[0] != 1:
             raise ValueError(
                 f"Routing is recorded one sequence at a time, got a batch of {ids.shape[0]}: "
                 "padding is routed too and would be recorded as if it were text."
             )
-        past = cache_given(kwargs)
         is_first = past is None or past.get_seq_length() == 0
-        self._steps.append(_Step(ids[0].cpu().numpy(), is_first))
-        self._ask(HookPoint.TOKEN, 0, ids[0])
+        self._running = _Step(ids[0].cpu().numpy(), is_first)
+        self._steps.append(self._running)
+        self._predict(HookPoint.TOKEN, 0, ids[0])
 
-    def _observe(self, layer_pass: LayerPass) -> None:
-        step, layer, hidden = self._steps[-1], layer_pass.layer, layer_pass.hidden.detach()
-        probabilities = router_scores(self._routers[layer], hidden)
-        step.layers.append(
-            (layer_pass.indices.copy(), layer_pass.weights, probabilities.cpu().numpy())
-        )
-        self._ask(HookPoint.EXPERTS_INPUT, layer, hidden)
+    def _add_layer(self, layer_pass: LayerPass) -> None:
+        router, hidden = self._routers[layer_pass.layer], layer_pass.hidden.detach()
+        probabilities = router_scores(router, hidden).cpu().numpy()
+        layer = layer_pass.indices.copy(), layer_pass.weights, probabilities
+        self._step().layers.append(layer)
 
     def _end_step(self, last_hidden: torch.Tensor) -> None:
-        """Ask what the state of the token before tells, as is known when it has been run."""
-        step, last_hidden = self._steps[-1], last_hidden.float()
+        """Predict from the state of the token before, which is known once that has been run."""
+        step, last_hidden = self._step(), last_hidden.float()
         before = [] if step.starts_sequence or self._last_hidden is None else [self._last_hidden]
-        self._ask(HookPoint.LAST_HIDDEN, 0, torch.cat([*before, last_hidden[:-1]]))
+        self._predict(HookPoint.LAST_HIDDEN, 0, torch.cat([*before, last_hidden[:-1]]))
         self._last_hidden = last_hidden[-1:]
         step.to_host()
+        self._running = None
+
+    def _step(self) -> _Step:
+        """Return the step that runs now."""
+        if self._running is None:
+            raise ValueError(
+                "Routing is recorded together with its tokens; run the model on token ids, not on "
+                "embeddings, and the whole of it."
+            )
+        return self._running
 
     @torch.no_grad()
-    def _ask(self, hook_point: HookPoint, layer: int, x: torch.Tensor) -> None:
-        on_device = self._steps[-1].on_device
+    def _predict(self, hook_point: HookPoint, layer: int, x: torch.Tensor) -> None:
+        on_device = self._step().on_device
         for predictor in self._predictors:
             if predictor.hook_point is hook_point:
                 for target in predictor.targets(layer):

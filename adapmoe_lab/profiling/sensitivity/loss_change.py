@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.records import GatingTable, TunedConfig
+from adapmoe_lab.records.progress import Progress
 from adapmoe_lab.simulation.statistics.jackknife import jackknife
 
-Progress = Callable[[int, int, str], None]
 Floats = NDArray[np.float64]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,11 +17,11 @@ from adapmoe_lab.profiling.sensitivity.gradient_terms import GradientTerms, grad
 from adapmoe_lab.profiling.sensitivity.loss_change import LossChanges, loss_changes
 from adapmoe_lab.records import OFF, GatingTable, SensitivityProfile, Surrogates, TunedConfig
 from adapmoe_lab.records.arguments import strings
+from adapmoe_lab.records.progress import Progress
 from adapmoe_lab.records.sensitivity import NOTHING, RENORMALISED
 from adapmoe_lab.records.standard_error import nan_if_unknown
 from adapmoe_lab.simulation.statistics.jackknife import jackknife
 
-Progress = Callable[[int, int, str], None]
 Floats = NDArray[np.float64]
 
 N_CUTS = 33

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,8 +21,7 @@ from adapmoe_lab.profiling.surrogates.low_rank import LowRankMap, OutputMetric, 
 from adapmoe_lab.records import Surrogates, TunedConfig
 from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.files import digest
-
-Progress = Callable[[int, int, str], None]
+from adapmoe_lab.records.progress import Progress
 
 METHOD = "reduced-rank ridge regression"
 DEFAULT_RANK = 16

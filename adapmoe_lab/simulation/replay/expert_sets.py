@@ -1,4 +1,4 @@
-"""Which distinct experts every step of a recorded trace needs, and threads that share its layers."""
+"""Which distinct experts every step of a recorded trace needs; threads share the layers."""
 
 from __future__ import annotations
 

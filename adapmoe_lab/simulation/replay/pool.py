@@ -33,8 +33,8 @@ class Steps(NamedTuple):
 
     def layers(self, own: slice) -> Steps:
         """Return the steps of some of these layers."""
-        cut = [array[own] for array in (self.members, self.starts, self.oracle_inputs)]
-        return Steps(self.bounds, *cut, first_layer=self.first_layer + own.start)
+        members, starts, inputs = self.members[own], self.starts[own], self.oracle_inputs[own]
+        return Steps(self.bounds, members, starts, inputs, self.first_layer + own.start)
 
 
 class Scores(NamedTuple):

@@ -20,7 +20,8 @@ from adapmoe_lab.records import (
     RoutingTrace,
     TunedConfig,
 )
-from adapmoe_lab.records.prefetch import FITTED, HOOK_POINTS, HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.prefetch import FITTED, HOOK_POINTS
 from adapmoe_lab.simulation.replay.recorded_candidates import (
     Candidates,
     recorded_candidates,
@@ -33,7 +34,7 @@ from adapmoe_lab.simulation.statistics.predictability import are_needed
 SourceKey = tuple[str, int]
 """A predictor and the distance at which it speaks."""
 
-NO_SOURCES = "nobody"
+NO_SOURCES = "none"
 """Whom to follow to fetch nothing ahead."""
 
 MIN_CANDIDATES = 20
@@ -172,7 +173,7 @@ _CHOICES = {
     "the next layer": lambda name, distance: distance == 1 and _is_ahead(name),
     "all distances": lambda name, distance: _is_ahead(name),
     "all distances, and again after the layer": lambda name, distance: distance > 0,
-    "everybody": lambda name, distance: True,
+    "all": lambda name, distance: True,
 }
 
 

@@ -6,7 +6,7 @@ A buffer is a float64 array [entries, 6], whose places `clock_arrays` names.
 from __future__ import annotations
 
 from adapmoe_lab.policies.prefetch import expected_gain as prefetch
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.step_costs import N_CHUNKS
 from adapmoe_lab.simulation.compiled import called, inlined
 from adapmoe_lab.simulation.replay.outcomes import HIT

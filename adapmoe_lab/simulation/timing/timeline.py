@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.step_costs import StepCosts
 from adapmoe_lab.simulation.replay.expert_sets import in_threads
 from adapmoe_lab.simulation.replay.outcomes import LOAD

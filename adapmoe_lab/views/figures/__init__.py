@@ -1,5 +1,10 @@
 """Figures in two steps: `x_info` computes from a record, `plot_x` only draws."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from adapmoe_lab.deprecated import moved_name
 from adapmoe_lab.views.figures.cache.eviction_loads import (
     EvictionLoadsInfo,
     eviction_loads_info,
@@ -207,3 +212,16 @@ __all__ = [
     "tradeoff_info",
     "use_against_chance_info",
 ]
+
+MOVED = {
+    "plot_slot_worth": "figures.plot_marginal_benefit",
+    "plot_stand_ins": "figures.plot_surrogates",
+    "slot_worth_info": "figures.marginal_benefit_info",
+    "stand_ins_info": "figures.surrogates_info",
+}
+"""By the name in notebooks of version 0.1, the public name below `lab`."""
+
+
+def __getattr__(name: str) -> Any:
+    """Return a figure by its name of version 0.1, with a warning."""
+    return moved_name(__name__, name, MOVED)

@@ -1,7 +1,7 @@
 """Controls for notebooks: anywidget and ipywidgets, no logic of the domain, no network."""
 
 from adapmoe_lab.views.widgets.download import DownloadButton
-from adapmoe_lab.views.widgets.job import Cancelled, Job, Progress
+from adapmoe_lab.views.widgets.job import Cancelled, Job
 from adapmoe_lab.views.widgets.latest import LatestWins
 from adapmoe_lab.views.widgets.live_figure import LiveFigure
 from adapmoe_lab.views.widgets.owning_box import OwningBox
@@ -14,6 +14,5 @@ __all__ = [
     "LatestWins",
     "LiveFigure",
     "OwningBox",
-    "Progress",
     "ThresholdCurve",
 ]

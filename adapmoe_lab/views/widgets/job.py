@@ -8,11 +8,12 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import ipywidgets
 import traitlets
 
+from adapmoe_lab.records.progress import Progress
 from adapmoe_lab.views.widgets.owning_box import OwningBox
 
 STATES = ("idle", "running", "done", "cancelled", "error")
@@ -24,13 +25,6 @@ _BAR_STYLES: Mapping[str, str] = MappingProxyType(
 
 class Cancelled(Exception):  # noqa: N818 not an error: the user asked for it
     """Raised by `progress` inside the work once Cancel was pressed."""
-
-
-class Progress(Protocol):
-    """What the work reports to; any thread may call it, as often as it likes."""
-
-    def __call__(self, done: float, total: float, text: str = "") -> None:
-        """Show `done` of `total` and a text; raise Cancelled if the work should end."""
 
 
 class Job(OwningBox):
@@ -53,7 +47,8 @@ class Job(OwningBox):
         """Build the panel; nothing runs before `start` or a click.
 
         Args:
-            work: the function to run; calls the `progress` it is given now and then.
+            work: the function to run; calls the `progress` it is given now and then, from any
+                thread and as often as it likes, which raises Cancelled if the work should end.
             label: text of the button.
             on_done: receives the result, in the thread of the work.
         """

@@ -48,7 +48,7 @@ class PrefetchGainInfo:
         ms: by who is followed, float64 [R, S], predicted milliseconds per token; NaN where there
             is no room for a buffer.
         best: [R][S], who should be followed.
-        foresight_ms: float64 [R, S], with everybody followed, were all candidates right.
+        foresight_ms: float64 [R, S], with all sources followed, were every candidate right.
         idle: float64 [R, S], share of the time that the link idles with nobody followed.
         idle_after: float64 [R, S], with the best.
         n_tokens: tokens replayed.

@@ -1,0 +1,120 @@
+"""Watching a transformers model run: a callback at each point of its forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from adapmoe_lab.models.families import LAYER_NUMBER, MoELayer, UnsupportedModelError
+from adapmoe_lab.models.hooks.key_value_cache import cache_given
+from adapmoe_lab.records.hook_points import HookPoint
+
+Callback = Callable[..., None]
+"""What is called at a hook point; `observing_model` and `engine.observing` say with what."""
+
+OF_EXPERTS = (HookPoint.EXPERTS_OUTPUT, HookPoint.EXPERTS_GRADIENT)
+"""Points that only what runs the experts knows."""
+
+
+@contextmanager
+def observing_model(
+    hf: PreTrainedModel, layers: Sequence[MoELayer], callbacks: Mapping[HookPoint, Callback]
+) -> Iterator[None]:
+    """Call back at points of every forward pass inside the block; restore the model afterwards.
+
+    A callback must not change what it is given. What it raises ends the pass. Batch and sequence
+    are one axis T except in token ids; layers are counted among those with experts.
+
+    Args:
+        hf: the model.
+        layers: its layers with routed experts.
+        callbacks: by hook point, called with
+
+            - TOKEN: token ids int64 [B, T] and the key-value cache that the pass continues, None
+              if there is none; a pass that is given embeddings instead is not shown;
+            - EXPERTS_INPUT: a layer's number and its experts' input [T, D];
+            - LAYER_OUTPUT: a layer's number and the residual stream [T, D] after it;
+            - LAST_HIDDEN: the final hidden states [T, D], which the output embeddings read.
+
+    Raises:
+        UnsupportedModelError: outputs are to be observed of a layer that has no number.
+    """
+    with ExitStack() as hooks:
+        for point, callback in callbacks.items():
+            for handle in _REGISTERS[point](hf, layers, callback):
+                hooks.callback(handle.remove)
+        yield
+
+
+def decoder_layer(hf: PreTrainedModel, layer: MoELayer) -> nn.Module:
+    """Return the decoder layer in which a layer's experts lie.
+
+    Raises:
+        UnsupportedModelError: it has no number by which to know it.
+    """
+    match = LAYER_NUMBER.search(layer.path)
+    if match is None:
+        raise UnsupportedModelError(
+            f"{layer.path} lies in no numbered layer, so the residual stream after it is unknown."
+        )
+    return hf.get_submodule(layer.path[: match.end(1)])
+
+
+def _at_token(
+    hf: PreTrainedModel, _: Sequence[MoELayer], callback: Callback
+) -> Iterator[RemovableHandle]:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None:
+            callback(ids, cache_given(kwargs))
+
+    yield hf.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def _at_experts_input(
+    _: PreTrainedModel, layers: Sequence[MoELayer], callback: Callback
+) -> Iterator[RemovableHandle]:
+    def note(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        callback(number, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    for number, layer in enumerate(layers):
+        yield layer.experts.register_forward_pre_hook(partial(note, number), with_kwargs=True)
+
+
+def _at_layer_output(
+    hf: PreTrainedModel, layers: Sequence[MoELayer], callback: Callback
+) -> Iterator[RemovableHandle]:
+    def note(number: int, _: nn.Module, __: Any, output: Any) -> None:
+        callback(number, _first(output).flatten(0, 1))
+
+    for number, layer in enumerate(layers):
+        yield decoder_layer(hf, layer).register_forward_hook(partial(note, number))
+
+
+def _at_last_hidden(
+    hf: PreTrainedModel, _: Sequence[MoELayer], callback: Callback
+) -> Iterator[RemovableHandle]:
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        callback(_first(output).flatten(0, 1))
+
+    yield hf.base_model.register_forward_hook(note)
+
+
+_REGISTERS = {
+    HookPoint.TOKEN: _at_token,
+    HookPoint.EXPERTS_INPUT: _at_experts_input,
+    HookPoint.LAYER_OUTPUT: _at_layer_output,
+    HookPoint.LAST_HIDDEN: _at_last_hidden,
+}
+
+
+def _first(output: Any) -> torch.Tensor:
+    """Return the hidden states of whatever a layer or model returns, which come first."""
+    return output if isinstance(output, torch.Tensor) else output[0]
