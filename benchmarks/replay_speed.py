@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation.slots import shared, slots_plan, with_pins
-from adapmoe_lab.policies.eviction.rules import POLICIES
+from adapmoe_lab.policies.eviction.registry import POLICIES
 from adapmoe_lab.records import (
     CachePlan,
     MoESpec,

@@ -27,7 +27,7 @@ import adapmoe_lab as lab
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.policies.allocation.slots import slots_plan, with_pins
-from adapmoe_lab.policies.eviction.rules import POLICIES
+from adapmoe_lab.policies.eviction.registry import POLICIES
 from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.policies.gating.rules import UniformCut
 from adapmoe_lab.records import CachePlan, GatingTable, RoutingTrace, TunedConfig

@@ -97,6 +97,8 @@ def _worth(eviction, who, history, flat, now, n_layers, n_before):
     of_layer = [step for step in history if step.layer == layer]
     if eviction in ("lru", "static"):
         return uses[-1], expert not in past[uses[-1]].hits, expert
+    if eviction == "toy":
+        return -uses[-1], expert in past[uses[-1]].hits
     loaded = max(t for t in uses if expert in past[t].placed)
     if eviction == "lfu":
         last = uses[-1]
@@ -131,27 +133,43 @@ def _is_high(step, expert):
 def run_cache(cache, sets, scores=None):
     """Return what an `ExpertCache` does with the same steps."""
     done = []
-    for number, layers in enumerate(sets):
-        for layer, members in enumerate(layers):
-            given = None if scores is None else scores[number][layer][None]
-            plan = cache.plan_step(layer, members, given)
-            cache.vacate(plan)
-            for load in plan.loads:
-                cache.occupy(load)
-            done.append(
-                Done(
-                    layer,
-                    list(plan.hits),
-                    [load.expert for load in plan.loads],
-                    list(plan.streamed),
-                    [load.evicted for load in plan.loads if load.evicted is not None],
-                    None if scores is None else scores[number][layer],
-                )
-            )
+    for layer, members, given in _steps(sets, scores):
+        plan = cache.plan_step(layer, members, given)
+        cache.vacate(plan)
+        for load in plan.loads:
+            cache.occupy(load)
+        placed = [load.expert for load in plan.loads]
+        evicted = [load.evicted for load in plan.loads if load.evicted is not None]
+        done.append(Done(layer, list(plan.hits), placed, list(plan.streamed), evicted))
     return done
 
 
-def counts(done, n_layers):
-    """Return hits, loads and streamed experts of every step and layer, int [N, L] each."""
-    numbers = [(len(d.hits), len(d.placed), len(d.streamed)) for d in done]
-    return np.array(numbers, dtype=int).reshape(-1, n_layers, 3).transpose(2, 0, 1)
+def run_table(table, sets, scores=None):
+    """Return what a `DeviceTable` does with the same steps, with no slot taken twice."""
+    done = []
+    for layer, members, given in _steps(sets, scores):
+        ids, before = np.array(sorted(members)), table.slot_of[layer].copy()
+        step = table.step(layer, ids, given)
+        slots = table.slot_of[layer]
+        assert step.slot.tolist() == slots[ids].tolist()
+        taken = slots[slots >= 0].tolist()
+        assert sorted(taken) == list(range(len(taken)))
+        left = {before[e]: (layer, int(e)) for e in np.flatnonzero((before >= 0) & (slots < 0))}
+        is_placed = ~step.is_hit & (step.slot >= 0)
+        done.append(
+            Done(
+                layer,
+                ids[step.is_hit].tolist(),
+                ids[is_placed].tolist(),
+                ids[step.slot < 0].tolist(),
+                [left[slot] for slot in step.slot[is_placed].tolist() if slot in left],
+            )
+        )
+    return done
+
+
+def _steps(sets, scores):
+    """Yield layer, members and router scores [1, E] of every step."""
+    for number, layers in enumerate(sets):
+        for layer, members in enumerate(layers):
+            yield layer, members, None if scores is None else scores[number][layer][None]

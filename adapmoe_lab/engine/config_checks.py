@@ -1,9 +1,10 @@
-"""Whether a model may run under a config, asked once when a user brings the config."""
+"""Whether a model may run under a config, checked once when a user brings the config."""
 
 from __future__ import annotations
 
 import warnings
 
+from adapmoe_lab.policies.eviction.registry import policy_named
 from adapmoe_lab.records import MoESpec, Predictors, Surrogates, TunedConfig
 
 
@@ -16,6 +17,19 @@ def parts_of_one_model(config: TunedConfig) -> list[TunedConfig | Predictors | S
     parts = [part for part in (config.compensation, fitted) if part is not None]
     own = config.model["fingerprint"]
     return [config, *(part for part in parts if part.model_fingerprint != own)]
+
+
+def check_eviction(config: TunedConfig) -> None:
+    """Refuse a config whose eviction policy is not known, or knows more than a run does.
+
+    Raises:
+        ValueError: there is no such policy, or only a simulation can follow it.
+    """
+    if policy_named(config.eviction).needs_future:
+        raise ValueError(
+            f"Eviction {config.eviction!r} needs to know what comes later, as only a simulation of "
+            "a recorded trace does. Run the model with another policy."
+        )
 
 
 def check_precision(config: TunedConfig, spec: MoESpec) -> None:
@@ -40,7 +54,7 @@ def check_precision(config: TunedConfig, spec: MoESpec) -> None:
             f"The config was saved for experts in {wanted}; it runs on those that are loaded, "
             f"{stored}, which may lie otherwise. Tune this model and save the config again to have "
             "that checked.",
-            stacklevel=3,
+            stacklevel=4,
         )
     elif wanted.names != stored.names:
         n_experts, n_unlike = spec.n_layers * spec.n_experts, wanted.n_unlike(stored)

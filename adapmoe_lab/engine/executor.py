@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from adapmoe_lab.engine.prefetch.predictors import Predictor
-from adapmoe_lab.engine.transfer.clock import Clock, StepPace
+from adapmoe_lab.engine.transfer.clock import Clock
 from adapmoe_lab.models.hooks.experts_hook import ExpertsExecutor
 from adapmoe_lab.models.hooks.observing import Callback
 from adapmoe_lab.records import (
@@ -29,6 +29,7 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.step_costs import StepCosts
 
 
 class Decoder(Protocol):
@@ -134,7 +135,7 @@ class Executor(ExpertsExecutor, Protocol):
         surrogates: Surrogates | None = None,
         prefetch: PrefetchTable | None = None,
         predictors: Sequence[Predictor] = (),
-        step_costs: StepPace | None = None,
+        step_costs: StepCosts | None = None,
     ) -> None:
         """Run under another configuration from now on, with empty slots and counters at zero.
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
+from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.executor import Decoder, Executor
 from adapmoe_lab.engine.generation import generate_tokens
@@ -20,7 +20,7 @@ from adapmoe_lab.engine.prefetch.predictors import Predictor, predictors_of
 from adapmoe_lab.engine.resident_layer import resident_layer_s
 from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.engine.store.on_disk import save_store
-from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.engine.transfer.link import NO_LINK, EmulatedLink, Link
 from adapmoe_lab.models.checkpoint.checkpoint import HFModel
 from adapmoe_lab.models.families import MoELayer
@@ -28,6 +28,7 @@ from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
 from adapmoe_lab.models.hooks.observing import observing_model
 from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, TunedConfig
 from adapmoe_lab.records.arguments import finite_number, one_string, whole_number
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 
 
 class LabModel:
@@ -69,7 +70,7 @@ class LabModel:
         self._in_use = threading.RLock()
         self._predictors: dict[str | None, tuple[Predictor, ...]] = {}
         self._watching = ExitStack()
-        self._measured_costs: StepPace | None = None
+        self._measured_costs: StepCosts | None = None
 
     def __enter__(self) -> Self:
         """Use the model for a block, and close it afterwards."""
@@ -114,14 +115,15 @@ class LabModel:
             RuntimeError: the model was closed.
         """
         self.engine.check_open()
-        self._check(config)
-        self.put_in_force(config)
-
-    def _check(self, config: TunedConfig) -> None:
-        """Refuse a config that is not for this model, or that its executor cannot run."""
         for part in parts_of_one_model(config):
             part.check_model(self.spec)
-        check_precision(config, self.spec)
+        check_precision(config, self.spec)  # here: warnings name the caller's line
+        self._check_able(config)
+        self.put_in_force(config)
+
+    def _check_able(self, config: TunedConfig) -> None:
+        """Refuse a config that the executor cannot run."""
+        check_eviction(config)
         self.engine.capabilities.check(config, self.spec.precision)
 
     def put_in_force(self, config: TunedConfig) -> None:
@@ -161,7 +163,7 @@ class LabModel:
             self._predictors = {key: found}  # of the last asked for only: they may be large
         return self._predictors[key]
 
-    def _step_costs(self, config: TunedConfig) -> StepPace | None:
+    def _step_costs(self, config: TunedConfig) -> StepCosts | None:
         """Return what steps are expected to take under a config.
 
         Without hardware in the config they are measured, once for the model. None on a virtual
@@ -171,14 +173,11 @@ class LabModel:
         if isinstance(self.engine.clock, VirtualClock):
             return None
         if config.prefetch is None:
-            return StepPace()
+            return StepCosts()
         if hardware is not None:
-            is_gated = config.gating is not None
-            dense_layer_s = hardware.dense_layer_s(self.spec.n_layers, is_gated)
-            expert_s = tuple(map(tuple, hardware.expert_times(self.spec.precision).tolist()))
-            return StepPace(dense_layer_s, expert_s, load_s=hardware.load_s)
+            return hardware.step_costs(self.spec.precision, config.gating is not None)
         if self._measured_costs is None:
-            self._measured_costs = StepPace(dense_layer_s=self._resident_layer_s())
+            self._measured_costs = StepCosts(HostCosts(dense_layer_s=self._resident_layer_s()))
         return self._measured_costs
 
     def _resident_layer_s(self) -> float:
@@ -203,7 +202,10 @@ class LabModel:
             self.engine.check_open()
             previous = self.config
             if config is not None and config is not previous:
-                self._check(config)
+                for part in parts_of_one_model(config):
+                    part.check_model(self.spec)
+                check_precision(config, self.spec)
+                self._check_able(config)
             try:
                 self.put_in_force(config if config is not None else previous)
                 yield self

@@ -4,19 +4,101 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from adapmoe_lab.engine.device import choose_device
+from adapmoe_lab.models.checkpoint.meta_model import DTYPES
+from adapmoe_lab.policies.allocation.slots import check_size
 from adapmoe_lab.records import TunedConfig
-from adapmoe_lab.records.arguments import described
+from adapmoe_lab.records.arguments import described, whole_number
 
 ExpertDtype = str | Sequence[Sequence[str]]
 """A precision for all experts, or one for each, [L][E]."""
 
 EXECUTORS = ("host", "graph")
 """What may run the experts: the host layer by layer, or a captured CUDA graph per token."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadRequest:
+    """What `load` is asked for, every argument in one form; see there.
+
+    Precisions that `"auto"` leaves open are those of the config, where it names them.
+    """
+
+    name: str | Path
+    config: TunedConfig | None
+    device: torch.device
+    dtype: str
+    expert_dtype: ExpertDtype
+    expert_memory: str | float | None
+    host_memory: str | float | None
+    store: Path | None
+    revision: str | None
+    max_context_tokens: int | None
+    batch_size: int
+    executor: str
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        name: Any,
+        config: Any,
+        device: Any,
+        dtype: Any,
+        expert_dtype: Any,
+        expert_memory: Any,
+        host_memory: Any,
+        store: Any,
+        revision: Any,
+        max_context_tokens: Any,
+        batch_size: Any,
+        executor: Any,
+    ) -> Self:
+        """Take the arguments of `load` as people pass them.
+
+        Raises:
+            ValueError: one is out of range; the text says what was expected.
+        """
+        for argument, size in (("expert_memory", expert_memory), ("host_memory", host_memory)):
+            if size is not None:
+                check_size(argument, size)
+        if max_context_tokens is not None:
+            max_context_tokens = whole_number("max_context_tokens", max_context_tokens, at_least=1)
+        config = tuned_config(config)
+        precisions = dtype_name("dtype", dtype), expert_dtypes(expert_dtype)
+        dtype, expert_dtype = _planned_precisions(config, *precisions)
+        return cls(
+            name=model_name(name),
+            config=config,
+            device=choose_device(device),
+            dtype=dtype,
+            expert_dtype=expert_dtype,
+            expert_memory=expert_memory,
+            host_memory=host_memory,
+            store=store_folder(store),
+            revision=optional_text("revision", revision),
+            max_context_tokens=max_context_tokens,
+            batch_size=whole_number("batch_size", batch_size, at_least=1),
+            executor=executor_name(executor),
+        )
+
+
+def _planned_precisions(
+    config: TunedConfig | None, dtype: str, expert_dtype: ExpertDtype
+) -> tuple[str, ExpertDtype]:
+    """Return the precisions to compute and to store in, those of a config where they are open."""
+    planned = config.precision if config is not None else None
+    if planned is None or planned.names is None or expert_dtype != "auto":
+        return dtype, expert_dtype
+    if dtype == "auto" and planned.name in DTYPES:
+        dtype = planned.name
+    return dtype, planned.name or planned.names
 
 
 def model_name(name: Any) -> str | Path:

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
+from typing import Any
 
 import torch
 
 from adapmoe_lab.assets import data_folder
-from adapmoe_lab.engine.config_checks import check_precision, parts_of_one_model
-from adapmoe_lab.engine.device import choose_device
+from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.executor import Executor
 from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_device
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.load_arguments import (
     ExpertDtype,
+    LoadRequest,
     check_function,
-    dtype_name,
-    executor_name,
-    expert_dtypes,
-    model_name,
     optional_text,
-    store_folder,
-    tuned_config,
 )
-from adapmoe_lab.engine.memory_plan import memory_needs, plan_memory
+from adapmoe_lab.engine.memory_plan import MemoryPlan, memory_needs, plan_memory
 from adapmoe_lab.engine.store.builder import check_store, expert_formats, open_experts
-from adapmoe_lab.engine.store.expert_store import ExpertStore
-from adapmoe_lab.engine.store.index import find_store
+from adapmoe_lab.engine.store.expert_store import ExpertStore, Formats
+from adapmoe_lab.engine.store.index import StoreIndex, find_store
 from adapmoe_lab.engine.transfer.clock import Clock, RealClock
 from adapmoe_lab.engine.transfer.link import NO_LINK, CudaLink, EmulatedLink, Link
 from adapmoe_lab.models.checkpoint.checkpoint import (
@@ -41,9 +36,7 @@ from adapmoe_lab.models.checkpoint.checkpoint import (
 from adapmoe_lab.models.checkpoint.meta_model import DTYPES, MetaModel, describe
 from adapmoe_lab.models.families import served_layers
 from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
-from adapmoe_lab.policies.allocation.slots import check_size
 from adapmoe_lab.records import LinkTarget, MoESpec, TunedConfig, load_targets
-from adapmoe_lab.records.arguments import whole_number
 
 
 def load(
@@ -102,86 +95,124 @@ def load(
         MemoryError: it does not fit; the text says what does.
         ValueError: an argument is out of range; the text says what was expected.
     """
-    name, config, folder = model_name(name), tuned_config(config), store_folder(store)
-    dtype, expert_dtype = dtype_name("dtype", dtype), expert_dtypes(expert_dtype)
-    link, revision = optional_text("link", link), optional_text("revision", revision)
-    if max_context_tokens is not None:
-        max_context_tokens = whole_number("max_context_tokens", max_context_tokens, at_least=1)
-    batch_size = whole_number("batch_size", batch_size, at_least=1)
-    for argument, size in (("expert_memory", expert_memory), ("host_memory", host_memory)):
-        if size is not None:
-            check_size(argument, size)
-    executor = executor_name(executor)
-    check_function("announce", announce)
     if config is not None and expert_memory is not None:
         raise ValueError("Give either a config, which has its own cache plan, or expert_memory.")
+    wanted = LoadRequest.of(
+        name=name,
+        config=config,
+        device=device,
+        dtype=dtype,
+        expert_dtype=expert_dtype,
+        expert_memory=expert_memory,
+        host_memory=host_memory,
+        store=store,
+        revision=revision,
+        max_context_tokens=max_context_tokens,
+        batch_size=batch_size,
+        executor=executor,
+    )
+    target = link_target(optional_text("link", link), wanted.device)
+    check_function("announce", announce)
+    planned = _planned(wanted)
+    announce(f"{planned.spec.model_id} {planned.memory}")
+    return _assembled(wanted, planned, target, clock if clock is not None else RealClock())
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """What is known of a model before anything is allocated.
+
+    Attributes:
+        checkpoint: its files.
+        tokenizer: its tokenizer.
+        stored: the prepared store, if there is one.
+        formats: how every expert will be stored.
+        spec: its shape, without the identity of its weights.
+        memory: what goes where.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: Any
+    stored: StoreIndex | None
+    formats: Formats
+    spec: MoESpec
+    memory: MemoryPlan
+
+
+def _planned(wanted: LoadRequest) -> _Planned:
+    """Read headers and configuration, and plan the memory."""
+    config, folder = wanted.config, wanted.store
+    if config is not None:
+        check_eviction(config)
     stored = find_store(folder) if folder is not None else None
-    where = choose_device(device)
-    target = link_target(link, where)
-    planned = config.precision if config is not None else None
-    if planned is not None and planned.names is not None and expert_dtype == "auto":
-        expert_dtype = planned.name or planned.names
-        dtype = planned.name if dtype == "auto" and planned.name in DTYPES else dtype
-    checkpoint = open_checkpoint(name, dtype, revision)
+    checkpoint = open_checkpoint(wanted.name, wanted.dtype, wanted.revision)
     tokenizer = checkpoint.load_tokenizer()
     if config is not None:
         _check_shape(config, checkpoint.model)
-    formats = expert_formats(checkpoint.model, expert_dtype, stored)
+    formats = expert_formats(checkpoint.model, wanted.expert_dtype, stored)
     if folder is not None:
         check_store(folder, stored, formats)
     spec = describe(checkpoint.model, formats)
     if config is not None:
         check_precision(config, spec)
-    if executor == "graph":
-        check_device(where)
+    if wanted.executor == "graph":
+        check_device(wanted.device)
         CAPABILITIES.check(config or TunedConfig.untuned(spec), spec.precision)
-    plan = plan_memory(
+    needs = memory_needs(
+        checkpoint.model, spec.top_k, wanted.device, wanted.max_context_tokens, wanted.batch_size
+    )
+    memory = plan_memory(
         spec,
-        memory_needs(checkpoint.model, spec.top_k, where, max_context_tokens, batch_size),
-        where,
-        expert_memory=expert_memory,
-        host_memory=host_memory,
+        needs,
+        wanted.device,
+        expert_memory=wanted.expert_memory,
+        host_memory=wanted.host_memory,
         slots=config.plan if config is not None else None,
         surrogate_bytes=_surrogate_bytes(config, checkpoint),
         prefetch_bytes=_prefetch_bytes(config, spec),
     )
-    announce(f"{spec.model_id} {plan}")
+    return _Planned(checkpoint, tokenizer, stored, formats, spec, memory)
 
+
+def _assembled(
+    wanted: LoadRequest, planned: _Planned, target: LinkTarget | None, clock: Clock
+) -> LabModel:
+    """Load everything into the places that were planned, and put the config in force."""
+    config, checkpoint, memory = wanted.config, planned.checkpoint, planned.memory
     identity = checkpoint.identity()
     hf = checkpoint.load_skeleton()
     layers = served_layers(hf, checkpoint.model.layers)
     routed = routed_weights(hf, layers)
-    spec = describe(checkpoint.model, formats, routed, identity, partial_identity(hf))
+    spec = describe(checkpoint.model, planned.formats, routed, identity, partial_identity(hf))
     for part in parts_of_one_model(config) if config is not None else []:
         part.check_model(spec)
-    hf.to(where)  # pyright: ignore[reportArgumentType]
-    experts = open_experts(checkpoint, formats, spec, plan, folder, stored)
-    clock = clock if clock is not None else RealClock()
+    hf.to(wanted.device)  # pyright: ignore[reportArgumentType]
+    store = open_experts(checkpoint, planned.formats, spec, memory, wanted.store, planned.stored)
     try:
-        hook = ExpertsHook(hf, layers)
-        routers = [layer.router for layer in layers]
-        crossed = _link_without_delay(where, clock)
-        host = HostDrivenExecutor(experts, crossed, clock, where, hf.dtype, routers)
-        context_tokens = plan.needs.context_tokens
-        engine = _graph(host, experts, spec, context_tokens) if executor == "graph" else host
+        hook, routers = ExpertsHook(hf, layers), [layer.router for layer in layers]
+        link = _real_or_free_link(wanted.device, clock)
+        host = HostDrivenExecutor(store, link, clock, wanted.device, hf.dtype, routers)
+        engine = _graph(host, store, spec, memory) if wanted.executor == "graph" else host
         hook.attach(engine)
-        model = LabModel(tokenizer, spec, hook, engine, experts, crossed, plan)
+        model = LabModel(planned.tokenizer, spec, hook, engine, store, link, memory)
         if target is not None:
             model.emulate_link(target)
-        model.put_in_force(config if config is not None else replace(model.config, plan=plan.slots))
+        model.put_in_force(
+            config if config is not None else replace(model.config, plan=memory.slots)
+        )
     except BaseException:
-        experts.close()
+        store.close()
         raise
     return model
 
 
 def _graph(
-    host: HostDrivenExecutor, store: ExpertStore, spec: MoESpec, context_tokens: int
+    host: HostDrivenExecutor, store: ExpertStore, spec: MoESpec, memory: MemoryPlan
 ) -> Executor:
     """Return the graph-captured executor; only it needs triton."""
     from adapmoe_lab.engine.graph.executor import GraphExecutor
 
-    return GraphExecutor(host, store, spec.top_k, context_tokens)
+    return GraphExecutor(host, store, spec.top_k, memory.needs.context_tokens)
 
 
 def _check_shape(config: TunedConfig, model: MetaModel) -> None:
@@ -231,5 +262,5 @@ def known_targets() -> list[str]:
     return list(load_targets(data_folder() / "targets.json"))
 
 
-def _link_without_delay(device: torch.device, clock: Clock) -> Link:
+def _real_or_free_link(device: torch.device, clock: Clock) -> Link:
     return CudaLink(device, clock) if device.type == "cuda" else EmulatedLink(NO_LINK, clock)

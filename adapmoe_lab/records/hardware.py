@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,37 +21,22 @@ from adapmoe_lab.records.files import (
     frozen_array,
     save_json,
 )
+from adapmoe_lab.records.measured import (
+    check_measured,
+    check_seconds,
+    listed,
+    measured,
+    numbers_in_words,
+    rate,
+    saved_names,
+    short,
+)
 from adapmoe_lab.records.precision_plan import PrecisionPlan
 from adapmoe_lab.records.spec import MoESpec
+from adapmoe_lab.records.step_costs import N_CHUNKS, HostCosts, StepCosts
 
 KIND = "hardware-profile"
 SCHEMA_VERSION = 1
-TIMES = (
-    "dense_step_s",
-    "expert_s",
-    "layer_host_s",
-    "host_copy_s",
-    "miss_s",
-    "gate_s",
-    "predict_s",
-    "gated_predict_s",
-    "predict_overhead_s",
-    "predict_output_overhead_s",
-    "host_sync_s",
-    "launch_s",
-)
-RATES = ("host_memory_bytes_per_s", "host_matmul_bytes_per_s")
-LATER = ("pageable_copy_s", "expert_s_by_precision", *TIMES[2:], "wait_s", *RATES)
-"""What the first profiles had not measured."""
-SAVED_AS = MappingProxyType(
-    {
-        "predict_s": "guess_s",
-        "gated_predict_s": "gated_guess_s",
-        "predict_overhead_s": "ask_s",
-        "predict_output_overhead_s": "ask_output_s",
-    }
-)
-"""Names in the file, where they are not those of the fields."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +60,8 @@ class HardwareProfile:
         pageable_copy_s: float64 [n], the same copies from pageable memory; CUDA only.
         expert_s_by_precision: seconds of one expert of the model's shape for one token, alone and
             not from the processor's caches, by the precision it is stored in.
-        layer_host_s: seconds a layer takes around its experts when all are resident: gating,
-            residency, the weighted sum. Router and attention are not in it.
+        layer_host_s: seconds a layer takes around its experts when all are resident: gating, the
+            expert cache, the weighted sum. Router and attention are not in it.
         host_copy_s: seconds the host itself spends on one copy over an emulated link.
         miss_s: seconds a miss adds on the host, `host_copy_s` included; emulated links only, a
             real one copies by itself.
@@ -84,12 +69,13 @@ class HardwareProfile:
             waking up takes time; below where the host works on while a GPU waits, and then no
             more is taken off than was waited.
         gate_s: seconds that gating adds to a layer, whatever it skips.
-        predict_s: seconds the host takes to ask a predictor about a layer and to weigh its answer.
-        gated_predict_s: the same where the answer is put to the gate too.
-        predict_overhead_s: seconds that a moment at which predictors are asked takes beside their
+        predict_s: seconds the host takes to query a predictor about one layer and to weigh its
             candidates.
-        predict_output_overhead_s: seconds that it takes more at a layer's output, for which a GPU
-            is waited for.
+        gated_predict_s: the same where the candidates are put to the gate too.
+        predict_overhead_s: seconds of a hook point at which predictors are queried, beside the
+            queries themselves.
+        predict_output_overhead_s: seconds that a hook point takes more if it is a layer's output,
+            for which a GPU is waited for.
         host_sync_s: seconds until the host knows that an idle device is idle; CUDA only.
         launch_s: seconds the host takes to launch a kernel; CUDA only.
         host_memory_bytes_per_s: bytes read and written by a large copy in host memory.
@@ -105,19 +91,21 @@ class HardwareProfile:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     pageable_copy_s: NDArray[np.float64] | None = None
     expert_s_by_precision: Mapping[str, float] | None = None
-    layer_host_s: float | None = None
-    host_copy_s: float | None = None
-    miss_s: float | None = None
-    wait_s: float | None = None
-    gate_s: float | None = None
-    predict_s: float | None = None
-    gated_predict_s: float | None = None
-    predict_overhead_s: float | None = None
-    predict_output_overhead_s: float | None = None
-    host_sync_s: float | None = None
-    launch_s: float | None = None
-    host_memory_bytes_per_s: float | None = None
-    host_matmul_bytes_per_s: float | None = None
+    layer_host_s: float | None = measured("a layer around its experts")
+    host_copy_s: float | None = measured()
+    miss_s: float | None = measured("a miss")
+    wait_s: float | None = measured("a wait", is_signed=True)
+    gate_s: float | None = measured("gating a layer")
+    predict_s: float | None = measured("a prediction", saved_as="guess_s")
+    gated_predict_s: float | None = measured("a prediction under a gate", saved_as="gated_guess_s")
+    predict_overhead_s: float | None = measured("querying predictors", saved_as="ask_s")
+    predict_output_overhead_s: float | None = measured(
+        "querying them at a layer's output", saved_as="ask_output_s"
+    )
+    host_sync_s: float | None = measured("synchronising")
+    launch_s: float | None = measured("a launch")
+    host_memory_bytes_per_s: float | None = measured("a copy", is_rate=True)
+    host_matmul_bytes_per_s: float | None = measured("a matrix-vector product", is_rate=True)
 
     def __post_init__(self) -> None:
         """Freeze arrays and mappings, and check that times and rates make sense."""
@@ -137,18 +125,14 @@ class HardwareProfile:
         self._check_times()
 
     def _check_times(self) -> None:
-        for name in (*TIMES, "copy_s", "pageable_copy_s"):
-            value = getattr(self, name)
-            if value is not None and not (np.isfinite(value).all() and np.min(value) >= 0):
-                raise RecordError(f"A hardware profile cannot hold negative times: {name} {value}.")
+        for name in ("dense_step_s", "expert_s"):
+            check_seconds(name, getattr(self, name))
+        for name in ("copy_s", "pageable_copy_s"):
+            for value in () if getattr(self, name) is None else getattr(self, name):
+                check_seconds(name, value)
         if any(not 0 <= s < np.inf for s in (self.expert_s_by_precision or {}).values()):
             raise RecordError("A hardware profile cannot hold negative times of an expert.")
-        if self.wait_s is not None and not np.isfinite(self.wait_s):
-            raise RecordError(f"wait_s must be a number of seconds, got {self.wait_s}.")
-        for name in RATES:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < np.inf:
-                raise RecordError(f"{name} must be above zero, got {value}.")
+        check_measured(self)
 
     @property
     def is_emulated(self) -> bool:
@@ -184,6 +168,28 @@ class HardwareProfile:
     def dense_layer_s(self, n_layers: int, is_gated: bool) -> float:
         """Seconds of one of L layers outside the experts, gating included where there is any."""
         return self.dense_step_s / n_layers + (self.gate_s or 0.0) * is_gated
+
+    def step_costs(self, precision: PrecisionPlan, is_gated: bool = False) -> StepCosts:
+        """Return what a forward pass takes here; what was not measured is taken as nothing.
+
+        Args:
+            precision: how the experts are stored, with their bytes.
+            is_gated: whether experts may be skipped.
+
+        Raises:
+            RecordError: the bytes of the experts are not known.
+        """
+        sizes = precision.expert_bytes
+        if sizes is None:
+            raise RecordError(f"Costs need the bytes of every expert; {precision} comes without.")
+        derived = {
+            "dense_layer_s": self.dense_layer_s(len(sizes), is_gated),
+            "predict_s": (self.gated_predict_s if is_gated else None) or self.predict_s,
+            "chunk_s": (self.host_copy_s or 0.0) / N_CHUNKS,
+        }
+        known = {name: derived.get(name, getattr(self, name, None)) for name in HostCosts._fields}
+        host = HostCosts(**{name: value or 0.0 for name, value in known.items()})
+        return StepCosts(host, self.expert_times(precision), self.load_s, sizes)
 
     def expert_times(self, precision: PrecisionPlan) -> NDArray[np.float64]:
         """Seconds that each expert of a plan takes for one token, resident, float64 [L, E].
@@ -233,37 +239,21 @@ class HardwareProfile:
         return replace(self, copy_s=scaled, host_copy_s=None, miss_s=None, wait_s=wait_s)
 
     def __str__(self) -> str:
-        """Say in a few lines what was measured, and what is emulated."""
-        rate = f"{_rate(self.link_bytes_per_s)} + {_short(self.link_latency_s)}"
+        """Return a few lines on what was measured, and what is emulated."""
+        link = f"{rate(self.link_bytes_per_s)} + {short(self.link_latency_s)}"
         if self.is_emulated:
-            rate += "; emulated: real copies, each held as long as on the named machine"
+            link += "; emulated: real copies, each held as long as on the named machine"
         if self.pageable_bytes_per_s is not None:
-            rate += f" pinned, {_rate(self.pageable_bytes_per_s)} pageable"
-        on_host = {
-            "a layer around its experts": self.layer_host_s,
-            "a miss": self.miss_s,
-            "a wait": self.wait_s,
-            "gating a layer": self.gate_s,
-            "a prediction": self.predict_s,
-            "a prediction under a gate": self.gated_predict_s,
-            "asking": self.predict_overhead_s,
-            "asking at a layer's output": self.predict_output_overhead_s,
-            "synchronising": self.host_sync_s,
-            "a launch": self.launch_s,
-        }
-        rates = {
-            "a copy": self.host_memory_bytes_per_s,
-            "a matrix-vector product": self.host_matmul_bytes_per_s,
-        }
+            link += f" pinned, {rate(self.pageable_bytes_per_s)} pageable"
         lines = {
             "device": self.device,
-            "link": f"{self.link}, {rate}",
-            "step": f"{_short(self.dense_step_s)} outside the experts",
-            "expert": f"{_short(self.expert_s)} resident, "
-            f"{_short(self.load_s(float(self.copy_bytes[-1])))} to load",
-            "stored in": _listed(self.expert_s_by_precision or {}, _short),
-            "host": _listed(on_host, _short),
-            "memory": _listed(rates, _rate),
+            "link": f"{self.link}, {link}",
+            "step": f"{short(self.dense_step_s)} outside the experts",
+            "expert": f"{short(self.expert_s)} resident, "
+            f"{short(self.load_s(float(self.copy_bytes[-1])))} to load",
+            "stored in": listed(self.expert_s_by_precision or {}, is_rate=False),
+            "host": listed(numbers_in_words(self, is_rate=False), is_rate=False),
+            "memory": listed(numbers_in_words(self, is_rate=True), is_rate=True),
         }
         return "\n".join(f"{name:10} {text}" for name, text in lines.items() if text)
 
@@ -273,9 +263,9 @@ class HardwareProfile:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values that `from_json` reads back."""
+        saved = saved_names(self)
         return {
-            SAVED_AS.get(name, name): _plain(getattr(self, name))
-            for name in self.__dataclass_fields__
+            saved.get(name, name): _plain(getattr(self, name)) for name in self.__dataclass_fields__
         }
 
     @classmethod
@@ -287,8 +277,9 @@ class HardwareProfile:
         Raises:
             RecordError: a value is unknown, missing or wrong; the text names `source`.
         """
-        renamed = {saved: name for name, saved in SAVED_AS.items()}
-        return cls(**fields_of(cls, values, source, LATER, renamed))
+        later = [one.name for one in fields(cls) if one.default is None]
+        renamed = {saved: name for name, saved in saved_names(cls).items()}
+        return cls(**fields_of(cls, values, source, later, renamed))
 
     def save(self, path: str | Path) -> Path:
         """Write the profile as JSON, whole or not at all, and return its path."""
@@ -334,16 +325,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     return dict(value) if isinstance(value, Mapping) else value
-
-
-def _listed(values: Mapping[str, float | None], in_words: Callable[[float], str]) -> str:
-    known = [(name, value) for name, value in values.items() if value is not None]
-    return ", ".join(f"{name} {in_words(value)}" for name, value in known)
-
-
-def _rate(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e9:.3g} GB/s"
-
-
-def _short(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if abs(seconds) >= 1e-3 else f"{1e6 * seconds:.3g} us"

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class HookPoint(IntEnum):
-    """A point of a forward pass, in the order in which a pass comes to them.
+    """A point of a forward pass.
 
     The first four lie between the parts of any transformers model, and predictors predict at them;
     at the first and the last of these, layer 0 is a predictor's source as well as its target. The

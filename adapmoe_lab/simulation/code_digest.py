@@ -50,7 +50,7 @@ def _of_value(value: Any, seen: _Seen) -> Iterator[str | bytes]:
     if isinstance(value, Dispatcher):
         yield f"compiled {sorted(value.targetoptions.items())!r}"
         value = value.py_func
-    if _is_known_by_version(value):
+    if is_known_by_version(value):
         yield f"{value.__module__}.{value.__qualname__}"
     elif isinstance(value, FunctionType):
         yield from _of_function(value, seen)
@@ -59,6 +59,9 @@ def _of_value(value: Any, seen: _Seen) -> Iterator[str | bytes]:
         yield from _of_value(value.value, seen)
     elif isinstance(value, enum.EnumType):
         yield from _of_value(tuple(value), seen)
+    elif isinstance(value, type) and issubclass(value, tuple):
+        own = vars(value)
+        yield f"tuple {own.get('_fields')!r} by default {own.get('_field_defaults')!r}"
     elif isinstance(value, (*_PLAIN, numba.types.Type)):
         yield f"{type(value).__qualname__} {value!r}"
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
@@ -90,7 +93,7 @@ def _of_function(function: FunctionType, seen: _Seen) -> Iterator[str | bytes]:
         yield from _of_value(cell.cell_contents, seen)
     for code in _with_nested(function.__code__):
         yield from _of_code(code, seen)
-        for name in _global_names(code):
+        for name in global_names(code):
             yield name
             if name in function.__globals__:  # else it is built in, or compiling it fails
                 yield from _of_read(function.__globals__[name], code.co_names, seen)
@@ -131,12 +134,13 @@ def _with_nested(code: CodeType) -> Iterator[CodeType]:
             yield from _with_nested(constant)
 
 
-def _global_names(code: CodeType) -> list[str]:
+def global_names(code: CodeType) -> list[str]:
+    """Return the global names that code reads, sorted."""
     found = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
     return sorted(found)
 
 
-def _is_known_by_version(value: Any) -> bool:
+def is_known_by_version(value: Any) -> bool:
     """Return whether a function or class is Python's own, numba's or numpy's."""
     module = getattr(value, "__module__", None)
     return (

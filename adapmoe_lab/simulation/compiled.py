@@ -11,13 +11,20 @@ from collections.abc import Callable
 from functools import update_wrapper
 from pathlib import Path
 from threading import Lock
+from types import FunctionType
 from typing import Any
 
 import numba
 from numba.core import config
+from numba.core.caching import FunctionCache
 
 from adapmoe_lab.records.files import cache_folder
-from adapmoe_lab.simulation.code_digest import UnknownSourceError, code_digest
+from adapmoe_lab.simulation.code_digest import (
+    UnknownSourceError,
+    code_digest,
+    global_names,
+    is_known_by_version,
+)
 
 _SETTINGS: Any = config
 _UNCOUNTED: Any = {"_nrt": False}
@@ -26,8 +33,25 @@ compiled so can make no arrays: numba refuses to compile it."""
 
 _UNWRAPPED: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_UNCOUNTED}
 
-inlined: Callable[..., Any] = numba.njit(forceinline=True, **_UNWRAPPED)
-"""Makes a function that compiled ones may call, and that becomes part of them."""
+_inlined: Callable[..., Any] = numba.njit(forceinline=True, **_UNWRAPPED)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Make a function that compiled ones may call, and that becomes part of them.
+
+    So do the plain functions that it calls by a global name, and those that they call.
+    """
+    names = function.__globals__
+    called_ones = {
+        name: inlined(names[name])
+        for name in global_names(function.__code__)
+        if isinstance(names.get(name), FunctionType) and not is_known_by_version(names[name])
+    }
+    if called_ones:
+        own = function.__name__, function.__defaults__, function.__closure__
+        function = FunctionType(function.__code__, {**names, **called_ones}, *own)
+    return _inlined(function)
+
 
 called: Callable[..., Any] = numba.njit(**_UNWRAPPED)
 """Makes a function that compiled ones may call, for those so long that copies of them would take
@@ -38,12 +62,25 @@ _CHANGING_SETTINGS = Lock()
 """Held while numba's settings, which all of a process share, are not as its user left them."""
 
 
+class _KeptCode(FunctionCache):
+    """Numba's store of machine code, in a folder that is named by all that the code comes from.
+
+    Numba's own key pickles what a function closes over, and functions are pickled differently in
+    every process. The folder's name says it better, so only the arguments' types and the processor
+    are left to tell apart.
+    """
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        fields = tuple(getattr(argument, "fields", None) for argument in sig)
+        return sig, fields, codegen.magic_tuple()
+
+
 class CompiledFunction:
     """A function compiled when it is first called, or taken from the cache folder.
 
-    It may call inlined functions and read constants, of any module; its code is known by theirs.
-    What it reads must be there by the first call, and is not read again after it. It makes no
-    arrays, and holds no lock while it runs.
+    It may call inlined functions and read constants, of any module or closed over; its code is
+    known by theirs. What it reads must be there by the first call, and is not read again after it.
+    It makes no arrays, and holds no lock while it runs.
 
     Attributes:
         dispatcher: numba's own object.
@@ -74,7 +111,7 @@ class CompiledFunction:
             if folder is not None:
                 elsewhere, _SETTINGS.CACHE_DIR = _SETTINGS.CACHE_DIR, str(folder)
                 try:
-                    self.dispatcher.enable_caching()
+                    self.dispatcher._cache = _KeptCode(self.dispatcher.py_func)
                 finally:
                     _SETTINGS.CACHE_DIR = elsewhere
             self._has_looked = True

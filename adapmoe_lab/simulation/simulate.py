@@ -15,9 +15,10 @@ from adapmoe_lab.records import (
     SensitivityProfile,
     TunedConfig,
 )
+from adapmoe_lab.simulation.replay.outcomes import HIT
 from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
-from adapmoe_lab.simulation.replay.replay import HIT, Replay, replay
-from adapmoe_lab.simulation.timing.timeline import StepCosts, Timeline, run_timeline
+from adapmoe_lab.simulation.replay.replay import Replay, replay
+from adapmoe_lab.simulation.timing.timeline import Timeline, run_timeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ def replayed_and_timed(
     replayed = replay(steps, keep, config.plan, config.eviction, candidates)
     if hardware is None:
         return replayed, None
-    costs = StepCosts.on(hardware, spec.sizes_in(config.precision), config.gating is not None)
+    costs = hardware.step_costs(spec.sizes_in(config.precision), config.gating is not None)
     room = table.buffer_slots if table is not None else 0
     return replayed, run_timeline(replayed, costs, candidates, room, n_events)
 

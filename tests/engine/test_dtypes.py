@@ -12,13 +12,14 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.profiling.predictors.fit import fit_predictors
 from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivities
 from adapmoe_lab.profiling.surrogates.fit import fit_surrogates
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable, TunedConfig
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 
 IDS = torch.arange(1, 40)[None]
 ROUNDING = 2**-8
@@ -95,7 +96,9 @@ def test_what_replaces_skipped_experts_is_that_of_the_formula(tiny_checkpoint, w
 @pytest.mark.parametrize("kind", PREDICTORS)
 def test_fetching_ahead_changes_no_token(tiny_checkpoint, texts, kind, way):
     model = loaded(tiny_checkpoint, clock=VirtualClock())
-    model.engine.step_costs = StepPace(dense_layer_s=2**-8, expert_s=2**-11, head_s=2**-9)
+    model.engine.step_costs = StepCosts(
+        HostCosts(dense_layer_s=2**-8, head_s=2**-9), expert_s=2**-11
+    )
     model.link.bytes_per_s = model.spec.stored_expert_bytes / 2**-9
     fitted = fit_predictors(model, texts) if kind == "fitted" else None
     if way == "cast":

@@ -35,9 +35,7 @@ def test_a_config_is_refused_by_the_name_of_what_cannot_be_run(load_tiny):
 
 
 def test_an_unknown_executor_and_one_without_its_device_are_refused():
-    with pytest.raises(
-        ValueError, match=r"executor='fast' .*is unknown; expected one of 'host', 'graph'"
-    ):
+    with pytest.raises(ValueError, match=r"executor='fast' .*is unknown; .* 'host', 'graph'"):
         load("demo", device="cpu", executor="fast")
     with pytest.raises(ValueError, match=r"needs a CUDA device; this is cpu\. .*executor='host'"):
         load("demo", device="cpu", executor="graph")

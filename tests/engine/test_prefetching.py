@@ -9,20 +9,21 @@ from runs import PROMPT, decode
 from tiny_models import save_tiny
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.transfer.clock import RealClock, StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.clock import RealClock, VirtualClock
 from adapmoe_lab.engine.transfer.link import EmulatedLink
 from adapmoe_lab.policies.allocation.slots import N_STAGING, slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.profiling.predictors.fit import fit_predictors
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import PrefetchSource, PrefetchTable, TunedConfig
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
 from adapmoe_lab.simulation.replay.replay import replay
-from adapmoe_lab.simulation.timing.timeline import StepCosts, run_timeline
+from adapmoe_lab.simulation.timing.timeline import run_timeline
 
 UNFITTED = [("next_router", 1), ("next_router", 2), ("own_norm", 1), ("token_embedding", 0)]
 FITTED = [("ridge", 1), ("ridge", 2), ("token_table", 0), ("last_hidden", 0)]
-PACE = StepPace(dense_layer_s=2**-8, expert_s=2**-11, head_s=2**-9)
+COSTS = StepCosts(HostCosts(dense_layer_s=2**-8, head_s=2**-9), expert_s=2**-11)
 
 
 def following(spec, sources, fitted=None, buffer_slots=3):
@@ -33,7 +34,7 @@ def following(spec, sources, fitted=None, buffer_slots=3):
 
 def quick_link(model):
     """Let a virtual clock and link leave time between layers for two experts."""
-    model.engine.step_costs = PACE
+    model.engine.step_costs = COSTS
     model.link.bytes_per_s = model.spec.stored_expert_bytes / 2**-9
     return model
 
@@ -78,13 +79,7 @@ def test_fitted_predictors_are_followed_as_they_were_recorded(load_tiny, texts):
     replayed = replay(
         trace, kept_experts(trace, None), slots_plan(model.spec, 1), "lru", candidates
     )
-    costs = StepCosts.of(
-        model.store.expert_bytes,
-        model.link.seconds,
-        dense_layer_s=PACE.dense_layer_s,
-        expert_s=PACE.expert_s,
-        head_s=PACE.head_s,
-    )
+    costs = replace(COSTS, load_s=model.link.seconds, expert_bytes=model.store.expert_bytes)
     timeline = run_timeline(replayed, costs, candidates, table.buffer_slots)
     np.testing.assert_array_equal(timeline.used.sum(axis=0), traffic.prefetch_used)
     np.testing.assert_array_equal(timeline.wasted.sum(axis=0), traffic.prefetch_wasted)

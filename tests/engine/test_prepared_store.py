@@ -233,7 +233,7 @@ def test_the_index_is_read_once(tiny_checkpoint, prepared, monkeypatch):
 
 def test_an_interrupt_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypatch):
     model = load_with(tiny_checkpoint, None)
-    row, left = model.store.row, 5
+    row, left = model.store.buffer, 5
 
     def interrupted(layer, expert):
         nonlocal left
@@ -242,7 +242,7 @@ def test_an_interrupt_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypat
             raise KeyboardInterrupt
         return row(layer, expert)
 
-    monkeypatch.setattr(model.store, "row", interrupted)
+    monkeypatch.setattr(model.store, "buffer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.save_experts(tmp_path / "experts")
     assert list(tmp_path.iterdir()) == []

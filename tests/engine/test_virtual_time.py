@@ -10,14 +10,14 @@ from runs import PROMPT, decode, half_cached
 
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.observing import observing
-from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
-from adapmoe_lab.engine.transfer.clock import RealClock, StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.clock import RealClock, VirtualClock
 from adapmoe_lab.engine.transfer.link import EmulatedLink
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.models.families import router_scores
 from adapmoe_lab.models.hooks.key_value_cache import forward_cached
 from adapmoe_lab.policies.allocation.slots import shared, slots_plan, with_pins
+from adapmoe_lab.policies.eviction.registry import POLICIES
 from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import (
@@ -29,21 +29,23 @@ from adapmoe_lab.records import (
     RoutingTrace,
     TunedConfig,
 )
-from adapmoe_lab.records.config import EVICTION_POLICIES
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
 from adapmoe_lab.simulation.replay.replay import replay
-from adapmoe_lab.simulation.timing.timeline import StepCosts, run_timeline
+from adapmoe_lab.simulation.timing.timeline import run_timeline
+
+RUNNABLE = [name for name, policy in POLICIES.items() if not policy.needs_future]
 
 
-def paced(model, bytes_per_s):
+def linked_at(model, bytes_per_s):
     model.link.bytes_per_s = bytes_per_s
     return model
 
 
 def test_resident_experts_take_computing_only(load_tiny):
     model = load_tiny(clock=VirtualClock())
-    model.engine.step_costs = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
+    model.engine.step_costs = StepCosts(HostCosts(dense_layer_s=1e-3), expert_s=1e-4)
     decode(model.hf, model.encode(PROMPT), 8)  # every expert that the next run needs is loaded
     start = model.engine.clock.now()
     decode(model.hf, model.encode(PROMPT)[:1], 1)
@@ -53,7 +55,7 @@ def test_resident_experts_take_computing_only(load_tiny):
 
 def test_two_runs_take_the_same_virtual_time(load_tiny):
     def seconds():
-        model = paced(half_cached(load_tiny(clock=VirtualClock())), 1e6)
+        model = linked_at(half_cached(load_tiny(clock=VirtualClock())), 1e6)
         report = measure_latency(model, model.config, [PROMPT], new_tokens=10, repeats=2)
         return report.decode.samples.tolist()
 
@@ -88,7 +90,7 @@ def test_load_time_is_interpolated_between_measured_sizes():
     assert profile.load_s(400) == pytest.approx(6.0)
 
 
-PACE = StepPace(dense_layer_s=2**-10, expert_s=2**-13, head_s=2**-11)
+COSTS = StepCosts(HostCosts(dense_layer_s=2**-10, head_s=2**-11), expert_s=2**-13)
 """Powers of two, so that sums on the engine's clock and on one from zero are the same."""
 
 
@@ -98,8 +100,8 @@ def demo():
         "demo", dtype="float32", device="cpu", link="none", clock=VirtualClock(),
         announce=lambda _: None,
     )  # fmt: skip
-    model.engine.step_costs = PACE
-    return paced(model, bytes_per_s=2**29)
+    model.engine.step_costs = COSTS
+    return linked_at(model, bytes_per_s=2**29)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +112,9 @@ def mixed():
         "demo", dtype="float32", expert_dtype=layout, device="cpu", link="none",
         clock=VirtualClock(), announce=lambda _: None,
     )  # fmt: skip
-    expert_s = tuple(tuple((1 + (3 * e + n) % 7) * 2**-13 for e in range(8)) for n in range(8))
-    model.engine.step_costs = replace(PACE, expert_s=expert_s)
-    return paced(model, bytes_per_s=2**29)
+    expert_s = [[(1 + (3 * e + n) % 7) * 2**-13 for e in range(8)] for n in range(8)]
+    model.engine.step_costs = replace(COSTS, expert_s=expert_s)
+    return linked_at(model, bytes_per_s=2**29)
 
 
 def config_of(model, eviction, is_global, prefetch=None):
@@ -128,14 +130,14 @@ def config_of(model, eviction, is_global, prefetch=None):
     return replace(untuned, plan=plan, gating=gating, eviction=eviction, prefetch=prefetch)
 
 
-def following(*spoken, buffer_slots=6):
+def following(*sources, buffer_slots=6):
     """Return a prefetch table of (predictor, distance), trusted less in later layers."""
     probability = np.linspace(0.9, 0.5, 8)[:, None] * [1, 0.8]
-    return PrefetchTable([PrefetchSource(*who, probability) for who in spoken], buffer_slots)
+    return PrefetchTable([PrefetchSource(*source, probability) for source in sources], buffer_slots)
 
 
 NEXT_THREE = [("next_router", 1), ("next_router", 2), ("next_router", 3)]
-EVERYBODY = [*NEXT_THREE, ("own_norm", 1), ("token_embedding", 0)]
+ALL_UNFITTED = [*NEXT_THREE, ("own_norm", 1), ("token_embedding", 0)]
 
 
 def decode_batch(model, prompts, n_steps):
@@ -156,7 +158,7 @@ def decode_batch(model, prompts, n_steps):
     routers = [layer.router for layer in model.layers]
 
     def predicted(distance):
-        """Return what every layer's router says of the experts' input so many layers before."""
+        """Return what every layer's router predicts from the experts' input so many before."""
         experts, scores = np.full((2, sum(rows), n_layers, 2), -1.0)
         ends = np.cumsum(rows)
         for step, end in zip(steps, ends, strict=True):
@@ -190,12 +192,9 @@ def decode_alone(model, prompts, n_steps):
     return recorder.trace()
 
 
-def run_and_replay(model, config, run, **asking):
-    """Run a config and replay what was routed; return both accounts, and the times they took.
-
-    `asking` is what that takes in the replay.
-    """
-    engine, table, pace = model.engine, config.prefetch, model.engine.step_costs
+def run_and_replay(model, config, run):
+    """Run a config and replay what was routed; return both accounts, and the times they took."""
+    engine, table = model.engine, config.prefetch
     prompts = [model.encode(text)[:16] for text in calibration_texts()[:3]]
     with model.running(config):
         engine.clock.spend(1.0)  # the link is idle by then
@@ -205,14 +204,9 @@ def run_and_replay(model, config, run, **asking):
     candidates = recorded_candidates(trace, table, config.gating)
     keep = kept_experts(trace, config.gating)
     replayed = replay(trace, keep, config.plan, config.eviction, candidates)
-    costs = StepCosts.of(
-        model.store.expert_bytes,
-        model.link.seconds,
-        dense_layer_s=pace.dense_layer_s,
-        expert_s=np.array(pace.expert_s),
-        head_s=pace.head_s,
+    costs = replace(
+        engine.step_costs, load_s=model.link.seconds, expert_bytes=model.store.expert_bytes
     )
-    costs = replace(costs, **asking)
     timeline = run_timeline(replayed, costs, candidates, table.buffer_slots if table else 0)
     return traffic, took, replayed, timeline
 
@@ -231,7 +225,7 @@ def assert_equal_accounts(traffic, took, replayed, timeline):
 
 @pytest.mark.parametrize("run", [decode_alone, decode_batch])
 @pytest.mark.parametrize("is_global", [False, True])
-@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+@pytest.mark.parametrize("eviction", RUNNABLE)
 def test_replay_counts_and_times_what_the_engine_does(demo, eviction, is_global, run):
     accounts = run_and_replay(demo, config_of(demo, eviction, is_global), run)
     assert_equal_accounts(*accounts)
@@ -241,12 +235,12 @@ def test_replay_counts_and_times_what_the_engine_does(demo, eviction, is_global,
 @pytest.mark.parametrize("load_s", [2**-12, 2**-9, 2**-7])
 @pytest.mark.parametrize("is_global", [False, True])
 @pytest.mark.parametrize(
-    ("run", "spoken"),
-    [(decode_alone, EVERYBODY), (decode_alone, NEXT_THREE[:1]), (decode_batch, NEXT_THREE)],
+    ("run", "sources"),
+    [(decode_alone, ALL_UNFITTED), (decode_alone, NEXT_THREE[:1]), (decode_batch, NEXT_THREE)],
 )
-def test_fetching_ahead_is_counted_and_timed_alike(demo, is_global, load_s, run, spoken):
-    paced(demo, demo.spec.stored_expert_bytes / load_s)
-    config = config_of(demo, "lru", is_global, following(*spoken))
+def test_fetching_ahead_is_counted_and_timed_alike(demo, is_global, load_s, run, sources):
+    linked_at(demo, demo.spec.stored_expert_bytes / load_s)
+    config = config_of(demo, "lru", is_global, following(*sources))
     accounts = run_and_replay(demo, config, run)
     assert_equal_accounts(*accounts)
     assert accounts[0].prefetch_used.sum() > 0
@@ -256,46 +250,34 @@ def test_fetching_ahead_is_counted_and_timed_alike(demo, is_global, load_s, run,
 
 
 @pytest.mark.parametrize("load_s", [2**-12, 2**-9, 2**-7])
-@pytest.mark.parametrize("spoken", [EVERYBODY, NEXT_THREE])
-def test_asking_takes_time_and_changes_no_decision(demo, monkeypatch, load_s, spoken):
-    predict_overhead_s, predict_s, predict_output_overhead_s = 2**-12, 2**-14, 2**-13
-    scores = Prefetcher._scores
-
-    def slow(self, predicting, layer, x):
-        at_output = predicting[0][0].moment == HookPoint.LAYER_OUTPUT
-        self._clock.spend(
-            predict_overhead_s + at_output * predict_output_overhead_s + len(predicting) * predict_s
-        )
-        return scores(self, predicting, layer, x)
-
-    paced(demo, demo.spec.stored_expert_bytes / load_s)
-    config = config_of(demo, "lru", False, following(*spoken))
+@pytest.mark.parametrize("sources", [ALL_UNFITTED, NEXT_THREE])
+def test_querying_takes_time_and_changes_no_decision(demo, monkeypatch, load_s, sources):
+    linked_at(demo, demo.spec.stored_expert_bytes / load_s)
+    config = config_of(demo, "lru", False, following(*sources))
     at_once = run_and_replay(demo, config, decode_alone)
-    monkeypatch.setattr(Prefetcher, "_scores", slow)
-    costs = {
-        "predict_overhead_s": predict_overhead_s,
-        "predict_s": predict_s,
-        "predict_output_overhead_s": predict_output_overhead_s,
-    }
-    accounts = run_and_replay(demo, config, decode_alone, **costs)
+    host = COSTS.host._replace(
+        predict_overhead_s=2**-12, predict_s=2**-14, predict_output_overhead_s=2**-13
+    )
+    monkeypatch.setattr(demo.engine, "step_costs", replace(COSTS, host=host))
+    accounts = run_and_replay(demo, config, decode_alone)
     assert_equal_accounts(*accounts)
     assert accounts[0].prefetch_used.sum() >= at_once[0].prefetch_used.sum() > 0
     assert accounts[1] > at_once[1]
 
 
-@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+@pytest.mark.parametrize("eviction", RUNNABLE)
 def test_fetching_ahead_leaves_every_policy_as_it_is(demo, eviction):
-    config = config_of(demo, eviction, True, following(*EVERYBODY, buffer_slots=2))
+    config = config_of(demo, eviction, True, following(*ALL_UNFITTED, buffer_slots=2))
     assert_equal_accounts(*run_and_replay(demo, config, decode_alone))
 
 
-@pytest.mark.parametrize("spoken", [None, EVERYBODY])
+@pytest.mark.parametrize("sources", [None, ALL_UNFITTED])
 @pytest.mark.parametrize("is_global", [False, True])
 @pytest.mark.parametrize("run", [decode_alone, decode_batch])
-def test_unlike_experts_are_counted_and_timed_alike(mixed, run, is_global, spoken):
-    if run is decode_batch and spoken is not None:
-        spoken = NEXT_THREE
-    table = following(*spoken) if spoken is not None else None
+def test_unlike_experts_are_counted_and_timed_alike(mixed, run, is_global, sources):
+    if run is decode_batch and sources is not None:
+        sources = NEXT_THREE
+    table = following(*sources) if sources is not None else None
     accounts = run_and_replay(mixed, config_of(mixed, "lru", is_global, table), run)
     assert_equal_accounts(*accounts)
-    assert bool(accounts[0].prefetch_used.any()) == (spoken is not None)
+    assert bool(accounts[0].prefetch_used.any()) == (sources is not None)

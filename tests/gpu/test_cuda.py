@@ -17,10 +17,10 @@ from adapmoe_lab.engine.transfer.link import CudaLink
 from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.allocation.slots import slots_plan
-from adapmoe_lab.policies.prefetch.expected_gain import N_CHUNKS
 from adapmoe_lab.profiling.hardware.probe import probe_hardware
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable, TunedConfig
+from adapmoe_lab.records.step_costs import N_CHUNKS
 
 pytestmark = [
     pytest.mark.gpu,

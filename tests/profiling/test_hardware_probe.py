@@ -12,15 +12,16 @@ from adapmoe_lab.engine.generation import generate_tokens
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.prefetch.predictors import NextRouter, OwnNorm
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
-from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.profiling.hardware.machine_times import interleaved_medians
 from adapmoe_lab.profiling.hardware.probe import probe_hardware
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable, TunedConfig
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 from adapmoe_lab.simulation.simulate import simulate
 
-COSTS = StepPace(dense_layer_s=2e-3, expert_s=5e-4)
+COSTS = StepCosts(HostCosts(dense_layer_s=2e-3), expert_s=5e-4)
 LOAD_S = 3e-3
 
 
@@ -37,7 +38,7 @@ def virtual(load_tiny, **arguments):
 def test_it_finds_the_costs_of_a_virtual_machine(load_tiny, expert_memory):
     model = virtual(load_tiny, expert_memory=expert_memory)
     hardware = probe_hardware(model, n_steps=8, rounds=2)
-    assert hardware.dense_step_s == pytest.approx(model.spec.n_layers * COSTS.dense_layer_s)
+    assert hardware.dense_step_s == pytest.approx(model.spec.n_layers * COSTS.host.dense_layer_s)
     assert hardware.expert_s == pytest.approx(COSTS.expert_s)
     assert hardware.load_s(model.spec.stored_expert_bytes) == pytest.approx(LOAD_S)
     assert hardware.link_bytes_per_s == pytest.approx(model.link.bytes_per_s)
@@ -69,7 +70,7 @@ def test_it_finds_what_asking_takes_whatever_is_followed(load_tiny, monkeypatch,
     ):
         monkeypatch.setattr(owner, name, takes(seconds, getattr(owner, name)))
     hardware = probe_hardware(model, n_steps=12, rounds=2)
-    assert hardware.dense_step_s == pytest.approx(model.spec.n_layers * COSTS.dense_layer_s)
+    assert hardware.dense_step_s == pytest.approx(model.spec.n_layers * COSTS.host.dense_layer_s)
     assert (hardware.predict_s, hardware.gated_predict_s) == pytest.approx((2e-4, 2e-4))
     assert (hardware.predict_overhead_s, hardware.predict_output_overhead_s) == pytest.approx(
         (5e-4, 1e-3 - 2e-4)

@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM
 import adapmoe_lab as lab
 from adapmoe_lab.cli.doctor import Machine, fits
 from adapmoe_lab.engine.loading import known_targets, link_target
-from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.models.checkpoint.checkpoint import look_at_model
 from adapmoe_lab.models.checkpoint.footprint import kv_cache_bytes
 from adapmoe_lab.models.support import UnsupportedModelError, causal_families
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 
 FAMILY = "inkling2_loop_text"
 N_RUNS = 8
@@ -72,7 +73,7 @@ def test_the_doctor_counts_loads_of_every_run(folder):
 def test_an_emulated_link_is_held_against_one_run_of_a_layer(folder):
     target = link_target(known_targets()[0], torch.device("cpu"))
     model = lab.load(folder, dtype="float32", device="cpu", link="none", clock=VirtualClock())
-    model.engine.step_costs = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
+    model.engine.step_costs = StepCosts(HostCosts(dense_layer_s=1e-3), expert_s=1e-4)
     model.emulate_link(target)
     one_layer_s = 1e-3 + 2 * 1e-4
     load_s = model.spec.stored_expert_bytes / model.link.bytes_per_s

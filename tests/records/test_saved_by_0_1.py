@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.records import (
     HardwareProfile,
@@ -20,6 +20,7 @@ from adapmoe_lab.records import (
     Surrogates,
     TunedConfig,
 )
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 from adapmoe_lab.simulation.simulate import simulate
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "saved_by_0_1"
@@ -133,7 +134,9 @@ def test_the_mixed_config_runs_from_its_store(saved, load_model):
 def test_the_traffic_of_then(saved, load_model):
     config = TunedConfig.load(saved / "config.json")
     model = load_model(config=config, clock=VirtualClock())
-    model.engine.step_costs = StepPace(dense_layer_s=1e-3, expert_s=1e-4, load_s=lambda n: n / 1e7)
+    model.engine.step_costs = StepCosts(
+        HostCosts(dense_layer_s=1e-3), expert_s=1e-4, load_s=lambda n: n / 1e7
+    )
     model.apply(config)
     model.generate("Once upon a time", 24)
     assert model.engine.traffic.to_json() == EXPECTED["traffic"]

@@ -1,7 +1,7 @@
 import io
 import json
 import zipfile
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,9 @@ from adapmoe_lab.records import (
     Surrogates,
     TunedConfig,
 )
-from adapmoe_lab.records.config import NOT_RUN
+from adapmoe_lab.records.config.section import ConfigSection, SavedSection
+from adapmoe_lab.records.files import known_values
+from adapmoe_lab.records.tensors import TensorRecord, loaded_tensors, tensor_bytes
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -100,10 +102,8 @@ def test_truncated_file(config, tmp_path, share):
         ({"hardware": {}}, "section 'hardware', lacks 'device', 'link'"),
         ({"model": 3}, "section 'model', holds a int where named values are expected"),
         ({"evidence": 3}, "has a section of the wrong form"),
-        (
-            {"eviction": {"policy": "belady"}},
-            "Eviction policy 'belady' is unknown; expected: lru, lfu",
-        ),
+        ({"eviction": {"policy": 3}}, "Eviction must be the name of a policy, got 3"),
+        ({"eviction": {"policy": "static"}}, "'static' and a cache plan with pinned experts go"),
     ],
 )
 def test_wrong_content_is_named(config, tmp_path, change, message):
@@ -257,14 +257,19 @@ OTHERWISE = {
 """Another value of every section that decides what runs."""
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(TunedConfig)])
-def test_every_field_is_in_the_fingerprint_or_said_to_change_nothing(name):
-    """A new field fails here until it is in one of the two."""
-    assert (name in OTHERWISE) != (name in NOT_RUN)
-    config = running(make_spec())
+def test_every_field_but_the_model_is_a_section():
+    names = [section.name for section in TunedConfig.SECTIONS]
+    assert ["model", *names] == [f.name for f in fields(TunedConfig)]
+
+
+@pytest.mark.parametrize("section", TunedConfig.SECTIONS, ids=lambda section: section.name)
+def test_every_section_is_in_the_fingerprint_or_said_to_decide_nothing(section):
+    """A new section fails here until it has another value in `OTHERWISE`."""
+    name, config = section.name, running(make_spec())
+    assert (name in OTHERWISE) == section.decides
     before = config.section_fingerprints()
     assert None not in before.values()
-    if name in NOT_RUN:
+    if not section.decides:
         assert name not in before
         return
     other = replace(config, **{name: OTHERWISE[name](config)})
@@ -314,3 +319,105 @@ def test_values_that_are_no_numbers_are_refused_with_the_file(config, tmp_path, 
     path.write_text(json.dumps({**document, section: {**document[section], **value}}))
     with pytest.raises(RecordError, match=r"tuned\.json has a section of the wrong form: ValueErr"):
         TunedConfig.load(path)
+
+
+SAVED = FIXTURES / "saved_by_0_1"
+
+
+@pytest.mark.parametrize("name", ["config.json", "config_mixed.json"])
+def test_a_config_of_version_0_1_is_saved_again_byte_for_byte(tmp_path, name):
+    config = TunedConfig.load(SAVED / name)
+    path = config.save(tmp_path / name)
+    assert path.read_bytes() == (SAVED / name).read_bytes()
+    beside = sorted(tmp_path.glob("*.safetensors"))
+    assert len(beside) == len(config.tensors)
+    for file in beside:
+        assert file.read_bytes() == (SAVED / file.name).read_bytes()
+
+
+def test_fingerprints_are_those_of_version_0_1():
+    """Measurements carry them in their conditions."""
+    config = TunedConfig.load(SAVED / "config.json")
+    assert config.fingerprint() == "a3061f71c55272ee"
+    assert config.section_fingerprints() == {
+        "gating": "29b15015e652e10c",
+        "compensation": "487c0b58e2a17ae4",
+        "plan": "5354e558d4ff33a5",
+        "eviction": "lfu_aged",
+        "prefetch": "e55db564b0e3e879",
+        "precision": "ded2aafa5ee2e086",
+        "hardware": "0d6d321e7d36cfc3",
+    }
+
+
+class Steering(TensorRecord):
+    """A toy technique: a push [L] to every layer, kept in a file of tensors."""
+
+    def __init__(self, push):
+        self.push = np.asarray(push, dtype=np.float32)
+
+    def to_bytes(self):
+        return tensor_bytes("steering", 1, {}, {"push": self.push})
+
+
+class SteeringSection(ConfigSection[Steering]):
+    name = "steering"
+    is_later = True
+
+    def checked(self, value: Steering, config: TunedConfig) -> Steering:
+        if len(value.push) != config.model["n_layers"]:
+            raise RecordError(f"{len(value.push)} pushes for {config.model['n_layers']} layers.")
+        return value
+
+    def tensors(self, value: Steering) -> Steering:
+        return value
+
+    def to_json(self, value: Steering, name: str) -> dict:
+        return {"file": f"{name}.{value.sha256[:12]}.safetensors"}
+
+    def from_json(self, saved: SavedSection) -> Steering:
+        values = known_values(saved.values, saved.source, ("file",))
+        path = saved.path.with_name(values["file"])
+        with loaded_tensors(path, "steering", 1) as (_, tensors):
+            return Steering(tensors["push"])
+
+
+@dataclass(frozen=True, eq=False)
+class SteeredConfig(TunedConfig):
+    """A config with one section more: a class, a line and a field."""
+
+    SECTIONS = (*TunedConfig.SECTIONS, SteeringSection())
+
+    steering: Steering | None = None
+
+
+def test_a_new_section_is_saved_loaded_and_fingerprinted_without_another_edit(tmp_path):
+    plain = running(make_spec())
+    config = SteeredConfig(**vars(plain), steering=Steering([1, 2, 3]))
+    assert set(config.tensors) == {"compensation", "steering"}
+    again = SteeredConfig.load(config.save(tmp_path / "tuned.json"))
+    assert again.steering.push.tolist() == [1, 2, 3]
+    assert again.to_json() == config.to_json()
+    assert again.fingerprint() == config.fingerprint() != plain.fingerprint()
+    assert again.section_fingerprints()["steering"] == config.steering.fingerprint()
+    with zipfile.ZipFile(io.BytesIO(config.as_one_file())) as archive:
+        assert len(archive.namelist()) == 3
+
+
+def test_a_new_section_is_refused_in_words(tmp_path):
+    with pytest.raises(RecordError, match="2 pushes for 3 layers"):
+        SteeredConfig(TunedConfig.model_identity(make_spec()), steering=Steering([1, 2]))
+    path = tmp_path / "tuned.json"
+    document = {**running(make_spec()).to_json(), "compensation": None, "steering": {"push": 1}}
+    path.write_text(json.dumps(document))
+    with pytest.raises(RecordError, match="section 'steering', holds 'push', which this adapmoe"):
+        SteeredConfig.load(path)
+    with pytest.raises(RecordError, match="holds 'steering', which this adapmoe-lab does not know"):
+        TunedConfig.load(path)
+
+
+def test_files_from_before_a_section_load_with_it_off_and_their_old_fingerprint():
+    plain = TunedConfig.load(SAVED / "config.json")
+    steered = SteeredConfig.load(SAVED / "config.json")
+    assert steered.steering is None
+    assert steered.fingerprint() == plain.fingerprint()

@@ -41,15 +41,40 @@ import loop
 print(loop.run(0), sum(loop.run.dispatcher.stats.cache_hits.values()))
 """
 
-RUN_OWN = """
+RUN_ORACLE = """
 import numpy as np
-from adapmoe_lab.policies.eviction.rules import FIXED_SCORES
-from adapmoe_lab.simulation.replay.pool_loops import high_precision_uses
-scores = np.zeros(2, int)
+from adapmoe_lab.policies.eviction.fixed_point import FIXED_SCORES
+from adapmoe_lab.policies.eviction.registry import POLICIES
+from adapmoe_lab.simulation.replay.pool import Scores, Steps
+from adapmoe_lab.simulation.replay.pool_loops import score_oracle
 bits = np.array([[[0.55, 0.45]]], dtype=np.float16).view(np.uint16)
-members, starts, hints = np.array([0, 1], np.int16), np.array([0, 2], np.int32), np.zeros(2, int)
-high_precision_uses(members, starts, 0, bits, FIXED_SCORES, np.array([0, 1]), scores, hints)
-print(hints.sum(), sum(high_precision_uses.dispatcher.stats.cache_hits.values()))
+members, starts = np.array([[0, 1]], np.int16), np.array([[0, 2]], np.int32)
+steps = Steps(np.array([0, 1]), members, starts, np.zeros((1, 2), np.int32), 0)
+ask = score_oracle(POLICIES["hobbit"].oracle_input)
+ask(steps, Scores(bits, FIXED_SCORES), 0, *np.zeros((2, 2), int))
+print(steps.oracle_inputs.sum(), sum(ask.dispatcher.stats.cache_hits.values()))
+"""
+
+TOY = """
+from adapmoe_lab.policies.eviction.policy import EvictionPolicy
+LATEST, RATE = 2**40, 1
+def time_left(clock):
+    return LATEST - RATE * clock
+def after_use(_, state, use):
+    return time_left(use.clock), state
+TOY = EvictionPolicy("toy", after_use)
+"""
+RUN_TOY = """
+from toy import TOY
+from replays import replay_all
+from traces import make_trace
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.eviction.registry import register
+from adapmoe_lab.simulation.replay.pool_loops import pool_replay
+register(TOY)
+trace = make_trace()
+replayed = replay_all(trace, slots_plan(trace.spec, 4), "toy")
+print(replayed.hits.sum(), sum(pool_replay(TOY).dispatcher.stats.cache_hits.values()))
 """
 
 
@@ -96,12 +121,40 @@ def test_code_from_outside_the_package_is_compiled_again_when_any_of_it_changed(
 
 def test_our_own_policies_are_compiled_again_when_they_changed(tmp_path):
     shutil.copytree(Path(adapmoe_lab.__file__).parent, tmp_path / "adapmoe_lab")
-    assert run_fresh(RUN_OWN, tmp_path) == [2, 0]
-    edit(tmp_path / "adapmoe_lab/policies/eviction/rules.py", "(3, 5)", "(1, 5)")
-    assert run_fresh(RUN_OWN, tmp_path) == [1, 0]
-    edit(tmp_path / "adapmoe_lab/policies/eviction/rules.py", "above <= part", "above >= part")
-    assert run_fresh(RUN_OWN, tmp_path) == [1, 0]
-    assert run_fresh(RUN_OWN, tmp_path) == [1, 1]
+    hobbit = tmp_path / "adapmoe_lab/policies/eviction/hobbit.py"
+    assert run_fresh(RUN_ORACLE, tmp_path) == [2, 0]
+    edit(hobbit, "(3, 5)", "(1, 5)")
+    assert run_fresh(RUN_ORACLE, tmp_path) == [1, 0]
+    edit(hobbit, "above <= part", "above >= part")
+    assert run_fresh(RUN_ORACLE, tmp_path) == [1, 0]
+    assert run_fresh(RUN_ORACLE, tmp_path) == [1, 1]
+
+
+def test_a_policy_of_one_s_own_is_kept_and_compiled_again_when_it_changed(tmp_path):
+    toy = tmp_path / "toy.py"
+    toy.write_text(TOY)
+    latest_first = run_fresh(RUN_TOY, tmp_path)
+    assert latest_first[1] == 0
+    assert run_fresh(RUN_TOY, tmp_path) == [latest_first[0], 1]
+    edit(toy, "LATEST - RATE", "LATEST + RATE")
+    oldest_first = run_fresh(RUN_TOY, tmp_path)
+    assert oldest_first[0] > latest_first[0]
+    assert oldest_first[1] == 0
+    edit(toy, "2**40, 1", "2**40, 0")
+    lowest_first = run_fresh(RUN_TOY, tmp_path)
+    assert lowest_first[0] != oldest_first[0]
+    assert lowest_first[1] == 0
+    assert run_fresh(RUN_TOY, tmp_path) == [lowest_first[0], 1]
+
+
+def test_what_compiled_code_reads_by_name_is_found_when_names_change_places(tmp_path):
+    shutil.copytree(Path(adapmoe_lab.__file__).parent, tmp_path / "adapmoe_lab")
+    (tmp_path / "toy.py").write_text(TOY)
+    n_hits, _ = run_fresh(RUN_TOY, tmp_path)
+    fields = [f"    {name}: NDArray[np.int64]\n" for name in ("penalty", "lowest")]
+    pool = tmp_path / "adapmoe_lab/simulation/replay/pool.py"
+    edit(pool, "".join(fields), "".join(reversed(fields)))
+    assert run_fresh(RUN_TOY, tmp_path) == [n_hits, 0]
 
 
 def function_of(text, **values):

@@ -15,7 +15,7 @@ import pytest
 from traces import make_spec
 
 from adapmoe_lab.policies.allocation.slots import shared, slots_plan, with_pins
-from adapmoe_lab.policies.eviction.rules import POLICIES
+from adapmoe_lab.policies.eviction.registry import POLICIES
 from adapmoe_lab.records import CachePlan, RoutingTrace
 from adapmoe_lab.simulation.replay.replay import replay
 

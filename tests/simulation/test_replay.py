@@ -1,4 +1,4 @@
-"""Compiled replay against the rules written out, against the class, and against libcachesim."""
+"""Compiled replay against libcachesim; against the rules in `test_eviction_conformance`."""
 
 import os
 import subprocess
@@ -7,104 +7,21 @@ import sys
 import libcachesim
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from step_rules import counts, written_out
-from traces import make_spec, make_trace
+from replays import replay_all, trace_of
+from traces import make_trace
 
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.evaluation.texts import calibration_texts
-from adapmoe_lab.policies.eviction.expert_cache import ExpertCache
-from adapmoe_lab.policies.eviction.rules import POLICIES
 from adapmoe_lab.profiling.routing.profile import profile
-from adapmoe_lab.records import CachePlan, RoutingTrace
+from adapmoe_lab.records import CachePlan
 from adapmoe_lab.records.files import CACHE_VARIABLE
 from adapmoe_lab.simulation.replay.replay import replay
 
 NEVER = 2**62
-RUNNABLE = [name for name, policy in POLICIES.items() if not policy.needs_future]
 
 
-def plan_of(slots, is_global=False, pinned=None):
-    return CachePlan(np.array(slots), None, None, "given", is_global=is_global, pinned=pinned)
-
-
-def trace_of(sets, n_experts, scores):
-    """Return a trace of one token per member, whose steps need exactly these sets."""
-    n_layers = len(sets[0])
-    widths = [max(len(members) for members in layers) for layers in sets]
-    indices, router_probs, steps = [], [], []
-    for step, (layers, width) in enumerate(zip(sets, widths, strict=True)):
-        filled = [(sorted(members) * width)[:width] for members in layers]
-        indices += np.array(filled).T[:, :, None].tolist()
-        router_probs += [scores[step]] * width
-        steps += [step] * width
-    n = len(steps)
-    return RoutingTrace(
-        spec=make_spec(n_layers, n_experts, top_k=1),
-        token_ids=np.zeros(n),
-        expert_indices=indices,
-        weights=np.ones((n, n_layers, 1)),
-        router_probs=router_probs,
-        predictions={},
-        sequence_starts=[0],
-        step_ids=steps,
-        is_decode=np.zeros(n, dtype=bool),
-        labels=("all",),
-    )
-
-
-def replayed(trace, plan, eviction):
-    result = replay(trace, np.ones(trace.weights.shape, dtype=bool), plan, eviction)
-    return np.stack([result.hits, result.loads, result.streamed])
-
-
-@st.composite
-def cases(draw):
-    n_layers, n_experts = draw(st.sampled_from([1, 2, 3, 6])), 6
-    members = st.sets(st.integers(0, n_experts - 1), min_size=1, max_size=4)
-    layers = st.lists(members, min_size=n_layers, max_size=n_layers)
-    sets = draw(st.lists(layers, min_size=1, max_size=25))
-    slots = draw(st.lists(st.integers(0, n_experts), min_size=n_layers, max_size=n_layers))
-    pins = [draw(st.sets(st.integers(0, n_experts - 1), max_size=n)) for n in slots]
-    rng = np.random.default_rng(draw(st.integers(0, 1000)))
-    scores = rng.dirichlet(np.ones(n_experts), (len(sets), n_layers)).astype(np.float16)
-    return sets, slots, pins, scores
-
-
-@pytest.mark.parametrize("is_global", [False, True])
-@pytest.mark.parametrize("eviction", POLICIES)
-@settings(deadline=None)  # the first one compiles
-@given(case=cases())
-def test_steps_of_several_experts_equal_the_rules_written_out(eviction, is_global, case):
-    sets, slots, pins, scores = case
-    pins = pins if POLICIES[eviction].pins else [()] * len(slots)
-    named = [(layer, expert) for layer, experts in enumerate(pins) for expert in experts]
-    expected = written_out(sets, slots, eviction, is_global=is_global, pinned=named, scores=scores)
-    result = replayed(trace_of(sets, 6, scores), plan_of(slots, is_global, pins), eviction)
-    np.testing.assert_array_equal(result, counts(expected, len(slots)))
-
-
-@pytest.mark.parametrize("tokens_per_step", [1, 7])
-@pytest.mark.parametrize("is_global", [False, True])
-@pytest.mark.parametrize("eviction", RUNNABLE)
-def test_long_runs_equal_the_class_that_serves_a_model(eviction, is_global, tokens_per_step):
-    spec = make_spec(n_layers=4, n_experts=16, top_k=3)
-    trace = make_trace(spec, n_tokens=1400, tokens_per_step=tokens_per_step)
-    pins = tuple((layer, layer + 2) for layer in range(4)) if POLICIES[eviction].pins else None
-    plan = plan_of([7, 5, 9, 3], is_global, pins)
-    cache = ExpertCache(plan, 16, POLICIES[eviction])
-    expected = np.zeros((3, 1400 // tokens_per_step, 4), dtype=int)
-    for step in range(expected.shape[1]):
-        tokens = slice(step * tokens_per_step, (step + 1) * tokens_per_step)
-        for layer in range(4):
-            members = set(trace.expert_indices[tokens, layer].ravel().tolist())
-            done = cache.plan_step(layer, members, trace.router_probs[tokens, layer])
-            cache.vacate(done)
-            for arrived in done.loads:
-                cache.occupy(arrived)
-            expected[:, step, layer] = len(done.hits), len(done.loads), len(done.streamed)
-    np.testing.assert_array_equal(replayed(trace, plan, eviction), expected)
+def plan_of(slots):
+    return CachePlan(np.array(slots), None, None, "given")
 
 
 def hits_by_libcachesim(stream, n_slots, eviction):
@@ -139,7 +56,7 @@ def test_streams_of_one_expert_hit_when_libcachesim_does(eviction):
     for stream, n_experts, n_slots in streams():
         sets = [[{expert}] for expert in stream]
         trace = trace_of(sets, n_experts, np.zeros((len(sets), 1, n_experts)))
-        hits = replayed(trace, plan_of([n_slots]), eviction)[0, :, 0]
+        hits = replay_all(trace, plan_of([n_slots]), eviction).hits[:, 0]
         assert hits.tolist() == hits_by_libcachesim(stream, n_slots, eviction)
 
 
@@ -178,8 +95,9 @@ from traces import make_trace
 trace = make_trace(n_tokens=20)
 keep = np.ones(trace.weights.shape, dtype=bool)
 adapmoe_lab.simulation.replay.replay.replay(trace, keep, None)
-from adapmoe_lab.simulation.replay.pool_loops import replay_pool
-stats = replay_pool.dispatcher.stats
+from adapmoe_lab.policies.eviction.registry import POLICIES
+from adapmoe_lab.simulation.replay.pool_loops import pool_replay
+stats = pool_replay(POLICIES["lru"]).dispatcher.stats
 print(sum(stats.cache_hits.values()), stats.cache_path)
 """
 

@@ -1,19 +1,19 @@
 """The clock of a replay, by cases small enough to be worked out on paper."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from traces import make_spec, make_trace
 
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
+from adapmoe_lab.simulation.replay.outcomes import HIT, LOAD, STREAM
 from adapmoe_lab.simulation.replay.recorded_candidates import Candidates
 from adapmoe_lab.simulation.replay.replay import Replay, replay
-from adapmoe_lab.simulation.timing.timeline import EVENT_KINDS, StepCosts, run_timeline
+from adapmoe_lab.simulation.timing.events import EVENT_KINDS
+from adapmoe_lab.simulation.timing.timeline import run_timeline
 
-HIT, LOAD, STREAM = range(3)
 LOAD_S, DENSE_S, EXPERT_S = 4.0, 2.0, 1.0
 
 
@@ -37,13 +37,13 @@ def candidate_of(
     return Candidates(np.array([hook_point]), np.array([distance]), predicted, chance)
 
 
-def costs_of(n_layers=2, load_s=LOAD_S, expert_s=EXPERT_S):
-    """Return costs of experts of 400 bytes."""
-    return StepCosts.of(
-        np.full((n_layers, 8), 400),
-        lambda n_bytes: load_s * n_bytes / 400,
-        dense_layer_s=DENSE_S,
-        expert_s=expert_s,
+def costs_of(n_layers=2, load_s=LOAD_S, expert_s=EXPERT_S, n_experts=8, **host):
+    """Return costs of experts of 400 bytes; `host` are those beside experts and link."""
+    return StepCosts(
+        HostCosts(**{"dense_layer_s": DENSE_S, **host}),
+        expert_s,
+        load_s=lambda n_bytes: load_s * n_bytes / 400,
+        expert_bytes=np.full((n_layers, n_experts), 400),
     )
 
 
@@ -53,13 +53,11 @@ def test_each_expert_takes_its_own_time():
     expert_s = rng.uniform(0.1, 2.0, (3, 8))
     trace = make_trace(n_tokens=50)
     replayed = replay(trace, np.ones(trace.weights.shape, bool), None)
-    timed = run_timeline(replayed, replace(costs_of(3, load_s=0.0), expert_s=expert_s))
+    timed = run_timeline(replayed, costs_of(3, load_s=0.0, expert_s=expert_s))
     layers = np.arange(3)[None, :, None]
     expected = expert_s[layers, trace.expert_indices].sum(axis=(1, 2)) + 3 * DENSE_S
     np.testing.assert_allclose(timed.step_s, expected, rtol=1e-9)
-    watched = run_timeline(
-        replayed, replace(costs_of(3, load_s=0.0), expert_s=expert_s), n_events=1000
-    )
+    watched = run_timeline(replayed, costs_of(3, load_s=0.0, expert_s=expert_s), n_events=1000)
     kinds, at, experts, begin, end = watched.events.T
     own = kinds == EVENT_KINDS.index("expert")
     places = at[own].astype(int), experts[own].astype(int)
@@ -86,8 +84,7 @@ def test_a_layer_without_guesses_takes_what_its_events_take(load_s):
             continue
         outcomes = [HIT] * hits + [LOAD] * loads + [STREAM] * streamed
         members = dict(enumerate(np.random.default_rng(hits).permutation(outcomes).tolist()))
-        wide = costs_of(1, load_s)
-        wide = StepCosts(DENSE_S, 1.0, 0.0, wide.rest.repeat(2, axis=1), wide.chunk.repeat(2, 1))
+        wide = costs_of(1, load_s, expert_s=1.0, n_experts=16)
         timeline = run_timeline(replay_of(members), wide)
         expected = DENSE_S + layer_by_events(hits, loads, streamed, load_s, 1.0)
         assert timeline.ended_s[0] == pytest.approx(expected)
@@ -98,16 +95,8 @@ def test_a_layer_without_guesses_takes_what_its_events_take(load_s):
 def test_layers_timed_by_themselves_take_what_the_whole_clock_says(wait_s):
     trace = make_trace(make_spec(n_experts=12, top_k=6), n_tokens=300)
     replayed = replay(trace, kept_experts(trace, None), slots_plan(trace.spec, 2), "lru")
-    costs = costs_of(3, load_s=0.7, expert_s=0.3)
-    wide = replace(
-        costs,
-        expert_s=np.random.default_rng(0).uniform(0.1, 0.5, (3, 16)),
-        rest=costs.rest.repeat(2, axis=1),
-        chunk=costs.chunk.repeat(2, axis=1),
-        head_s=1.1,
-        miss_s=0.05,
-        wait_s=wait_s,
-    )
+    expert_s = np.random.default_rng(0).uniform(0.1, 0.5, (3, 16))
+    wide = costs_of(3, 0.7, expert_s, n_experts=16, head_s=1.1, miss_s=0.05, wait_s=wait_s)
     whole = run_timeline(replayed, wide, n_events=1)
     by_layer = run_timeline(replayed, wide)
     assert replayed.streamed.max() > 3
@@ -119,9 +108,9 @@ def test_layers_timed_by_themselves_take_what_the_whole_clock_says(wait_s):
 def test_what_the_host_does_while_a_device_waits_is_hidden_as_far_as_it_waits():
     """Layer 0 hits and takes 6 s; layer 1 waits 4 s of its 10."""
     replayed = replay_of({0: HIT}, {5: LOAD})
-    costs = replace(costs_of(), dense_layer_s=5.0)
     for hidden_s, expected in ((1.5, 14.5), (4.0, 12.0), (9.0, 12.0)):
-        timeline = run_timeline(replayed, replace(costs, wait_s=-hidden_s), n_events=1)
+        costs = costs_of(dense_layer_s=5.0, wait_s=-hidden_s)
+        timeline = run_timeline(replayed, costs, n_events=1)
         assert timeline.ended_s[0] == expected
         assert timeline.stall_s.tolist() == [[0, 4]]
 
@@ -132,7 +121,7 @@ def test_what_the_host_does_while_a_device_waits_is_hidden_as_far_as_it_waits():
 def test_nothing_is_hidden_where_the_host_waits_for_a_layers_output(hook_point, expected):
     """Nobody candidates anything; the layers are those of the test above."""
     replayed = replay_of({0: HIT}, {5: LOAD})
-    costs = replace(costs_of(), dense_layer_s=5.0, wait_s=-3.5)
+    costs = costs_of(dense_layer_s=5.0, wait_s=-3.5)
     silent = candidate_of(1, [], hook_point=hook_point)
     assert run_timeline(replayed, costs, silent, 2).ended_s[0] == expected
 

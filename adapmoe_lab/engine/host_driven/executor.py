@@ -19,7 +19,7 @@ from adapmoe_lab.engine.layer_pass import LayerPass
 from adapmoe_lab.engine.prefetch.predictors import Predictor
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
 from adapmoe_lab.engine.store.expert_store import ExpertStore
-from adapmoe_lab.engine.transfer.clock import Clock, StepPace
+from adapmoe_lab.engine.transfer.clock import Clock
 from adapmoe_lab.engine.transfer.link import Link
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router
@@ -30,6 +30,7 @@ from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogate
 from adapmoe_lab.records.files import digest
 from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.routing import UNGATED
+from adapmoe_lab.records.step_costs import StepCosts
 
 
 class HostDrivenExecutor:
@@ -64,7 +65,7 @@ class HostDrivenExecutor:
         self.clock = clock
         self.device = device
         self._dtype = dtype
-        self.step_costs = StepPace()
+        self.step_costs = StepCosts()
         self._gating: GatingTable | None = None
         self._surrogate_outputs: SurrogateOutputs | None = None
         self._observers = _no_observers()
@@ -82,7 +83,7 @@ class HostDrivenExecutor:
         surrogates: Surrogates | None = None,
         prefetch: PrefetchTable | None = None,
         predictors: Sequence[Predictor] = (),
-        step_costs: StepPace | None = None,
+        step_costs: StepCosts | None = None,
     ) -> None:
         """Set the gating and start afresh with an empty cache of the planned slots.
 
@@ -121,7 +122,7 @@ class HostDrivenExecutor:
         table: PrefetchTable,
         predictors: Sequence[Predictor],
         gating: GatingTable | None,
-        costs: StepPace,
+        costs: StepCosts,
         device: torch.device,
     ) -> Prefetcher:
         return Prefetcher(
@@ -300,7 +301,7 @@ class HostDrivenExecutor:
             return
         if self._prefetcher is not None and self._n_sequences == 1:
             self._prefetcher.end_pass(last_hidden[-1:], self._cached.cache)
-        self.clock.spend(self.step_costs.head_s)
+        self.clock.spend(self.step_costs.host.head_s)
 
     @property
     def _prefetcher(self) -> Prefetcher | None:
@@ -352,7 +353,7 @@ class HostDrivenExecutor:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        self.clock.spend(self.step_costs.dense_layer_s)
+        self.clock.spend(self.step_costs.host.dense_layer_s)
         # on a GPU this is the layer's one synchronisation
         indices, weights = on_host([top_k_index, top_k_weights.float()])
         keep = indices < self._store.n_experts(layer)

@@ -17,7 +17,7 @@ from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router, UnsupportedModelError, router_scores
 from adapmoe_lab.policies.allocation.slots import N_STAGING
 from adapmoe_lab.policies.eviction.expert_cache import CacheState, ExpertCache, Load, StepPlan
-from adapmoe_lab.policies.eviction.rules import POLICIES
+from adapmoe_lab.policies.eviction.registry import policy_named
 from adapmoe_lab.records import CachePlan
 
 
@@ -83,7 +83,7 @@ class CachedExperts:
         """
         self._store = store
         self._link = link
-        policy, n_experts = POLICIES[eviction], store.expert_bytes.shape[1]
+        policy, n_experts = policy_named(eviction), store.expert_bytes.shape[1]
         self._routers = routers if policy.needs_scores else None
         if policy.needs_scores and not all(router.reads_experts_input for router in routers):
             raise UnsupportedModelError(

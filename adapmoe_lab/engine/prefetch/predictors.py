@@ -22,7 +22,8 @@ from adapmoe_lab.models.families import (
 )
 from adapmoe_lab.models.hooks.input_norms import find_input_norms
 from adapmoe_lab.records import Predictors
-from adapmoe_lab.records.prefetch import HOOK_POINTS, HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.prefetch import HOOK_POINTS
 
 MAX_DISTANCE = 3
 """Layers ahead that are looked at; AdapMoE goes as far (arXiv 2408.10284, section 4.2)."""

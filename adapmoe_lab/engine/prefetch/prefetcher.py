@@ -1,4 +1,4 @@
-"""Fetching ahead: experts that later layers will probably need, brought in the link's idle time."""
+"""Prefetch: experts that later layers will probably need, brought in the link's idle time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from adapmoe_lab.engine.device import on_host
 from adapmoe_lab.engine.prefetch.predictors import Predictor, likeliest
 from adapmoe_lab.engine.store.expert_store import ExpertStore
-from adapmoe_lab.engine.transfer.clock import Clock, StepPace
+from adapmoe_lab.engine.transfer.clock import Clock
 from adapmoe_lab.engine.transfer.link import Link
 from adapmoe_lab.engine.transfer.prefetch_copy import AheadCopy
 from adapmoe_lab.policies.eviction.expert_cache import ExpertCache, StepPlan
 from adapmoe_lab.policies.prefetch.expected_gain import (
-    chunk_bounds,
     expected_gain_s,
     likely_needed,
     needed_at,
 )
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.step_costs import StepCosts, chunk_bounds
 
 
 @dataclass(eq=False)
@@ -38,15 +38,15 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Outlook:
-    """When what is asked for now can begin, and when it will be needed.
+    """When a prefetch that is issued now can begin, and when its expert will be needed.
 
-    Both are told before anybody is asked: the asking itself delays them alike.
+    Both are taken before the predictors are queried, which delays them alike.
 
     Attributes:
         begins_at: when the link will be done with what is demanded; now, if it is.
         ready_at: when the present layer will be done.
         layer_experts_s: seconds that the experts of a layer take.
-        late_s: seconds that the link will take for what is yet to be demanded before that.
+        late_s: seconds that the link will take for what the layer has yet to demand.
     """
 
     begins_at: float
@@ -56,12 +56,13 @@ class _Outlook:
 
 
 class Prefetcher:
-    """Follows a prefetch table: what it asks for waits in a buffer beside the cache.
+    """Follows a prefetch table: what it prefetches waits in a buffer beside the cache.
 
     Attributes:
-        used: int64 [L], experts begun ahead that were needed then.
-        wasted: int64 [L], experts begun ahead that were not.
-        pace: what computing is expected to take.
+        table: the predictors that are queried, and how far each is trusted.
+        step_costs: what a forward pass is expected to take.
+        used: int64 [L], prefetches begun whose experts were needed.
+        wasted: int64 [L], prefetches begun whose experts were not.
     """
 
     def __init__(
@@ -72,23 +73,24 @@ class Prefetcher:
         link: Link,
         clock: Clock,
         device: torch.device,
-        pace: StepPace,
+        step_costs: StepCosts,
         gating: GatingTable | None = None,
     ) -> None:
         """Allocate the buffer.
 
         Args:
-            table: whose candidates to follow.
-            predictors: what speaks; at least those of the table.
+            table: which predictors to query.
+            predictors: at least those of the table.
             store: where the experts lie on the host.
             link: what they cross.
             clock: what time is read from.
             device: where the buffer is.
-            pace: what computing is expected to take.
-            gating: what will skip experts: candidates that it would skip are not followed.
+            step_costs: what a forward pass is expected to take; on a virtual clock, querying takes
+                just that.
+            gating: what will skip experts: candidates that it would skip are not prefetched.
         """
         self.table = table
-        self.step_costs = pace
+        self.step_costs = step_costs
         self._predictors = {predictor.name: predictor for predictor in predictors}
         self._check_predictors()
         self._store = store
@@ -101,7 +103,8 @@ class Prefetcher:
         self.wasted = np.zeros(store.n_layers, dtype=np.int64)
         self._gating = gating
         self._bytes_resolved = 0
-        self._load_s = link.seconds if pace.load_s is None else lru_cache(pace.load_s)
+        load_s = step_costs.load_s
+        self._load_s = link.seconds if load_s is None else lru_cache(load_s)
 
     def _check_predictors(self) -> None:
         missing = {source.predictor for source in self.table.sources} - set(self._predictors)
@@ -141,7 +144,7 @@ class Prefetcher:
             self._cancel(number, entry)
 
     def begin_pass(self, token_ids: torch.Tensor, cache: ExpertCache) -> None:
-        """Ask for the first layer's experts, by the tokens [T] of the pass that begins."""
+        """Prefetch for the first layer, by the tokens [T] of the pass that begins."""
         self._issue_prefetches(HookPoint.TOKEN, 0, token_ids, cache, self._outlook())
 
     def on_experts_input(
@@ -152,12 +155,12 @@ class Prefetcher:
         step: StepPlan,
         late: Sequence[int],
     ) -> None:
-        """Ask for later layers' experts, everything that this layer misses being demanded.
+        """Prefetch for later layers, once this layer has demanded all that it misses.
 
         Args:
             layer: the layer that runs.
             hidden: what its experts are given [T, D].
-            cache: who is resident.
+            cache: which experts are resident.
             step: what the layer does.
             late: experts that it will demand once there is staging for them.
         """
@@ -177,13 +180,13 @@ class Prefetcher:
         self._issue_prefetches(HookPoint.EXPERTS_INPUT, layer, hidden, cache, outlook)
 
     def on_layer_output(self, layer: int, output: torch.Tensor, cache: ExpertCache) -> None:
-        """Ask by a layer's output [T, D], which the next starts from, if anybody speaks then."""
+        """Prefetch by a layer's output [T, D], if any predictor reads it."""
         if self.table.predicts_at(HookPoint.LAYER_OUTPUT):
             self._issue_prefetches(HookPoint.LAYER_OUTPUT, layer, output, cache, self._outlook())
 
     def end_pass(self, last_hidden: torch.Tensor, cache: ExpertCache) -> None:
-        """Ask for the first layer's experts of the next token, by this one's last state [1, D]."""
-        outlook = self._outlook(after_s=self.step_costs.head_s)
+        """Prefetch for the next token's first layer, by this token's last hidden state [1, D]."""
+        outlook = self._outlook(after_s=self.step_costs.host.head_s)
         self._issue_prefetches(HookPoint.LAST_HIDDEN, 0, last_hidden, cache, outlook)
 
     def _outlook(self, after_s: float = 0.0) -> _Outlook:
@@ -200,17 +203,18 @@ class Prefetcher:
         outlook: _Outlook,
     ) -> None:
         """Query all predictors of a hook point, and issue the prefetches that are worth it."""
-        predicting = [
+        host = self.step_costs.host
+        queries = [
             (source, layer + source.distance)
             for source in self.table.sources
             if source.hook_point == hook_point and layer + source.distance < self._store.n_layers
         ]
-        said = self._scores(predicting, layer, x) if predicting else []
-        for (source, target), scores in zip(predicting, said, strict=True):
+        found = self._query(hook_point, queries, layer, x) if queries else []
+        for (source, target), scores in zip(queries, found, strict=True):
             needed_at_s = needed_at(
                 outlook.ready_at,
                 max(1, source.distance),
-                self.step_costs.dense_layer_s,
+                host.dense_layer_s,
                 outlook.layer_experts_s,
             )
             experts, chances = self._candidates(source, target, *scores)
@@ -221,14 +225,29 @@ class Prefetcher:
                     target, expert, chance, outlook.begins_at, needed_at_s
                 ):
                     self._fetch(target, expert)
-        self._link.expect_quiet(outlook.ready_at + self.step_costs.dense_layer_s - outlook.late_s)
+        self._link.expect_quiet(outlook.ready_at + host.dense_layer_s - outlook.late_s)
+
+    def _query(
+        self,
+        hook_point: HookPoint,
+        queries: Sequence[tuple[PrefetchSource, int]],
+        layer: int,
+        x: torch.Tensor,
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Query predictors, which takes time of its own; see `_scores`."""
+        host, at_output = self.step_costs.host, hook_point == HookPoint.LAYER_OUTPUT
+        self._clock.spend(
+            host.predict_overhead_s + (host.predict_output_overhead_s if at_output else 0.0)
+        )
+        self._clock.spend(len(queries) * host.predict_s)
+        return self._scores(queries, layer, x)
 
     def _scores(
-        self, predicting: Sequence[tuple[PrefetchSource, int]], layer: int, x: torch.Tensor
+        self, queries: Sequence[tuple[PrefetchSource, int]], layer: int, x: torch.Tensor
     ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Return the likeliest experts of targets, and their scores, both [T, C], on the host."""
+        """Return each query's likeliest experts and their scores, both [T, C], on the host."""
         found = []
-        for source, target in predicting:
+        for source, target in queries:
             scores = self._predictors[source.predictor].scores(layer, target, x)
             found += likeliest(scores, len(source.probability[target]))
         together = on_host(found)
@@ -245,7 +264,7 @@ class Prefetcher:
         return likely_needed(experts, source.probability[target], scores, gating)
 
     def _cancel_others(self, layer: int, experts: NDArray[np.int64]) -> None:
-        """Give up earlier candidates of a layer that are not begun and not repeated."""
+        """Cancel earlier prefetches for a layer that are not begun and no longer candidates."""
         predicted = set(experts.tolist())
         for number, entry in self._entries_of(layer):
             if not entry.copy.n_begun and entry.expert not in predicted:
@@ -254,7 +273,7 @@ class Prefetcher:
     def _gains_time(
         self, layer: int, expert: int, chance: float, begins_at: float, needed_at_s: float
     ) -> bool:
-        """Whether an absent expert, not on its way yet, is expected to gain time."""
+        """Whether prefetching an absent expert, not on its way yet, is expected to gain time."""
         if any(entry.expert == expert for _, entry in self._entries_of(layer)):
             return False
         for entry in self._entries:
@@ -265,7 +284,7 @@ class Prefetcher:
         return expected_gain_s(chance, begins_at, needed_at_s, load_s, chunk_s) > 0
 
     def _fetch(self, layer: int, expert: int) -> None:
-        """Ask for an expert if the buffer has room."""
+        """Issue the prefetch of an expert if the buffer has room."""
         if None not in self._entries:
             return
         number, source = self._entries.index(None), self._store.buffer(layer, expert)

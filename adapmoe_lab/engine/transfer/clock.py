@@ -3,34 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 SPIN_S = 2e-4
 """The last stretch of a wait is spent spinning, since sleeping overshoots by up to this much."""
-
-
-@dataclass(frozen=True)
-class StepPace:
-    """Seconds that parts of a step are expected to take; on a virtual clock they take just that.
-
-    Attributes:
-        dense_layer_s: a layer before it asks for its experts.
-        expert_s: one expert that is there; by layer and expert, [L][E], where they differ.
-        head_s: what follows the last layer.
-        load_s: returns what a load of so many bytes is expected to take; None asks the link.
-    """
-
-    dense_layer_s: float = 0.0
-    expert_s: float | tuple[tuple[float, ...], ...] = 0.0
-    head_s: float = 0.0
-    load_s: Callable[[float], float] | None = None
-
-    def of_expert(self, layer: int, expert: int) -> float:
-        """Return the seconds of one expert that is there."""
-        expert_s = self.expert_s
-        return expert_s[layer][expert] if isinstance(expert_s, tuple) else expert_s
 
 
 class Clock(Protocol):

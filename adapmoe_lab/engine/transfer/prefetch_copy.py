@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adapmoe_lab.policies.prefetch.expected_gain import N_CHUNKS, chunk_bounds
+from adapmoe_lab.records.step_costs import N_CHUNKS, chunk_bounds
 
 
 @dataclass(eq=False)

@@ -1,30 +1,20 @@
 """The rules of a step: which experts are hits, which are loaded where, which only pass through.
 
-What runs a model follows this one class; compiled replay follows the same rules, so that their
-counters can be equal exactly.
+What runs a model from the host follows this one class. Compiled replay and the device table follow
+the same rules, so that their counters can be equal exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.policies.eviction.rules import (
-    FIXED_SCORES,
-    HOBBIT,
-    NEVER_LEAVES,
-    EvictionPolicy,
-    after_use,
-    distance_penalty,
-    is_high_precision,
-    mean_score,
-    priority_in_new_pass,
-    priority_in_new_step,
-    token_weight,
-)
+from adapmoe_lab.policies.eviction.fixed_point import mean_score, score_sums, token_weight
+from adapmoe_lab.policies.eviction.policy import PROTECTED, EvictionPolicy, Use
 from adapmoe_lab.records import CachePlan
 
 
@@ -69,7 +59,7 @@ class CacheState:
 
 
 class ExpertCache:
-    """Residency of experts: who lies in which slot, and who leaves next.
+    """Which expert lies in which slot, and which leaves next.
 
     The layers of a pool share its slots: each layer has a pool of its own, or one holds them all.
     `slot_of` names only experts whose weights are wholly in their slot. A step is planned, then
@@ -77,7 +67,7 @@ class ExpertCache:
     sequence in between, the slots concerned are simply free.
 
     Attributes:
-        plan: how many slots there are, and who shares them.
+        plan: how many slots there are, and which layers share them.
         slot_of: int64 [L, E], each expert's slot in its layer's pool, -1 if it is not resident.
     """
 
@@ -85,12 +75,9 @@ class ExpertCache:
         """Start empty.
 
         Raises:
-            ValueError: the policy would have to know the future.
+            ValueError: the policy can only be simulated.
         """
-        if policy.needs_future:
-            raise ValueError(
-                f"Eviction {policy.name!r} reads what comes later; it can be simulated, not run."
-            )
+        policy.check_runnable()
         self.plan = plan
         self._policy = policy
         shape = (len(plan.slots), n_experts)
@@ -115,14 +102,10 @@ class ExpertCache:
         Raises:
             ValueError: it needs them, and there are none.
         """
-        if self._policy.needs_scores and scores is None:
-            raise ValueError(
-                f"Eviction {self._policy.name!r} reads the router's scores; give those of the "
-                "step's tokens."
-            )
+        self._policy.check_scores(scores)
         members = np.array(sorted(experts), dtype=np.int64)
         is_hit = self.slot_of[layer, members] >= 0
-        self._note(layer, members, is_hit, scores)
+        self._change_priorities(layer, members, is_hit, scores)
         hits, misses = members[is_hit].tolist(), members[~is_hit].tolist()
         if not misses:
             return StepPlan(tuple(hits), (), ())
@@ -161,7 +144,7 @@ class ExpertCache:
             return 0, 0, len(self.slot_of)
         return layer, layer, layer + 1
 
-    def _note(
+    def _change_priorities(
         self,
         layer: int,
         members: NDArray[np.int64],
@@ -169,33 +152,35 @@ class ExpertCache:
         scores: NDArray[np.floating] | None,
     ) -> None:
         """Change the priorities as the policy says."""
-        pool, first, end = self._pool_of(layer)
-        rule, clock = self._policy.rule, self._clocks[pool]
+        policy, (pool, first, end) = self._policy, self._pool_of(layer)
+        clock, n_layers = self._clocks[pool], end - first
         self._clocks[pool] = clock + 1
-        if layer == first:
-            in_pool = self._priorities[first:end]
-            in_pool[:] = priority_in_new_pass(rule, in_pool)
-        priorities, state, oracle_input = self._priorities[layer], self._state[layer], 0
+        if policy.on_new_pass is not None and layer == first:
+            self._priorities[first:end] = policy.on_new_pass(self._priorities[first:end])
+        priorities, state, oracle_inputs = self._priorities[layer], self._state[layer], 0
+        if policy.on_new_step is not None:
+            priorities[:] = policy.on_new_step(priorities)
         if scores is not None:
-            total = score_sums(scores)
-            mean = mean_score(total, token_weight(len(scores)))
-            priorities[:] = priority_in_new_step(rule, priorities, mean)
-            oracle_input = high_precision_uses(total[members]) if rule == HOBBIT else 0
-        else:
-            priorities[:] = priority_in_new_step(rule, priorities, 0)
-        priorities[members], state[members] = after_use(
-            rule,
-            priorities[members],
-            state[members],
-            is_hit.astype(np.int64),
-            oracle_input,
-            clock,
-            end - first,
-            clock // (end - first),
-        )
+            sums = score_sums(scores)
+            if policy.on_scores is not None:
+                means = mean_score(sums, token_weight(len(scores)))
+                priorities[:] = policy.on_scores(priorities, means)
+            oracle_inputs = self._oracle_inputs(sums[members])
+        use = Use(is_hit.astype(np.int64), oracle_inputs, clock, n_layers, clock // n_layers)
+        priorities[members], kept = policy.after_use(priorities[members], state[members], use)
+        if policy.keeps_state:
+            state[members] = kept
+
+    def _oracle_inputs(self, scores: NDArray[np.int64]) -> Any:
+        """Return what the policy's oracle says of the members of a set, by their scores [n]."""
+        if not callable(self._policy.oracle_input):
+            return 0
+        of_set = scores.tolist()
+        known = [self._policy.oracle_input(of_set, own) for own in range(len(of_set))]
+        return np.array(known, dtype=np.int64)
 
     def _free_places(self, layer: int, n_needed: int) -> list[tuple[int, tuple[int, int] | None]]:
-        """Return free slots of a layer's pool, at most `n_needed`, with no one who leaves them."""
+        """Return free slots of a layer's pool, at most `n_needed`, which nothing leaves."""
         pool, first, end = self._pool_of(layer)
         slots, n_slots = self.slot_of[first:end], self.plan.pool_slots(pool)
         taken = slots[slots >= 0]
@@ -208,36 +193,24 @@ class ExpertCache:
     def _victims(
         self, layer: int, members: NDArray[np.int64], n_needed: int
     ) -> list[tuple[int, tuple[int, int] | None]]:
-        """Return slots and (layer, expert) of those that leave first, at most `n_needed`."""
+        """Return slot and (layer, expert) of those that leave first, at most `n_needed`."""
         if n_needed == 0:
             return []
         pool, first, end = self._pool_of(layer)
-        rule, n_layers = self._policy.rule, end - first
+        n_layers, penalty_per_layer = end - first, self._policy.penalty_per_layer
         candidates = (self.slot_of[first:end] >= 0) & self._may_leave[first:end]
         candidates[layer - first, members] = False
         keys = self._priorities[first:end]
-        if n_layers > 1:
+        if penalty_per_layer is not None:
             layers_ahead = (np.arange(first, end) - layer) % n_layers
             n_passes = (self._clocks[pool] - 1) // n_layers
-            keys = keys - distance_penalty(rule, layers_ahead, n_passes)[:, None]
-        victims, flat = [], np.where(candidates, keys, NEVER_LEAVES).ravel()
+            keys = keys - (layers_ahead * penalty_per_layer(n_passes))[:, None]
+        victims, flat = [], np.where(candidates, keys, PROTECTED).ravel()
         for _ in range(n_needed):
             lowest = int(flat.argmin())
-            if flat[lowest] == NEVER_LEAVES:
+            if flat[lowest] == PROTECTED:
                 break
-            flat[lowest] = NEVER_LEAVES
+            flat[lowest] = PROTECTED
             victim = first + lowest // keys.shape[1], lowest % keys.shape[1]
             victims.append((int(self.slot_of[victim]), victim))
         return victims
-
-
-def score_sums(scores: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Return the sums [E] of router scores [T, E] in fixed point, of what a trace keeps of them."""
-    bits = scores.astype(np.float16).view(np.uint16)
-    return FIXED_SCORES[bits].sum(axis=0, dtype=np.int64)
-
-
-def high_precision_uses(scores: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which members of a set HOBBIT would load in high precision, by their scores [n]."""
-    ranks_above = scores[None] > scores[:, None]
-    return is_high_precision((ranks_above * scores).sum(axis=1), scores.sum())

@@ -16,14 +16,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.gating.keep import keep_by_cuts
 from adapmoe_lab.records import GatingTable
-
-N_CHUNKS = 4
-"""Chunks in which an expert that is fetched ahead crosses the link."""
-
-
-def chunk_bounds(n_bytes: int) -> list[int]:
-    """Return where the chunks of an expert begin, and the last one ends, in bytes [P+1]."""
-    return [n_bytes * chunk // N_CHUNKS for chunk in range(N_CHUNKS + 1)]
+from adapmoe_lab.records.step_costs import N_CHUNKS
 
 
 def needed_at(

@@ -32,7 +32,7 @@ from adapmoe_lab.profiling.hardware.timed_steps import (
 )
 from adapmoe_lab.records import HardwareProfile, TunedConfig
 from adapmoe_lab.records.hardware import mean_expert_s
-from adapmoe_lab.simulation.timing.timeline import StepCosts, counted_replay, run_timeline
+from adapmoe_lab.simulation.timing.timeline import counted_replay, run_timeline
 
 THROTTLED_S = 5.0
 """Most seconds, about, of decoding over a link that holds its copies."""
@@ -121,7 +121,7 @@ def _n_throttled(model: LabModel, load_s: float, n_steps: int, rounds: int) -> i
 def _wait_s(steps: list[TimedStep], hardware: HardwareProfile, model: LabModel) -> float:
     """Return what a layer that waited took beyond what the cost model says; the median of steps."""
     counts = [np.stack([getattr(step, name) for step in steps]) for name in ("hits", "misses")]
-    costs = StepCosts.on(hardware, model.spec.precision)
+    costs = hardware.step_costs(model.spec.precision)
     timeline = run_timeline(counted_replay(*counts), costs)
     n_waits = (timeline.stall_s > 0).sum(axis=1)
     rest = np.array([step.seconds for step in steps]) - timeline.step_s

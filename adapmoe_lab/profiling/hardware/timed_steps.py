@@ -18,7 +18,7 @@ from adapmoe_lab.engine.prefetch.predictors import MAX_DISTANCE
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
 from adapmoe_lab.engine.resident_layer import PROMPT_TOKENS
 from adapmoe_lab.records import OFF, CachePlan, GatingTable, PrefetchSource, PrefetchTable
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 
 STRIDE = 5
 """Turns that the next decode begins further on: few steps cover all, since it divides no number of

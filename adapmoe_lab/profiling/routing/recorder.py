@@ -193,10 +193,10 @@ class RoutingRecorder:
 
     @torch.no_grad()
     def _predict(self, hook_point: HookPoint, layer: int, x: torch.Tensor) -> None:
-        predicted = self._step().on_device
+        on_device = self._step().on_device
         for predictor in self._predictors:
             if predictor.hook_point is hook_point:
                 for target in predictor.targets(layer):
                     scores = predictor.scores(layer, target, x)
                     key = predictor.name, target - layer, target
-                    predicted[key] = likeliest(scores, self._n_candidates)
+                    on_device[key] = likeliest(scores, self._n_candidates)

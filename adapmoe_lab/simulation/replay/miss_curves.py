@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records import GatingTable, RoutingTrace
-from adapmoe_lab.simulation.replay.replay import expert_sets, in_threads, step_bounds
+from adapmoe_lab.simulation.replay.expert_sets import expert_sets, in_threads
+from adapmoe_lab.simulation.replay.recorded_candidates import step_bounds
 
 
 def miss_curves(trace: RoutingTrace, gating: GatingTable | None = None) -> NDArray[np.float64]:

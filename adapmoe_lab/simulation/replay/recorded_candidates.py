@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.prefetch.expected_gain import kept_candidates, likely_needed
 from adapmoe_lab.records import GatingTable, PrefetchTable, RecordError, RoutingTrace
-from adapmoe_lab.records.prefetch import HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.routing import Prediction
 
 

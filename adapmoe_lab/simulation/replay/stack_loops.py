@@ -5,18 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from adapmoe_lab.simulation.compiled import compiled, inlined
-
-HIT, LOADED, STREAMED = range(3)
+from adapmoe_lab.simulation.replay.outcomes import HIT, LOAD, STREAM
 
 
 @inlined
 def _outcome(outcomes, sizes, miss_up_to, hit_from, expert, n_slots):
-    """Return what an expert's last use was with so many slots: HIT, LOADED or STREAMED."""
+    """Return what an expert's last use was with so many slots: HIT, LOAD or STREAM."""
     if n_slots >= sizes[expert]:
         if n_slots >= hit_from[expert]:
             return HIT
         if n_slots <= miss_up_to[expert]:
-            return LOADED
+            return LOAD
     return outcomes[expert, n_slots]
 
 
@@ -30,14 +29,14 @@ def _find_in_group(order, first, end, is_hit, outcomes, sizes, miss_up_to, hit_f
     """
     for n_slots in range(first + 1, end):
         rank = first
-        for kind in (LOADED, HIT):
+        for kind in (LOAD, HIT):
             for i in range(end - 1, first - 1, -1):
                 expert = order[i]
                 outcome = _outcome(outcomes, sizes, miss_up_to, hit_from, expert, n_slots)
                 if outcome == kind:
                     rank += 1
                     is_hit[expert, n_slots] = rank <= n_slots
-                elif outcome == STREAMED:
+                elif outcome == STREAM:
                     is_hit[expert, n_slots] = False
 
 
@@ -47,20 +46,20 @@ def _note_outcomes(members, first, end, miss_up_to, hit_from, is_hit, outcomes):
     for i in range(first, end):
         expert = members[i]
         for n_slots in range(miss_up_to[expert] + 1, hit_from[expert]):
-            outcomes[expert, n_slots] = HIT if is_hit[expert, n_slots] else LOADED
+            outcomes[expert, n_slots] = HIT if is_hit[expert, n_slots] else LOAD
     for n_slots in range(end - first):
         room = n_slots
         for i in range(first, end):
             expert = members[i]
-            outcomes[expert, n_slots] = STREAMED
+            outcomes[expert, n_slots] = STREAM
             if n_slots >= hit_from[expert] or (
                 n_slots > miss_up_to[expert] and is_hit[expert, n_slots]
             ):
                 outcomes[expert, n_slots] = HIT
                 room -= 1
         for i in range(first, end):
-            if room > 0 and outcomes[members[i], n_slots] == STREAMED:
-                outcomes[members[i], n_slots] = LOADED
+            if room > 0 and outcomes[members[i], n_slots] == STREAM:
+                outcomes[members[i], n_slots] = LOAD
                 room -= 1
 
 

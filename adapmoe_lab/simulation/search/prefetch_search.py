@@ -20,7 +20,8 @@ from adapmoe_lab.records import (
     RoutingTrace,
     TunedConfig,
 )
-from adapmoe_lab.records.prefetch import FITTED, HOOK_POINTS, HookPoint
+from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.prefetch import FITTED, HOOK_POINTS
 from adapmoe_lab.simulation.replay.recorded_candidates import (
     Candidates,
     recorded_candidates,

@@ -10,13 +10,13 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.prefetch.expected_gain import N_CHUNKS
 from adapmoe_lab.records import HardwareProfile, RoutingTrace, TunedConfig
+from adapmoe_lab.records.step_costs import N_CHUNKS
 from adapmoe_lab.simulation.simulate import replayed_and_timed
-from adapmoe_lab.simulation.timing.timeline import EVENT_KINDS, Timeline
+from adapmoe_lab.simulation.timing.events import AHEAD, DENSE, EVENT_KINDS, EXPERT
+from adapmoe_lab.simulation.timing.timeline import Timeline
 from adapmoe_lab.views.figures import theme
 
-DENSE, EXPERT, DEMAND, AHEAD = range(len(EVENT_KINDS))
 KIND, LAYER, MEMBER, BEGIN, END = range(5)
 """Columns of a timeline's events."""
 

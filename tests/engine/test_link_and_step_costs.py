@@ -10,7 +10,7 @@ from runs import PROMPT, decode, half_cached
 from adapmoe_lab.engine import lab_model
 from adapmoe_lab.engine.loading import known_targets, link_target
 from adapmoe_lab.engine.observing import observing
-from adapmoe_lab.engine.transfer.clock import StepPace, VirtualClock
+from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.records import (
     OFF,
     GatingTable,
@@ -20,6 +20,7 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 
 MEASURED_S = 0.25
 CPU = torch.device("cpu")
@@ -35,19 +36,19 @@ def target():
 
 
 @pytest.fixture
-def paced_probe(monkeypatch):
+def probe_calls(monkeypatch):
     """Let decoding without a link take a known time; return how often it was measured."""
-    asked = []
+    calls = []
 
     def measured(*_):
-        asked.append(1)
+        calls.append(1)
         return MEASURED_S
 
     monkeypatch.setattr(lab_model, "resident_layer_s", measured)
-    return asked
+    return calls
 
 
-def test_a_model_is_linked_for_a_while_and_then_as_before(load_tiny, target, paced_probe):
+def test_a_model_is_linked_for_a_while_and_then_as_before(load_tiny, target, probe_calls):
     model = load_tiny()
     before = state(model.link)
     with model.linked(target) as linked:
@@ -63,7 +64,7 @@ def test_a_model_is_linked_for_a_while_and_then_as_before(load_tiny, target, pac
 
 
 @pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt])
-def test_an_error_leaves_the_link_as_before(load_tiny, target, paced_probe, monkeypatch, stop):
+def test_an_error_leaves_the_link_as_before(load_tiny, target, probe_calls, monkeypatch, stop):
     model = load_tiny(link=target.name)
     before = state(model.link)
     with pytest.raises(stop), model.linked(None):
@@ -98,7 +99,7 @@ def test_a_virtual_clock_cannot_tell_a_layers_time(load_tiny, target):
 def test_a_link_is_as_fast_whatever_config_is_in_force(load_tiny, target):
     """A layer that skips experts is quicker; the machine that is imitated skips none."""
     model = load_tiny(clock=VirtualClock())
-    model.engine.step_costs = StepPace(dense_layer_s=1e-3, expert_s=1e-4)
+    model.engine.step_costs = StepCosts(HostCosts(dense_layer_s=1e-3), expert_s=1e-4)
     with model.linked(target):
         plain = state(model.link)
     skipping = GatingTable.per_layer([0.0] * 3, top_k=2)
@@ -116,33 +117,33 @@ def prefetching(model, hardware=None):
     return replace(TunedConfig.untuned(model.spec), prefetch=table, hardware=hardware)
 
 
-def test_step_costs_are_those_of_the_config_that_is_applied(load_tiny, paced_probe):
+def test_step_costs_are_those_of_the_config_that_is_applied(load_tiny, probe_calls):
     slow = HardwareProfile("slow", "pcie", [1000], [5.0], dense_step_s=30.0, expert_s=2.0)
     fast = HardwareProfile("fast", "pcie", [1000], [1e-3], 3e-3, 1e-4, gate_s=1e-3)
     fresh = load_tiny()
     fresh.apply(prefetching(fresh))
     measured = fresh.engine.step_costs
-    assert measured == StepPace(dense_layer_s=MEASURED_S)
+    assert measured.host == HostCosts(dense_layer_s=MEASURED_S)
     model = load_tiny()
     for hardware, dense_layer_s in ((slow, 10.0), (fast, 1e-3), (slow, 10.0)):
         model.apply(prefetching(model, hardware))
-        assert model.engine.step_costs.dense_layer_s == pytest.approx(dense_layer_s)
+        assert model.engine.step_costs.host.dense_layer_s == pytest.approx(dense_layer_s)
         assert model.engine.step_costs.load_s(1000) == hardware.load_s(1000)
         model.apply(prefetching(model))
-        assert model.engine.step_costs == measured
-        assert model.engine._cached.prefetcher.step_costs == measured
+        assert model.engine.step_costs.host == measured.host
+        assert model.engine._cached.prefetcher.step_costs is model.engine.step_costs
     gating = GatingTable.per_layer([OFF] * 3, top_k=2)
     with model.running(replace(prefetching(model, fast), gating=gating)):
-        assert model.engine.step_costs.dense_layer_s == pytest.approx(2e-3)
-    assert model.engine.step_costs == measured
+        assert model.engine.step_costs.host.dense_layer_s == pytest.approx(2e-3)
+    assert model.engine.step_costs.host == measured.host
     model.apply(TunedConfig.untuned(model.spec))
-    assert model.engine.step_costs == StepPace()
-    assert len(paced_probe) == 2  # once for each model
+    assert model.engine.step_costs.host == HostCosts()
+    assert len(probe_calls) == 2  # once for each model
 
 
 def test_a_virtual_clocks_step_costs_are_the_users(load_tiny):
     model = load_tiny(clock=VirtualClock())
-    model.engine.step_costs = pace = StepPace(dense_layer_s=1e-3)
+    model.engine.step_costs = costs = StepCosts(HostCosts(dense_layer_s=1e-3))
     model.apply(prefetching(model, HardwareProfile("slow", "pcie", [1000], [5.0], 30.0, 2.0)))
     model.apply(TunedConfig.untuned(model.spec))
-    assert model.engine.step_costs is pace
+    assert model.engine.step_costs is costs

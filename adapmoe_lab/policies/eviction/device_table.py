@@ -1,0 +1,112 @@
+"""The array form of a step's rules, that a step captured as a graph on the device follows.
+
+Written in numpy, as the reference that kernels are held against: whole rows, no lists, and nothing
+whose size depends on what is resident. Only policies that keep one priority per expert and change
+those of the step's own layer can be followed so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapmoe_lab.policies.eviction.fixed_point import mean_score, score_sums, token_weight
+from adapmoe_lab.policies.eviction.policy import PROTECTED, EvictionPolicy, Use
+from adapmoe_lab.records import CachePlan
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceStep:
+    """What becomes of the members of a step's set, in the order they were given.
+
+    Attributes:
+        is_hit: bool [K], which were resident before the step.
+        slot: int64 [K], where each lies after it: its own for a hit, the one to load it into for a
+            miss, -1 for one that is streamed.
+    """
+
+    is_hit: NDArray[np.bool_]
+    slot: NDArray[np.int64]
+
+
+class DeviceTable:
+    """Which expert of a layer lies in which slot, and which leaves next.
+
+    Every layer has slots of its own. A step changes the table at once: on the device nothing stops
+    between deciding and loading, so that slots are filled in ascending order and then stay full.
+
+    Attributes:
+        priority: int64 [L, E], by which experts leave, the smallest first.
+        slot_of: int64 [L, E], each expert's slot in its layer, -1 if it is not resident.
+        protected: int64 [L, E], `PROTECTED` for experts that never leave, 0 for the others.
+        n_slots: int64 [L], slots of each layer.
+        n_taken: int64 [L], how many of them hold an expert.
+        clock: int64 [L], steps of each layer so far.
+    """
+
+    def __init__(self, plan: CachePlan, n_experts: int, policy: EvictionPolicy) -> None:
+        """Start empty.
+
+        Raises:
+            ValueError: the policy needs the host, or the layers share their slots.
+        """
+        policy.check_on_device()
+        if plan.is_global:
+            raise ValueError(
+                "The layers of this plan share their slots; a graph on the device gives every "
+                "layer its own. Use a plan per layer, or the host-driven executor."
+            )
+        self._policy = policy
+        shape = (len(plan.slots), n_experts)
+        self.priority = np.zeros(shape, dtype=np.int64)
+        self.slot_of = np.full(shape, -1, dtype=np.int64)
+        self.protected = PROTECTED * (plan.pinned_mask(n_experts) & policy.pins).astype(np.int64)
+        self.n_slots = plan.slots.astype(np.int64)
+        self.n_taken, self.clock = np.zeros((2, shape[0]), dtype=np.int64)
+
+    def step(
+        self, layer: int, ids: NDArray[np.int64], scores: NDArray[np.floating] | None = None
+    ) -> DeviceStep:
+        """Decide a step and change the table as it says.
+
+        Args:
+            layer: whose experts.
+            ids: int64 [K], the distinct experts that the step needs, ascending.
+            scores: the router's scores [T, E] of the step's tokens, if the policy reads them.
+
+        Raises:
+            ValueError: it reads them, and there are none.
+        """
+        self._policy.check_scores(scores)
+        policy, slot_of, clock = self._policy, self.slot_of[layer], self.clock[layer]
+        priority = self.priority[layer]
+        is_hit = slot_of[ids] >= 0
+        if policy.on_new_step is not None:
+            priority[:] = policy.on_new_step(priority)
+        if policy.on_scores is not None and scores is not None:
+            mean = mean_score(score_sums(scores), token_weight(len(scores)))
+            priority[:] = policy.on_scores(priority, mean)
+        use = Use(is_hit.astype(np.int64), 0, clock, 1, clock)
+        priority[ids], _ = policy.after_use(priority[ids], 0, use)
+        self.clock[layer] += 1
+        for expert in ids[~is_hit]:
+            slot_of[expert] = self._slot_for_one(layer, ids)
+        return DeviceStep(is_hit, slot_of[ids].copy())
+
+    def _slot_for_one(self, layer: int, ids: NDArray[np.int64]) -> int:
+        """Return the slot that one miss of a step gets, emptied if it was taken; -1 for none."""
+        if self.n_taken[layer] < self.n_slots[layer]:
+            self.n_taken[layer] += 1
+            return int(self.n_taken[layer]) - 1
+        slot_of = self.slot_of[layer]
+        may_leave = (slot_of >= 0) & (self.protected[layer] == 0)
+        may_leave[ids] = False
+        key = np.where(may_leave, self.priority[layer], PROTECTED)
+        victim = int(key.argmin())  # the first of equals, so the lowest id
+        if key[victim] == PROTECTED:
+            return -1
+        slot = int(slot_of[victim])
+        slot_of[victim] = -1
+        return slot
