@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,11 +137,7 @@ def run_bench(
     links = _links(model, targets)
     check_method(method)
     check_skippable(model.spec)
-    fractions = [float(one) for one in np.ravel(skipped_fractions)]
-    if not fractions:
-        raise ValueError("run_bench needs at least one skipped fraction, such as 0.25.")
-    for fraction in fractions:
-        check_skipped_fraction(fraction, model.spec.top_k)
+    fractions = _fractions(model, skipped_fractions)
     fit, held = calibration_split(calibration_texts())
     texts = held if texts is None else as_texts(texts)
     token_sequences(model, texts)  # refuses what is too short
@@ -149,21 +145,14 @@ def run_bench(
     n_slots = whole_number("slots_per_layer", n_slots, at_least=0)
     plain = replace(TunedConfig.untuned(model.spec), plan=slots_plan(model.spec, n_slots))
     say(f"Calibrating on {len(fit)} texts, measuring loss on {len(texts)} others.")
-    with model.running(TunedConfig.untuned(model.spec)):
-        trace = profile(model, fit)
-    measured = sensitivity(model, fit)
-    configs = [
-        replace(plain, gating=tune(trace, measured, skipped_fraction=f, method=method).gating)
-        for f in fractions
-    ]
+    configs = _skipping(model, plain, fit, fractions, method)
     baseline = evaluate_loss(model, plain, texts)
     losses = [evaluate_loss(model, c, texts).increase_over(baseline) for c in configs]
     rows: list[BenchRow] = []
     samples: list[dict[str, Any]] = []
-    is_real = model.engine.device.type == "cuda"
     for target in links:
         load_ratio = target.load_ratio if target is not None else None
-        with nullcontext() if is_real else model.linked(target):
+        with _over(model, target):
             say(f"Measuring decode over {model.link.name}, {rounds} rounds.")
             reports = _interleaved(model, [plain, *configs], held, new_tokens, rounds)
             samples += [
@@ -173,16 +162,54 @@ def run_bench(
             for asked, report, loss in zip(fractions, reports[1:], losses, strict=True):
                 rows.append(_row(model, load_ratio, asked, reports[0], report, loss))
     conditions = {
-        **{name: kept for name, kept in measurement_conditions(model).items() if name != "link"},
-        "links": list(dict.fromkeys(row.link for row in rows)),
+        **_conditions(model, rows),
         "slots_per_layer": n_slots,
         "method": method,
         "new_tokens": new_tokens,
         "rounds": rounds,
         "loss_tokens": int(baseline.n_predicted.sum()),
-        "baseline": "same engine, slots and LRU, nothing skipped",
     }
     return BenchReport(tuple(rows), conditions, tuple(samples))
+
+
+def _conditions(model: LabModel, rows: Sequence[BenchRow]) -> dict[str, Any]:
+    """Return what the machine says of itself, and what the rows were measured over and against."""
+    here = measurement_conditions(model)
+    del here["link"]
+    links = list(dict.fromkeys(row.link for row in rows))
+    return {**here, "links": links, "baseline": "same engine, slots and LRU, nothing skipped"}
+
+
+def _fractions(model: LabModel, skipped_fractions: float | Sequence[float]) -> list[float]:
+    """Return the fractions to skip, at least one, each of which the model can skip."""
+    fractions = [float(one) for one in np.ravel(skipped_fractions)]
+    if not fractions:
+        raise ValueError("run_bench needs at least one skipped fraction, such as 0.25.")
+    for fraction in fractions:
+        check_skipped_fraction(fraction, model.spec.top_k)
+    return fractions
+
+
+def _skipping(
+    model: LabModel,
+    plain: TunedConfig,
+    texts: Sequence[str],
+    fractions: Sequence[float],
+    method: str,
+) -> list[TunedConfig]:
+    """Return a config with the same slots for each fraction, its cuts chosen on texts."""
+    with model.running(TunedConfig.untuned(model.spec)):
+        trace = profile(model, texts)
+    measured = sensitivity(model, texts)
+    return [
+        replace(plain, gating=tune(trace, measured, skipped_fraction=f, method=method).gating)
+        for f in fractions
+    ]
+
+
+def _over(model: LabModel, target: LinkTarget | None) -> AbstractContextManager[object]:
+    """Return a context in which loads cross a target's link; a GPU has its own."""
+    return nullcontext() if model.engine.device.type == "cuda" else model.linked(target)
 
 
 def _links(model: LabModel, names: str | Iterable[str] | None) -> list[LinkTarget | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from adapmoe_lab.engine.lab_model import LabModel
@@ -11,7 +12,7 @@ from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.evaluation.texts import Texts, as_texts
 from adapmoe_lab.policies.allocation.slots import budget_bytes, uniform_plan
 from adapmoe_lab.policies.gating.registry import RULES, check_method, largest_skipped_fraction
-from adapmoe_lab.policies.gating.rule import check_skipped_fraction
+from adapmoe_lab.policies.gating.rule import Rule, check_skipped_fraction
 from adapmoe_lab.records import (
     HardwareProfile,
     MoESpec,
@@ -87,20 +88,8 @@ def tune(
             chooses a single expert, the trace was recorded while experts were skipped, or an
             argument is out of range.
     """
-    check_method(method)
-    sensitivity.check_model(trace.spec)
-    check_skippable(trace.spec)
-    trace.check_ungated()
-    if skipped_fraction is not None:
-        check_skipped_fraction(skipped_fraction, trace.spec.top_k)
-    finite_number("max_loss_increase_nats", max_loss_increase_nats, at_least=0)
+    _check(trace, sensitivity, method, skipped_fraction, max_loss_increase_nats)
     texts = as_texts(texts) if texts is not None else None
-    rule = RULES[method](trace, sensitivity)
-    is_fixed = skipped_fraction is not None
-    if skipped_fraction is None:
-        skipped_fraction = largest_skipped_fraction(
-            rule, sensitivity, trace.spec.top_k, max_loss_increase_nats
-        )
     item_bytes = model.hf.dtype.itemsize if model is not None else BFLOAT16_BYTES
     budget = budget_bytes(expert_memory, trace.spec)
     surrogate_bytes = compensation.n_bytes(item_bytes) if compensation is not None else 0
@@ -112,14 +101,15 @@ def tune(
         precision=trace.spec.precision,
         hardware=hardware,
     )
-
-    def skipping(fraction: float) -> TunedConfig:
-        table = rule.table(fraction) if fraction > 0 else None
-        return replace(ungated, gating=table)
-
+    rule = RULES[method](trace, sensitivity)
+    allowed = max_loss_increase_nats if skipped_fraction is None else None
+    if skipped_fraction is None:
+        skipped_fraction = largest_skipped_fraction(
+            rule, sensitivity, trace.spec.top_k, max_loss_increase_nats
+        )
+    skipping = partial(_skipping, ungated, rule)
     config, measured = skipping(skipped_fraction), None
     if model is not None:
-        allowed = None if is_fixed else max_loss_increase_nats
         config, measured = _verified(skipping, skipped_fraction, allowed, model, texts)
     chosen, tried = best_cache(trace, plan, config.gating)
     config = replace(config, plan=chosen.plan, eviction=chosen.eviction)
@@ -128,9 +118,6 @@ def tune(
         config, prefetch_tried = _fetching_ahead(
             trace, config, hardware, predictors, budget, surrogate_bytes
         )
-    without = replace(config, gating=None)
-    predicted = simulate(trace, config, hardware, sensitivity=sensitivity)
-    baseline = simulate(trace, without, hardware, sensitivity=sensitivity)
     return config.with_evidence(
         method=method,
         residency=cache_summary(chosen, tried),
@@ -138,9 +125,44 @@ def tune(
         trace=trace.fingerprint(),
         verified=measured is not None,
         measured=measured,
-        predicted=prediction_summary(predicted),
-        predicted_without_skipping=prediction_summary(baseline),
+        **_predicted(trace, config, hardware, sensitivity),
     )
+
+
+def _check(
+    trace: RoutingTrace,
+    sensitivity: SensitivityProfile,
+    method: str,
+    skipped_fraction: float | None,
+    max_loss_increase_nats: float,
+) -> None:
+    """Refuse what cannot be tuned by; see `tune`."""
+    check_method(method)
+    sensitivity.check_model(trace.spec)
+    check_skippable(trace.spec)
+    trace.check_ungated()
+    if skipped_fraction is not None:
+        check_skipped_fraction(skipped_fraction, trace.spec.top_k)
+    finite_number("max_loss_increase_nats", max_loss_increase_nats, at_least=0)
+
+
+def _predicted(
+    trace: RoutingTrace,
+    config: TunedConfig,
+    hardware: HardwareProfile | None,
+    sensitivity: SensitivityProfile,
+) -> dict[str, dict[str, Any]]:
+    """Return what a config is predicted to do, with its skipping and without."""
+    configs = {"predicted": config, "predicted_without_skipping": replace(config, gating=None)}
+    return {
+        name: prediction_summary(simulate(trace, one, hardware, sensitivity=sensitivity))
+        for name, one in configs.items()
+    }
+
+
+def _skipping(ungated: TunedConfig, rule: Rule, fraction: float) -> TunedConfig:
+    """Return a config that skips so much, where a rule says."""
+    return replace(ungated, gating=rule.table(fraction) if fraction > 0 else None)
 
 
 def _fetching_ahead(
@@ -210,7 +232,7 @@ def check_skippable(spec: MoESpec) -> None:
 
 
 def cache_summary(chosen: CacheChoice, tried: Sequence[CacheChoice]) -> dict[str, Any]:
-    """Return which residency was chosen, and the loads of all that were tried, as JSON values."""
+    """Return which cache was chosen, and the loads of all that were tried, as JSON values."""
     return {
         "slots": chosen.division,
         "eviction": chosen.eviction,

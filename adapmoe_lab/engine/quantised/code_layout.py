@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 from torch.nn import functional
 
@@ -58,3 +60,15 @@ def row_blocks(shape: tuple[int, int], device: torch.device) -> list[slice]:
     block_items = CUDA_BLOCK_ITEMS if device.type == "cuda" else CPU_BLOCK_ITEMS
     step = max(1, block_items // max(1, n_columns))
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+
+
+def zero_grid(bits: int) -> tuple[int, int]:
+    """Return how many grid steps a code and a step of a stored zero are.
+
+    A stored zero is a fraction of the code range, `zeros / 255 * (2**bits - 1)` codes. On the grid
+    both share, `code * per_code - zeros * per_zero` is an exact integer; times `scale / per_code`,
+    it is the weight, rounded the same on every device whether or not it fuses multiply and add.
+    """
+    largest = (1 << bits) - 1
+    shared = gcd(255, largest)
+    return 255 // shared, largest // shared

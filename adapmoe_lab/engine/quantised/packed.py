@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from math import gcd
 
 import torch
 from torch.nn import functional
 
-from adapmoe_lab.engine.quantised.code_layout import E2M1, row_blocks, unpack
+from adapmoe_lab.engine.quantised.code_layout import E2M1, row_blocks, unpack, zero_grid
 from adapmoe_lab.records.precision import ALIGNMENT, Part, Precision
 
 KERNEL_TOKENS = 8
@@ -116,18 +115,6 @@ class PackedMatrix:
             zeros = self.part("zeros").T[rows, :, None].float() * per_zero
             weights = codes.float().mul_(per_code).sub_(zeros).mul_(scales.float() * (1 / per_code))
         return weights.flatten(1)[:, : self.shape[1]]
-
-
-def zero_grid(bits: int) -> tuple[int, int]:
-    """Return how many grid steps a code and a step of a stored zero are.
-
-    A stored zero is a fraction of the code range, `zeros / 255 * (2**bits - 1)` codes. On the grid
-    both share, `code * per_code - zeros * per_zero` is an exact integer; times `scale / per_code`,
-    it is the weight, rounded the same on every device whether or not it fuses multiply and add.
-    """
-    largest = (1 << bits) - 1
-    shared = gcd(255, largest)
-    return 255 // shared, largest // shared
 
 
 @cache

@@ -7,11 +7,16 @@ tokens, G weights of a group, P places in a unit, as many as a block has groups.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
-from adapmoe_lab.engine.quantised.packed import PackedMatrix, zero_grid
+from adapmoe_lab.engine.quantised.code_layout import zero_grid
+
+if TYPE_CHECKING:
+    from adapmoe_lab.engine.quantised.packed import PackedMatrix
 
 TENSOR_CORE_COLUMNS = 8
 """The fewest columns that a tensor core multiplies a matrix by."""
@@ -119,6 +124,7 @@ def _constants(matrix: PackedMatrix) -> dict[str, int]:
     }
 
 
+# Long: a kernel keeps what it loads in registers, and Triton compiles it as one function.
 @triton.jit(do_not_specialize=["n_tokens"])
 def _matmul(
     codes,

@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 from torch.nn import functional
 
-from adapmoe_lab.engine.quantised.code_layout import E2M1, pack, row_blocks
-from adapmoe_lab.engine.quantised.packed import PackedMatrix, zero_grid
+from adapmoe_lab.engine.quantised.code_layout import E2M1, pack, row_blocks, zero_grid
+from adapmoe_lab.engine.quantised.packed import PackedMatrix
 from adapmoe_lab.records.precision import PRECISIONS, Precision
 
 MXFP4 = PRECISIONS["mxfp4"]

@@ -57,14 +57,7 @@ def profile(
             or no candidate is to be recorded.
         OSError: the project folder cannot be written; nothing was recorded.
     """
-    max_tokens = whole_number("max_tokens", max_tokens, at_least=1)
-    listed = as_texts(texts)
-    if not listed:
-        raise ValueError("profile needs at least one text.")
-    labels = as_labels(labels, texts, len(listed))
-    sequences = [model.encode(text)[:max_tokens] for text in listed]
-    if any(not len(ids) for ids in sequences):
-        raise ValueError("profile was given an empty text; every text needs at least one token.")
+    sequences, labels = _checked(model, texts, labels, max_tokens)
     if predictors is not None:
         predictors.check_model(model.spec)
     n_candidates = model.spec.top_k if n_candidates is None else n_candidates
@@ -81,28 +74,55 @@ def profile(
         *labels,
     )
     path = project_folder(project) / TRACES / f"{name}.npz"
-    if reuse and path.exists():
-        try:
-            trace = RoutingTrace.load(path)
-        except RecordError as error:
-            say(f"Recording again, since the kept trace cannot be read: {error}")
-        else:
-            say(f"Reused the trace of {trace.n_tokens} tokens kept at {path}; reuse=False records.")
-            return trace
+    kept = _kept(path) if reuse else None
+    if kept is not None:
+        return kept
     check_project(project)
     with torch.no_grad(), model.running(), model.engine.reading_store():
-        asked = model.predictors(predictors)
-        recorder = RoutingRecorder(model, asked, n_candidates)
+        recorder = RoutingRecorder(model, model.predictors(predictors), n_candidates)
         with recorder.recording():
             for done, ids in enumerate(sequences):
                 if progress is not None:
                     progress(done, len(sequences), "recording routing")
                 model.hf(input_ids=ids[None].to(model.engine.device), use_cache=False)
     trace = recorder.trace(labels)
+    _keep(trace, path)
+    return trace
+
+
+def _checked(
+    model: LabModel, texts: Texts, labels: str | Iterable[str] | None, max_tokens: int
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Return the token ids int64 [T] and the label of every text; refuse what is none."""
+    max_tokens = whole_number("max_tokens", max_tokens, at_least=1)
+    listed = as_texts(texts)
+    if not listed:
+        raise ValueError("profile needs at least one text.")
+    labels = as_labels(labels, texts, len(listed))
+    sequences = [model.encode(text)[:max_tokens] for text in listed]
+    if any(not len(ids) for ids in sequences):
+        raise ValueError("profile was given an empty text; every text needs at least one token.")
+    return sequences, labels
+
+
+def _kept(path: Path) -> RoutingTrace | None:
+    """Return the trace of an earlier run, with a note; None if there is none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        trace = RoutingTrace.load(path)
+    except RecordError as error:
+        say(f"Recording again, since the kept trace cannot be read: {error}")
+        return None
+    say(f"Reused the trace of {trace.n_tokens} tokens kept at {path}; reuse=False records.")
+    return trace
+
+
+def _keep(trace: RoutingTrace, path: Path) -> None:
+    """Keep a trace for the next run, as far as there is room, and note it."""
     try:
         trace.save(path)
     except OSError as error:
         say(f"Recorded {trace.n_tokens} tokens; not kept, {path} could not be written: {error}")
     else:
         say(f"Recorded {trace.n_tokens} tokens; kept at {path}.")
-    return trace
