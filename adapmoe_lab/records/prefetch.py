@@ -71,6 +71,11 @@ class PrefetchSource:
         return HOOK_POINTS[self.predictor]
 
 
+def buffer_bytes(n_slots: int, expert_bytes: int, fitted: Predictors | None = None) -> int:
+    """Return the device bytes of a prefetch buffer for the widest expert, and of what is fitted."""
+    return n_slots * expert_bytes + (fitted.n_bytes if fitted is not None else 0)
+
+
 @dataclass(frozen=True, eq=False)
 class PrefetchTable:
     """Whose candidates are followed, and how much room the experts fetched ahead have.
@@ -119,7 +124,7 @@ class PrefetchTable:
 
     def n_bytes(self, expert_bytes: int) -> int:
         """Return the device bytes of a buffer for experts of this size, and of what is fitted."""
-        return self.buffer_slots * expert_bytes + (self.fitted.n_bytes if self.fitted else 0)
+        return buffer_bytes(self.buffer_slots, expert_bytes, self.fitted)
 
     def fingerprint(self) -> str:
         """Identify the table by everything it holds."""
