@@ -43,12 +43,12 @@ DECODE_S, LEAST_ROUNDS = 10.0, 3
 def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> HardwareProfile:
     """Measure the parts of a decode step on this machine, in less than 20 s.
 
-    Decode runs in the memory the model was loaded with, step by step by turns as it is, under a
-    gate that keeps every expert, and under one that keeps one; each with nobody asked, with one
-    predictor, with several at once, and with one at a layer's output: what each adds is its cost,
-    the rest that of everything else; misses are counted and taken out. It also runs with half of
-    the experts cached over the link as it is, for what waiting adds. Everything else is timed by
-    itself, in turns, and its median taken.
+    Decode runs in the memory the model was loaded with, its steps interleaved: as it is, under a
+    gate that keeps every expert, and under one that keeps one; each without predictors, with one
+    query per layer, with several at once, and with one at a layer's output. What each adds is its
+    cost, the rest that of everything else; misses are counted and taken out. It also runs with half
+    of the experts cached over the link as it is, for what waiting adds. Everything else is timed by
+    itself, interleaved, and its median taken.
 
     Args:
         model: the model to run; its configuration is restored afterwards.
@@ -74,14 +74,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         copies = copy_times(model.store, model.link, engine.clock, engine.device)
         by_precision = expert_times(model.layers[0].experts, list(stored.values()), hidden)
         n_throttled = _n_throttled(model, copies.linked[-1], n_steps, rounds)
-        free, throttled = [], []
-        end = time.monotonic() + DECODE_S
-        for turn in range(rounds):
-            if turn >= LEAST_ROUNDS and time.monotonic() > end:
-                break
-            for _ in range(2):
-                free.append(unthrottled_steps(model, n_steps, first=len(free)))
-            throttled += throttled_steps(model, n_throttled) if n_throttled else []
+        free, throttled = _decoded(model, n_steps, n_throttled, rounds)
     alone_s = mean_expert_s(by_precision, spec.precision.counts)
     solved = solved_costs(free, miss_s, alone_s)
     profile = HardwareProfile(
@@ -108,6 +101,21 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         host_matmul_bytes_per_s=matmul_rate,
     )
     return replace(profile, wait_s=_wait_s(throttled, profile, model) if throttled else None)
+
+
+def _decoded(
+    model: LabModel, n_steps: int, n_throttled: int, rounds: int
+) -> tuple[list[list[TimedStep]], list[TimedStep]]:
+    """Return the steps of every decode over a link that holds nothing, and those over the link."""
+    free, throttled = [], []
+    end = time.monotonic() + DECODE_S
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.monotonic() > end:
+            break
+        for _ in range(2):
+            free.append(unthrottled_steps(model, n_steps, first=len(free)))
+        throttled += throttled_steps(model, n_throttled) if n_throttled else []
+    return free, throttled
 
 
 def _n_throttled(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
