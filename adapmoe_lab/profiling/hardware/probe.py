@@ -73,14 +73,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         copies = copy_times(model.store, model.link, engine.clock, engine.device)
         by_precision = expert_times(model.layers[0].experts, list(stored.values()), hidden)
         n_throttled = _n_throttled(model, copies.linked[-1], n_steps, rounds)
-        free, throttled = [], []
-        end = time.monotonic() + DECODE_S
-        for number in range(rounds):
-            if number >= LEAST_ROUNDS and time.monotonic() > end:
-                break
-            for _ in range(2):
-                free.append(unthrottled_steps(model, n_steps, first=len(free)))
-            throttled += throttled_steps(model, n_throttled) if n_throttled else []
+        free, throttled = _decoded(model, n_steps, n_throttled, rounds)
     alone_s = mean_expert_s(by_precision, spec.precision.counts)
     profile = HardwareProfile(
         device=device_name(engine.device),
@@ -100,6 +93,21 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         **solved_costs(free, miss_s, alone_s),
     )
     return replace(profile, wait_s=_wait_s(throttled, profile, model) if throttled else None)
+
+
+def _decoded(
+    model: LabModel, n_steps: int, n_throttled: int, rounds: int
+) -> tuple[list[list[TimedStep]], list[TimedStep]]:
+    """Return the steps of every decode over a link that holds nothing, and those over the link."""
+    free, throttled = [], []
+    end = time.monotonic() + DECODE_S
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.monotonic() > end:
+            break
+        for _ in range(2):
+            free.append(unthrottled_steps(model, n_steps, first=len(free)))
+        throttled += throttled_steps(model, n_throttled) if n_throttled else []
+    return free, throttled
 
 
 def _n_throttled(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
