@@ -95,18 +95,17 @@ def tune(
     """
     _check(trace, sensitivity, method, skipped_fraction, max_loss_increase_nats)
     texts = as_texts(texts) if texts is not None else None
-    item_bytes = model.hf.dtype.itemsize if model is not None else BFLOAT16_BYTES
     budget = budget_bytes(expert_memory, trace.spec)
-    surrogate_bytes = compensation.n_bytes(item_bytes) if compensation is not None else 0
-    plan = uniform_plan(trace.spec, budget, beside_bytes=surrogate_bytes)
-    ungated = TunedConfig(
-        model=TunedConfig.model_identity(trace.spec),
+    beside = _surrogate_bytes(compensation, model)
+    plan = uniform_plan(trace.spec, budget, beside_bytes=beside)
+    rule = RULES[method](trace, sensitivity)
+    ungated = replace(
+        TunedConfig.untuned(trace.spec),
         compensation=compensation,
         plan=plan,
         precision=trace.spec.precision,
         hardware=hardware,
     )
-    rule = RULES[method](trace, sensitivity)
     allowed = max_loss_increase_nats if skipped_fraction is None else None
     if skipped_fraction is None:
         skipped_fraction = largest_skipped_fraction(
@@ -118,15 +117,13 @@ def tune(
         config, measured = _verified(skipping, skipped_fraction, allowed, model, texts)
     chosen, tried = best_cache(trace, plan, config.gating)
     config = replace(config, plan=chosen.plan, eviction=chosen.eviction)
-    prefetch_tried = None
+    times = None
     if prefetch and hardware is not None:
-        config, prefetch_tried = _fetching_ahead(
-            trace, config, hardware, predictors, budget, surrogate_bytes
-        )
+        config, times = _prefetching(trace, config, hardware, predictors, budget, beside)
     return config.with_evidence(
         method=method,
         residency=cache_summary(chosen, tried),
-        prefetch=prefetch_tried,
+        prefetch=times,
         trace=trace.fingerprint(),
         verified=measured is not None,
         measured=measured,
@@ -151,6 +148,12 @@ def _check(
     finite_number("max_loss_increase_nats", max_loss_increase_nats, at_least=0)
 
 
+def _surrogate_bytes(surrogates: Surrogates | None, model: LabModel | None) -> int:
+    """Return the device bytes of surrogates, in the precision that the model computes in."""
+    item_bytes = model.hf.dtype.itemsize if model is not None else BFLOAT16_BYTES
+    return surrogates.n_bytes(item_bytes) if surrogates is not None else 0
+
+
 def _predicted(
     trace: RoutingTrace,
     config: TunedConfig,
@@ -170,7 +173,7 @@ def _skipping(ungated: TunedConfig, rule: Rule, fraction: float) -> TunedConfig:
     return replace(ungated, gating=rule.table(fraction) if fraction > 0 else None)
 
 
-def _fetching_ahead(
+def _prefetching(
     trace: RoutingTrace,
     config: TunedConfig,
     hardware: HardwareProfile,
