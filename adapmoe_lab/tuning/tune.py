@@ -106,11 +106,10 @@ def tune(
         precision=trace.spec.precision,
         hardware=hardware,
     )
-    allowed = max_loss_increase_nats if skipped_fraction is None else None
+    allowed = None
     if skipped_fraction is None:
-        skipped_fraction = largest_skipped_fraction(
-            rule, sensitivity, trace.spec.top_k, max_loss_increase_nats
-        )
+        allowed = max_loss_increase_nats
+        skipped_fraction = largest_skipped_fraction(rule, sensitivity, trace.spec.top_k, allowed)
     skipping = partial(_skipping, ungated, rule)
     config, measured = skipping(skipped_fraction), None
     if model is not None:
