@@ -76,7 +76,7 @@ class PrefetchTable:
     """Whose candidates are followed, and how much room the experts fetched ahead have.
 
     Attributes:
-        sources: predictors, one for each hook_point and distance.
+        sources: predictors, one for each hook point and distance.
         buffer_slots: experts that can be on their way or waiting at once, beside the cache.
         fitted: what was fitted of those predictors that have to be.
     """
@@ -114,7 +114,7 @@ class PrefetchTable:
         return len(self.sources[0].probability)
 
     def predicts_at(self, hook_point: HookPoint) -> bool:
-        """Whether any of the predictors is asked at a hook_point."""
+        """Whether any of the predictors is asked at a hook point."""
         return any(source.hook_point == hook_point for source in self.sources)
 
     def n_bytes(self, expert_bytes: int) -> int:

@@ -39,7 +39,7 @@ from adapmoe_lab.simulation.simulate import Simulation, simulate
 
 MAX_STEPS_BACK = 4
 MIN_PREFETCH_GAIN = 0.01
-"""Share of the predicted time that fetching ahead must save to be taken."""
+"""Share of the predicted time that prefetching must save to be taken."""
 
 BFLOAT16_BYTES = 2
 """Of a number of the surrogates, where no model says what it computes in."""
@@ -76,9 +76,9 @@ def tune(
         max_loss_increase_nats: allowed predicted loss increase per token.
         method: `"uniform"` (one cut for all layers), `"adapmoe"` (its sensitivity rule) or
             `"curve"` (least predicted loss).
-        compensation: what stands in for skipped experts; the sensitivity must be measured with it,
+        compensation: surrogates of skipped experts; the sensitivity must be measured with it,
             and its bytes come out of `expert_memory`.
-        prefetch: whether to fetch ahead if that is predicted to be faster, with its buffer out of
+        prefetch: whether to prefetch if that is predicted to be faster, with its buffer out of
             `expert_memory`; needs hardware, and a trace with predictions.
         predictors: fitted predictors whose predictions the trace has.
         model: the model to verify the loss on; without it the config is only predicted.
@@ -180,7 +180,7 @@ def _prefetching(
     budget: int,
     surrogate_bytes: int,
 ) -> tuple[TunedConfig, dict[str, float] | None]:
-    """Return the config with what is worth fetching ahead, and milliseconds by what was tried.
+    """Return the config with the prefetch that pays, if any, and milliseconds by what was tried.
 
     The buffer takes slots away, so that the times compared are of the same memory.
     """

@@ -165,7 +165,7 @@ def host_driven(model: LabModel) -> HostDrivenExecutor:
 def _n_queries(model: LabModel, asked: PrefetchTable) -> tuple[int, int, int]:
     """Return how many predictions a table takes in a step, at how many hook points, and outputs."""
     targets = [model.spec.n_layers - source.distance for source in asked.sources]
-    n_queries = max(targets)  # all sources of a table speak at the same hook_points here
+    n_queries = max(targets)  # all sources of a table speak at the same hook points here
     return sum(targets), n_queries, n_queries * asked.predicts_at(HookPoint.LAYER_OUTPUT)
 
 

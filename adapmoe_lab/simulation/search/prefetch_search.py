@@ -98,7 +98,7 @@ def buffer_slots(spec: MoESpec) -> int:
 
 
 def recorded_sources(trace: RoutingTrace, fitted: Predictors | None = None) -> list[SourceKey]:
-    """Return one predictor for each hook_point and distance that a trace has predictions of.
+    """Return one predictor for each hook point and distance that a trace has predictions of.
 
     Of several the fitted one is taken, if `fitted` is given.
     """
