@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         slots_plan,
         uniform_plan,
     )
-    from adapmoe_lab.policies.gating.rules import RULES, largest_skipped_fraction
+    from adapmoe_lab.policies.gating.registry import RULES, largest_skipped_fraction
     from adapmoe_lab.profiling.hardware.probe import probe_hardware
     from adapmoe_lab.profiling.predictors.fit import fit_predictors
     from adapmoe_lab.profiling.routing.profile import profile
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "RULES": "policies.gating.rules",
+    "RULES": "policies.gating.registry",
     "CachePlan": "records",
     "HardwareProfile": "records",
     "HookPoint": "records.hook_points",
@@ -78,7 +78,7 @@ _HOMES = {
     "evaluate_loss": "evaluation.loss",
     "fit_predictors": "profiling.predictors.fit",
     "fit_surrogates": "profiling.surrogates.fit",
-    "largest_skipped_fraction": "policies.gating.rules",
+    "largest_skipped_fraction": "policies.gating.registry",
     "load": "engine.loading",
     "measure_latency": "evaluation.latency",
     "miss_curves": "simulation.replay.miss_curves",

@@ -25,7 +25,7 @@ import adapmoe_lab as lab
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.policies.allocation.slots import slots_plan
-from adapmoe_lab.policies.gating.rules import UniformCut
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.records import GatingTable, LossReport, Surrogates, TunedConfig
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.records.standard_error import error_text

@@ -20,7 +20,8 @@ import adapmoe_lab as lab
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.evaluation.loss import token_sequences
-from adapmoe_lab.policies.gating.rules import RULES, LeastLoss
+from adapmoe_lab.policies.gating.least_loss import LeastLoss
+from adapmoe_lab.policies.gating.registry import RULES
 from adapmoe_lab.profiling.sensitivity.estimators import ESTIMATORS, MEASURED
 from adapmoe_lab.profiling.sensitivity.loss_change import LossChanges, loss_changes
 from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivities

@@ -23,7 +23,7 @@ from held_out import PIECE_TOKENS, calibration_and_evaluation
 import adapmoe_lab as lab
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.evaluation.loss import token_sequences
-from adapmoe_lab.policies.gating.rules import RULES
+from adapmoe_lab.policies.gating.registry import RULES
 from adapmoe_lab.profiling.sensitivity.loss_change import LossChanges, loss_changes
 from adapmoe_lab.records import GatingTable, RoutingTrace, SensitivityProfile, TunedConfig
 from adapmoe_lab.records.files import save_json

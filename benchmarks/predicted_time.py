@@ -28,7 +28,7 @@ from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.gating.rules import UniformCut
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.records import HardwareProfile, RoutingTrace, TunedConfig
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch

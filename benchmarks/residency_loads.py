@@ -29,7 +29,7 @@ from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.policies.allocation.slots import slots_plan, with_pins
 from adapmoe_lab.policies.eviction.registry import POLICIES
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.gating.rules import UniformCut
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.records import CachePlan, GatingTable, RoutingTrace, TunedConfig
 from adapmoe_lab.records.files import save_json
 from adapmoe_lab.simulation.replay.replay import replay

@@ -8,7 +8,7 @@ import pytest
 
 import adapmoe_lab as lab
 from adapmoe_lab.cli import main
-from adapmoe_lab.policies.gating.rules import RULES
+from adapmoe_lab.policies.gating.registry import RULES
 from adapmoe_lab.records import RoutingTrace, SensitivityProfile, TunedConfig
 from adapmoe_lab.views import figures
 from adapmoe_lab.workbench.session import Cache, Session

@@ -18,7 +18,8 @@ from adapmoe_lab.evaluation.latency import measure_latency
 from adapmoe_lab.evaluation.loss import evaluate_loss, token_sequences
 from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_split, calibration_texts
 from adapmoe_lab.policies.allocation.slots import slots_plan
-from adapmoe_lab.policies.gating.rules import check_method, check_skipped_fraction
+from adapmoe_lab.policies.gating.registry import check_method
+from adapmoe_lab.policies.gating.rule import check_skipped_fraction
 from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity
 from adapmoe_lab.records import LatencyReport, LinkTarget, Measurement, TunedConfig

@@ -11,13 +11,8 @@ from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.evaluation.texts import Texts, as_texts
 from adapmoe_lab.policies.allocation.slots import budget_bytes, uniform_plan
-from adapmoe_lab.policies.gating.rules import (
-    RULES,
-    Rule,
-    check_method,
-    check_skipped_fraction,
-    largest_skipped_fraction,
-)
+from adapmoe_lab.policies.gating.registry import RULES, check_method, largest_skipped_fraction
+from adapmoe_lab.policies.gating.rule import Rule, check_skipped_fraction
 from adapmoe_lab.records import (
     HardwareProfile,
     MoESpec,

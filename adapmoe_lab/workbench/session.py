@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.gating.rules import RULES, largest_skipped_fraction
+from adapmoe_lab.policies.gating.registry import RULES, largest_skipped_fraction
 from adapmoe_lab.records import (
     OFF,
     GatingTable,

@@ -173,3 +173,22 @@ def test_long_runs_of_several_tokens_are_alike(policy, is_global, tokens_per_ste
     if not (policy.host_only or is_global):
         table = DeviceTable(plan, 16, policy)
         assert run_tokens(step_of_table(table), trace, tokens_per_step) == expected
+
+
+@pytest.mark.parametrize("policy", [p for p in HELD if not p.host_only], ids=named)
+@given(case=cases(), parts=st.lists(st.booleans(), min_size=4, max_size=4), data=st.data())
+def test_cache_and_table_go_on_from_each_other(policy, case, parts, data):
+    cache = ExpertCache(case.plan(policy), N_EXPERTS, policy)
+    table = DeviceTable(case.plan(policy), N_EXPERTS, policy)
+    cuts = sorted(data.draw(st.integers(0, len(case.sets))) for _ in parts)
+    done, bounds = [], [0, *cuts, len(case.sets)]
+    for is_on_device, first, end in zip([*parts, False], bounds[:-1], bounds[1:], strict=True):
+        sets, scores = case.sets[first:end], case.scores[first:end]
+        if is_on_device:
+            table.take_over(cache.state)
+            done += run_table(table, sets, scores)
+            cache.restore(table.state)
+        else:
+            done += run_cache(cache, sets, scores)
+    expected = case.expected(policy)
+    assert [step.evicted for step in done] == [step.evicted for step in expected]

@@ -5,13 +5,13 @@ from hypothesis import strategies as st
 
 from adapmoe_lab.policies.gating.keep import keep_by_cuts
 from adapmoe_lab.policies.prefetch.expected_gain import (
-    chunk_bounds,
     expected_gain_s,
     kept_candidates,
     likely_needed,
     needed_at,
 )
 from adapmoe_lab.records import GatingTable
+from adapmoe_lab.records.step_costs import chunk_bounds
 
 seconds = st.floats(0, 10)
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adapmoe_lab as lab
+from adapmoe_lab.policies.gating.adapmoe import adapmoe_cut, single_expert_layers
 from adapmoe_lab.policies.gating.keep import keep_by_cuts
-from adapmoe_lab.policies.gating.rules import adapmoe_cut, single_expert_layers
 from adapmoe_lab.records import OFF
 
 EVALUATIONS = ("lm_eval_mmlu_0shot_8x7b_nf4", "cot_hub_mmlu_5shot_8x7b_nf4")

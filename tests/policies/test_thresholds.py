@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
+from adapmoe_lab.policies.gating.adapmoe import AdapMoERule, adapmoe_cut
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.gating.rules import (
-    RULES,
-    AdapMoERule,
-    LeastLoss,
-    UniformCut,
-    adapmoe_cut,
-    largest_skipped_fraction,
-)
+from adapmoe_lab.policies.gating.least_loss import LeastLoss
+from adapmoe_lab.policies.gating.registry import RULES, largest_skipped_fraction
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.records import OFF
 
 

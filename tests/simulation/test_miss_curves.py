@@ -8,7 +8,7 @@ from traces import make_spec, make_trace
 
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.gating.rules import UniformCut
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.simulation.replay.miss_curves import miss_curves
 from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.replay.stack_loops import count_misses, empty_stack

@@ -8,7 +8,7 @@ from traces import make_trace, predicting
 
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.gating.rules import UniformCut
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.records import HardwareProfile, RecordError, TunedConfig
 from adapmoe_lab.simulation.search.prefetch_search import (
     best_prefetch,

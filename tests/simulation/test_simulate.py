@@ -6,7 +6,7 @@ from traces import make_spec, make_trace
 
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.gating.rules import UniformCut
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.records import (
     HardwareProfile,
     PrecisionPlan,

@@ -10,7 +10,7 @@ from traces import make_sensitivity, make_spec, make_trace
 from adapmoe_lab.evaluation.loss import evaluate_loss
 from adapmoe_lab.policies.allocation.slots import N_STAGING, uniform_plan
 from adapmoe_lab.policies.gating.keep import kept_experts
-from adapmoe_lab.policies.gating.rules import RULES
+from adapmoe_lab.policies.gating.registry import RULES
 from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity
 from adapmoe_lab.profiling.surrogates.fit import fit_surrogates

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
-from adapmoe_lab.policies.gating.rules import AdapMoERule, UniformCut
+from adapmoe_lab.policies.gating.adapmoe import AdapMoERule
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.simulation.statistics.layer_costs import layer_costs, shares_of_total
 from adapmoe_lab.views import figures
 

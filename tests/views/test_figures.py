@@ -10,7 +10,7 @@ from traces import make_sensitivity, make_spec, make_trace
 
 import adapmoe_lab as lab
 from adapmoe_lab.policies.allocation.slots import slots_plan
-from adapmoe_lab.policies.gating.rules import UniformCut
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.records import OFF, LossReport, TunedConfig
 from adapmoe_lab.simulation.simulate import simulate
 from adapmoe_lab.views import figures

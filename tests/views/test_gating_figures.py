@@ -7,7 +7,7 @@ import pytest
 from traces import make_sensitivity, make_spec, make_trace
 
 from adapmoe_lab.policies.gating.keep import kept_experts, score_ratio
-from adapmoe_lab.policies.gating.rules import RULES
+from adapmoe_lab.policies.gating.registry import RULES
 from adapmoe_lab.records import OFF, GatingTable, LossReport
 from adapmoe_lab.views import figures
 

@@ -40,7 +40,8 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     from adapmoe_lab.evaluation.texts import calibration_split
     from adapmoe_lab.policies.allocation.slots import budget_bytes, uniform_plan
-    from adapmoe_lab.policies.gating.rules import check_method, check_skipped_fraction
+    from adapmoe_lab.policies.gating.registry import check_method
+    from adapmoe_lab.policies.gating.rule import check_skipped_fraction
     from adapmoe_lab.profiling.hardware.probe import probe_hardware
     from adapmoe_lab.profiling.project import check_project
     from adapmoe_lab.profiling.routing.profile import profile

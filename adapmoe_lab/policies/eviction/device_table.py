@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from adapmoe_lab.policies.eviction.expert_cache import CacheState
 from adapmoe_lab.policies.eviction.fixed_point import mean_score, score_sums, token_weight
 from adapmoe_lab.policies.eviction.policy import PROTECTED, EvictionPolicy, Use
 from adapmoe_lab.records import CachePlan
@@ -35,14 +36,13 @@ class DeviceTable:
     """Which expert of a layer lies in which slot, and which leaves next.
 
     Every layer has slots of its own. A step changes the table at once: on the device nothing stops
-    between deciding and loading, so that slots are filled in ascending order and then stay full.
+    between deciding and loading.
 
     Attributes:
         priority: int64 [L, E], by which experts leave, the smallest first.
         slot_of: int64 [L, E], each expert's slot in its layer, -1 if it is not resident.
         protected: int64 [L, E], `PROTECTED` for experts that never leave, 0 for the others.
         n_slots: int64 [L], slots of each layer.
-        n_taken: int64 [L], how many of them hold an expert.
         clock: int64 [L], steps of each layer so far.
     """
 
@@ -64,7 +64,17 @@ class DeviceTable:
         self.slot_of = np.full(shape, -1, dtype=np.int64)
         self.protected = PROTECTED * (plan.pinned_mask(n_experts) & policy.pins).astype(np.int64)
         self.n_slots = plan.slots.astype(np.int64)
-        self.n_taken, self.clock = np.zeros((2, shape[0]), dtype=np.int64)
+        self.clock = np.zeros(shape[0], dtype=np.int64)
+
+    def take_over(self, state: CacheState) -> None:
+        """Go on from where an `ExpertCache` of the same plan and policy is."""
+        self.slot_of[:], self.priority[:] = state.slot_of, state.priorities
+        self.clock[:] = state.clocks
+
+    @property
+    def state(self) -> CacheState:
+        """A copy of the table, for an `ExpertCache` to go on from."""
+        return CacheState(self.slot_of.copy(), self.priority.copy(), tuple(self.clock.tolist()))
 
     def step(
         self, layer: int, ids: NDArray[np.int64], scores: NDArray[np.floating] | None = None
@@ -97,10 +107,10 @@ class DeviceTable:
 
     def _slot_for_one(self, layer: int, ids: NDArray[np.int64]) -> int:
         """Return the slot that one miss of a step gets, emptied if it was taken; -1 for none."""
-        if self.n_taken[layer] < self.n_slots[layer]:
-            self.n_taken[layer] += 1
-            return int(self.n_taken[layer]) - 1
         slot_of = self.slot_of[layer]
+        is_free = (np.arange(self.n_slots[layer])[:, None] != slot_of).all(axis=1)  # [S]
+        if is_free.any():
+            return int(is_free.argmax())  # the lowest
         may_leave = (slot_of >= 0) & (self.protected[layer] == 0)
         may_leave[ids] = False
         key = np.where(may_leave, self.priority[layer], PROTECTED)

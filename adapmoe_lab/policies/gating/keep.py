@@ -1,6 +1,6 @@
 """Which of a token's experts are run.
 
-Everything that runs evaluates one `GatingTable`; `policies.thresholds` chooses its cuts.
+Everything that runs evaluates one `GatingTable`; a `Rule` chooses its cuts.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapmoe_lab.policies.allocation.slots import plan_slots, shared
+from adapmoe_lab.policies.eviction.registry import policy_named
 from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records import CachePlan, GatingTable, RoutingTrace
 from adapmoe_lab.simulation.replay.miss_curves import miss_curves
@@ -16,7 +17,7 @@ from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.statistics.predictability import recall_and_precision
 
 EVICTIONS = ("lru", "lfu_aged", "router_average")
-"""Tried by `best_cache`, the plainest first: of equal loads it is taken."""
+"""Tried by `best_cache` if it is told nothing else, the plainest first."""
 DIVISIONS = ("uniform", "measured")
 
 
@@ -96,19 +97,33 @@ def cache_choices(
 
 
 def best_cache(
-    trace: RoutingTrace, uniform: CachePlan, gating: GatingTable | None = None
+    trace: RoutingTrace,
+    uniform: CachePlan,
+    gating: GatingTable | None = None,
+    evictions: Sequence[str] = EVICTIONS,
 ) -> tuple[CacheChoice, list[CacheChoice]]:
     """Return what loads least for the slots of a plan, and all that was tried.
 
     Miss curves are measured on the first half of the trace and everything is judged on the second,
     so that a division is not praised for what it was made from. What is chosen is then divided
     anew by the whole trace.
+
+    Args:
+        trace: recorded routing.
+        uniform: as many slots in every layer.
+        gating: what will skip experts.
+        evictions: names of policies to try; of equal loads the first is taken.
+
+    Raises:
+        ValueError: there is no such policy, or it can only be simulated.
     """
+    for eviction in evictions:
+        policy_named(eviction).check_runnable()
     half = trace.n_tokens // 2
     divided = slot_divisions(trace.first(max(1, half)), uniform, gating)
     plans = {name: divided[name] for name in DIVISIONS}
-    tried = cache_choices(trace, plans, gating=gating, first_counted=half)
-    best = min(tried, key=lambda residency: residency.loads_per_token)
+    tried = cache_choices(trace, plans, evictions, gating, first_counted=half)
+    best = min(tried, key=lambda choice: choice.loads_per_token)
     if best.division == "measured":
         best = replace(best, plan=slot_divisions(trace, uniform, gating)["measured"])
     return best, tried

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike, NDArray
 
-from adapmoe_lab.policies.gating.rules import Rule
+from adapmoe_lab.policies.gating.rule import Rule
 from adapmoe_lab.records import LossReport, SensitivityProfile
 from adapmoe_lab.records.standard_error import nan_if_unknown
 from adapmoe_lab.views.figures import theme

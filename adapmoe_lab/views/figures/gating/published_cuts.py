@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from adapmoe_lab.policies.gating.rules import adapmoe_cut, single_expert_layers
+from adapmoe_lab.policies.gating.adapmoe import adapmoe_cut, single_expert_layers
 from adapmoe_lab.records import PublishedAdapMoE
 from adapmoe_lab.views.figures import theme
 

@@ -10,7 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from adapmoe_lab.policies.gating.rules import LeastLoss, UniformCut
+from adapmoe_lab.policies.gating.least_loss import LeastLoss
+from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.records import RoutingTrace, SensitivityProfile
 from adapmoe_lab.simulation.statistics.chance import Band
 from adapmoe_lab.simulation.statistics.layer_costs import layer_costs
