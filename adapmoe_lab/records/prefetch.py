@@ -1,4 +1,4 @@
-"""What is fetched ahead of its layer, by which candidates, and how far they are trusted."""
+"""What is prefetched, by the candidates of which predictors, and how far they are trusted."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class PrefetchSource:
 
     Attributes:
         predictor: one of `HOOK_POINTS`.
-        distance: layers between the one it looks at and the one it speaks of; 0 for those that
-            speak of the first layer before it is reached.
+        distance: layers between the one it reads and the one it predicts; 0 for those that predict
+            the first layer before it is reached.
         probability: float64 [L, C], chance that the prediction of each rank, likeliest first, will
-            be needed in each layer spoken of; 0 is never fetched.
+            be needed in each layer predicted; 0 is never fetched.
     """
 
     predictor: str
@@ -47,7 +47,7 @@ class PrefetchSource:
     probability: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        """Freeze the probabilities and check that the predictor speaks at this distance."""
+        """Freeze the probabilities and check that the predictor predicts at this distance."""
         if self.predictor not in HOOK_POINTS:
             raise RecordError(
                 f"Predictor {self.predictor!r} is unknown; expected one of "
@@ -67,16 +67,16 @@ class PrefetchSource:
 
     @property
     def hook_point(self) -> HookPoint:
-        """When it speaks."""
+        """Where it predicts."""
         return HOOK_POINTS[self.predictor]
 
 
 @dataclass(frozen=True, eq=False)
 class PrefetchTable:
-    """Whose candidates are followed, and how much room the experts fetched ahead have.
+    """Whose candidates are followed, and how much room prefetched experts have.
 
     Attributes:
-        sources: predictors, one for each hook_point and distance.
+        sources: predictors, one for each hook point and distance.
         buffer_slots: experts that can be on their way or waiting at once, beside the cache.
         fitted: what was fitted of those predictors that have to be.
     """
@@ -93,8 +93,8 @@ class PrefetchTable:
                 f"Prefetch needs a predictor and room for an expert; got {len(sources)} "
                 f"predictors and buffer_slots={self.buffer_slots}."
             )
-        spoken = [(source.hook_point, source.distance) for source in sources]
-        if len(set(spoken)) < len(spoken):
+        places = [(source.hook_point, source.distance) for source in sources]
+        if len(set(places)) < len(places):
             told = ", ".join(f"{s.predictor} at distance {s.distance}" for s in sources)
             raise RecordError(
                 f"One predictor can predict at each hook point and distance; got {told}."
@@ -110,11 +110,11 @@ class PrefetchTable:
 
     @property
     def n_layers(self) -> int:
-        """L, the number of layers spoken of."""
+        """L, the number of layers predicted."""
         return len(self.sources[0].probability)
 
     def predicts_at(self, hook_point: HookPoint) -> bool:
-        """Whether any of the predictors is asked at a hook_point."""
+        """Whether any of the predictors predicts at a hook point."""
         return any(source.hook_point == hook_point for source in self.sources)
 
     def n_bytes(self, expert_bytes: int) -> int:

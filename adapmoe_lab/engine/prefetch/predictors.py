@@ -1,6 +1,6 @@
 """Predicting which experts a layer will need, before its router is asked.
 
-Recording and prefetch ask the same objects at the same hook_points, so that what was recorded is
+Recording and prefetch ask the same objects at the same hook points, so that what was recorded is
 what prefetch will see.
 """
 

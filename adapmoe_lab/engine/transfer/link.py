@@ -14,12 +14,12 @@ from adapmoe_lab.engine.transfer.prefetch_copy import AheadCopy, AheadQueue
 NO_LINK = "none"
 """The name of an emulated link that holds nothing."""
 
-PACE_BYTES, PACE_COPIES = (2**18, 2**24), 4
-"""What a real link's pace is measured by."""
+PROBE_BYTES, PROBE_COPIES = (2**18, 2**24), 4
+"""Sizes of the copies by which a real link is measured, and how many of each."""
 
 
 class Link(Protocol):
-    """Brings experts to the device: what is demanded in order, what is fetched ahead meanwhile."""
+    """Brings experts to the device: what is demanded in order, what is prefetched meanwhile."""
 
     name: str
 
@@ -37,7 +37,7 @@ class Link(Protocol):
     def copy_ahead(
         self, source: torch.Tensor, destination: torch.Tensor, priority: int
     ) -> AheadCopy:
-        """Ask for a copy whose chunks begin, the most urgent first, while nothing is demanded."""
+        """Queue a copy whose chunks begin, smallest `priority` first, while nothing is demanded."""
         ...
 
     def begin_chunks(self) -> None:
@@ -49,7 +49,7 @@ class Link(Protocol):
         ...
 
     def finish(self, copy: AheadCopy) -> None:
-        """Demand what is left of a copy that was asked for ahead."""
+        """Demand what is left of a prefetch."""
         ...
 
     def cancel(self, copy: AheadCopy) -> None:
@@ -65,7 +65,7 @@ class Link(Protocol):
         ...
 
     def drain(self) -> None:
-        """Forget what is asked for ahead and return once no copy is under way.
+        """Forget what is to be prefetched and return once no copy is under way.
 
         Its memory may then be given up.
         """
@@ -109,7 +109,7 @@ class EmulatedLink:
             self.emulate(*present)
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> float:
-        """Copy now and return the moment it counts as arrived."""
+        """Copy now and return the time at which it counts as arrived."""
         self.begin_chunks()
         return self._copy(self.clock.now(), source, destination)
 
@@ -159,7 +159,7 @@ class EmulatedLink:
         self.clock.sleep_until(arrival)
 
     def drain(self) -> None:
-        """Forget what is asked for ahead; other copies are made at once."""
+        """Forget what is to be prefetched; other copies are made at once."""
         self._ahead.clear()
 
     @contextmanager
@@ -184,11 +184,11 @@ class CudaLink:
         self.stream = torch.cuda.Stream(device)
         self._ahead = AheadQueue()
         self._free_at = 0.0
-        self._pace: tuple[float, float] | None = None
+        self._measured: tuple[float, float] | None = None
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> torch.cuda.Event:
         """Enqueue the copy behind everything already computed, which may read the destination."""
-        if self._pace is not None:  # somebody fetches ahead and asks when the link is free
+        if self._measured is not None:  # prefetching is on, and needs to know when the link is free
             self._expect(source)
         return self._enqueue(source, destination, self._computed_so_far())
 
@@ -247,10 +247,10 @@ class CudaLink:
         self._ahead.remove(copy)
 
     def seconds(self, n_bytes: int) -> float:
-        """Return how long a copy takes at the pace measured when this is first asked."""
-        if self._pace is None:
-            self._pace = self._measured_costs()
-        latency_s, bytes_per_s = self._pace
+        """Return how long a copy takes, as measured when this is first called."""
+        if self._measured is None:
+            self._measured = self._measured_costs()
+        latency_s, bytes_per_s = self._measured
         return latency_s + n_bytes / bytes_per_s
 
     def free_at(self) -> float:
@@ -262,25 +262,25 @@ class CudaLink:
     def _measured_costs(self) -> tuple[float, float]:
         """Return latency in seconds and bytes per second, from pinned copies of two sizes."""
         spent = []
-        for n_bytes in PACE_BYTES:
+        for n_bytes in PROBE_BYTES:
             source = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
             target = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
             seconds = []
-            for _ in range(PACE_COPIES):
+            for _ in range(PROBE_COPIES):
                 self.stream.synchronize()
                 begin = self.clock.now()
                 self._enqueue(source, target, self._computed_so_far()).synchronize()
                 seconds.append(self.clock.now() - begin)
             spent.append(min(seconds))
-        bytes_per_s = (PACE_BYTES[1] - PACE_BYTES[0]) / max(spent[1] - spent[0], 1e-9)
-        return max(0.0, spent[0] - PACE_BYTES[0] / bytes_per_s), bytes_per_s
+        bytes_per_s = (PROBE_BYTES[1] - PROBE_BYTES[0]) / max(spent[1] - spent[0], 1e-9)
+        return max(0.0, spent[0] - PROBE_BYTES[0] / bytes_per_s), bytes_per_s
 
     def drain(self) -> None:
-        """Forget what is asked for ahead and wait on the host for the copy stream."""
+        """Forget what is to be prefetched and wait on the host for the copy stream."""
         self._ahead.clear()
         self.stream.synchronize()
 
     @contextmanager
     def without_link_delay(self) -> Iterator[None]:
-        """Change nothing: a real link has no emulated pace."""
+        """Change nothing: a real link has no emulated delay."""
         yield

@@ -68,7 +68,7 @@ class AheadQueue:
         self._copies: list[AheadCopy] = []
 
     def add(self, copy: AheadCopy) -> None:
-        """Let a copy wait behind those as urgent."""
+        """Let a copy wait behind those of its priority."""
         self._copies.append(copy)
 
     def remove(self, copy: AheadCopy) -> None:
@@ -81,6 +81,6 @@ class AheadQueue:
         self._copies.clear()
 
     def next(self) -> AheadCopy | None:
-        """Return the copy whose next chunk goes first, those as urgent by age."""
+        """Return the copy whose next chunk goes first, those of one priority by age."""
         self._copies = [copy for copy in self._copies if not copy.is_whole]
         return min(self._copies, key=lambda copy: copy.priority, default=None)

@@ -35,7 +35,7 @@ N_LAUNCHES = 64
 
 
 def interleaved_medians(works: Mapping[str, Work], budget_s: float = BUDGET_S) -> dict[str, float]:
-    """Return the median seconds of each work, done in turns so that drift treats all alike.
+    """Return the median seconds of each work, interleaved so that drift treats all alike.
 
     The first round warms up. Rounds end after `MAX_ROUNDS`, or when the budget is spent and
     `LEAST_ROUNDS` are kept.
