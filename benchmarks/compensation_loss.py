@@ -1,4 +1,4 @@
-"""What it costs to skip experts, by what stands in for them, on held-out text.
+"""What it costs to skip experts, by what takes their place, on held-out text.
 
 `python benchmarks/compensation_loss.py MODEL --text FOLDER --out FILE`
 
@@ -38,7 +38,7 @@ N_ROUNDS = 6
 BEST = "rank 16, gradient-weighted, scaled kept"
 
 
-def stand_ins(hidden_size: int) -> dict[str, dict[str, Any] | None]:
+def surrogates_tried(hidden_size: int) -> dict[str, dict[str, Any] | None]:
     """Return what replaces a skipped expert, and how it is fitted; None for nothing."""
     return {
         "nothing, kept weights renormalised": None,
@@ -132,7 +132,7 @@ def main() -> int:
         trace = lab.profile(model, calibration, max_tokens=PIECE_TOKENS, project=project)
     rule = UniformCut(trace)
     tables = {fraction: rule.table(fraction) for fraction in SKIPPED_FRACTIONS}
-    losses, ways = Losses(model, held_out), stand_ins(model.spec.hidden_size)
+    losses, ways = Losses(model, held_out), surrogates_tried(model.spec.hidden_size)
     fitted = {
         name: lab.fit_surrogates(model, calibration, max_tokens=PIECE_TOKENS, **how)
         if how

@@ -39,12 +39,12 @@ class RoutingStatistics:
         config = model.config
         n_layers, top_k = len(taps.logits), config.num_experts_per_tok
         chosen = np.stack([_best(taps.logits[i], top_k) for i in range(n_layers)], axis=1)
-        guesses = [
+        predicted = [
             _best(functional.linear(taps.inputs[i - 1].flatten(0, 1), layer.mlp.gate.weight), top_k)
             for i, layer in enumerate(model.model.layers)
             if i > 0
         ]
-        recall = overlap(chosen[:, 1:], np.stack(guesses, axis=1))
+        recall = overlap(chosen[:, 1:], np.stack(predicted, axis=1))
         starts = np.arange(n_sequences) * (len(chosen) // n_sequences)
         return cls(
             expert_use=expert_use(chosen, config.num_local_experts),

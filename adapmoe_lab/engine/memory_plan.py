@@ -57,7 +57,7 @@ class MemoryNeeds:
         return self.weights + self.kv_cache + self.work
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Describe it in one line."""
         return (
             f"{in_words(self.weights)} weights, {in_words(self.kv_cache)} keys and values of "
             f"{self.batch_size} x {self.context_tokens} tokens, {in_words(self.work)} activations"
@@ -73,8 +73,8 @@ class MemoryPlan:
         needs: what is taken beside the experts.
         slots: the experts' room on the device.
         slot_bytes: bytes of that room, staging included.
-        surrogate_bytes: bytes of what stands in for skipped experts.
-        prefetch_bytes: bytes of the buffer for experts fetched ahead, and of fitted predictors.
+        surrogate_bytes: bytes of surrogates of skipped experts.
+        prefetch_bytes: bytes of the buffer for prefetched experts, and of fitted predictors.
         device_bytes: free bytes on the device that were planned with.
         store_bytes: bytes of all experts.
         host_bytes: bytes of host memory for the store; less than `store_bytes` leaves it on disk.
@@ -96,7 +96,7 @@ class MemoryPlan:
         return self.store_bytes <= self.host_bytes
 
     def __str__(self) -> str:
-        """Say it in two lines."""
+        """Describe it in two lines."""
         store = "in host memory" if self.fits_host else "on disk"
         if not self.fits_host and self.host_bytes > 0:
             store += f", the last {in_words(self.host_bytes)} read kept in host memory"
@@ -157,8 +157,8 @@ def plan_memory(
             left.
         host_memory: host memory for experts, slots included on the CPU; None takes what is free.
         slots: the slots of a tuned config, which then decide.
-        surrogate_bytes: bytes of what stands in for skipped experts.
-        prefetch_bytes: bytes of the buffer for experts fetched ahead, and of fitted predictors.
+        surrogate_bytes: bytes of surrogates of skipped experts.
+        prefetch_bytes: bytes of the buffer for prefetched experts, and of fitted predictors.
         free: what is free; what is so now on this machine if None.
 
     Raises:

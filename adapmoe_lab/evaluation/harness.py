@@ -143,7 +143,7 @@ def _spec(name: str, folder: Path) -> str | dict[str, Any]:
     if source is None or not source.exists():
         raise FileNotFoundError(
             f"The blimp task needs blimp/blimp.jsonl.gz in the folder that ${TEXT_VARIABLE} names; "
-            f"it is {'not set' if text is None else text}. data/README.md tells its layout."
+            f"it is {'not set' if text is None else text}. data/README.md describes its layout."
         )
     taken: dict[str, int] = {}
     subset = folder / "blimp.jsonl"

@@ -91,7 +91,7 @@ def measure_latency(
         repeats: times every prompt is run.
         max_prompt_tokens: longer prompts are cut to this many tokens.
         progress: called with (done, total, text); what it raises stops the run.
-        was_disturbed: asked after every run whether something else used the machine meanwhile;
+        was_disturbed: called after every run; whether something else used the machine meanwhile;
             such a run is thrown away and taken again.
 
     Raises:

@@ -63,7 +63,7 @@ class DemoArchitecture:
         """Return the transformers configuration.
 
         It names no padding token: `nn.Embedding` would never train the row of one, and the
-        end-of-text token, which stands in for padding in the tokenizer, must be trained.
+        end-of-text token, which serves as padding in the tokenizer, must be trained.
         """
         return AutoConfig.for_model(
             self.family,
@@ -161,10 +161,10 @@ def n_parameters(model: DemoModel) -> int:
 
 @dataclass
 class RoutingTaps:
-    """What the routers of one forward pass saw and said, layer by layer.
+    """What the routers of one forward pass were given and returned, layer by layer.
 
     `inputs[l]` is [B, S, D], the input of layer l's MoE block; `logits[l]` is [B * S, E], its
-    router's answer. Each forward pass overwrites the one before.
+    router's output. Each forward pass overwrites the one before.
     """
 
     inputs: dict[int, Tensor] = field(default_factory=dict)

@@ -108,7 +108,7 @@ def find_moe_layers(hf: PreTrainedModel) -> list[MoELayer]:
 def served_layers(hf: PreTrainedModel, known: list[MoELayer]) -> list[MoELayer]:
     """Return the layers of a model loaded without its experts.
 
-    `known` are those of its meta_model, whose parameters tell what the routers read.
+    `known` are those of its meta model, whose parameters show what the routers read.
     """
     return [
         replace(
@@ -233,7 +233,7 @@ def _input_size(experts: nn.Module) -> int:
 
 
 def _has_same_input(router: nn.Module, experts: nn.Module) -> bool:
-    """Whether a router reads as many values as the experts, as far as their parameters tell."""
+    """Whether a router reads as many values as the experts, as far as their parameters show."""
     is_known = any(parameter.dim() > 1 for parameter in experts.parameters(recurse=False))
     return not is_known or router.weight.shape[1] == _input_size(experts)  # pyright: ignore
 

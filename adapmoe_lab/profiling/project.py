@@ -30,6 +30,6 @@ def check_project(folder: str | Path | None = None) -> None:
         ) from error
 
 
-def say(note: str) -> None:
-    """Tell the user what was done on their behalf."""
+def report(note: str) -> None:
+    """Show the user what was done on their behalf."""
     print(note)

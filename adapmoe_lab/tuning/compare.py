@@ -113,7 +113,7 @@ def run_bench(
     """Measure decode and loss at each skipped fraction, against none, on each link.
 
     Cuts are chosen on the first half of the calibration texts; latency runs on prompts from the
-    second half, loss on `texts`. Configurations take turns, round by round, so that a machine
+    second half, loss on `texts`. Configurations are interleaved, round by round, so that a machine
     whose speed drifts treats them alike.
 
     Args:
@@ -125,8 +125,8 @@ def run_bench(
         method: how cuts are chosen, see `tune`.
         texts: texts to measure loss on; the second half of the calibration texts if None.
         new_tokens: output tokens per prompt.
-        rounds: turns every configuration gets.
-        say: told what is being done.
+        rounds: how often every configuration is measured.
+        say: called with what is being done.
 
     Raises:
         ValueError: an argument is out of range or unknown, or a target is named where the link is

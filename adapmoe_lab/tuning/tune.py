@@ -35,7 +35,7 @@ from adapmoe_lab.simulation.simulate import Simulation, simulate
 
 MAX_STEPS_BACK = 4
 MIN_PREFETCH_GAIN = 0.01
-"""Share of the predicted time that fetching ahead must save to be taken."""
+"""Share of the predicted time that prefetching must save to be taken."""
 
 BFLOAT16_BYTES = 2
 """Of a number of the surrogates, where no model says what it computes in."""
@@ -72,9 +72,9 @@ def tune(
         max_loss_increase_nats: allowed predicted loss increase per token.
         method: `"uniform"` (one cut for all layers), `"adapmoe"` (its sensitivity rule) or
             `"curve"` (least predicted loss).
-        compensation: what stands in for skipped experts; the sensitivity must be measured with it,
+        compensation: surrogates of skipped experts; the sensitivity must be measured with it,
             and its bytes come out of `expert_memory`.
-        prefetch: whether to fetch ahead if that is predicted to be faster, with its buffer out of
+        prefetch: whether to prefetch if that is predicted to be faster, with its buffer out of
             `expert_memory`; needs hardware, and a trace with predictions.
         predictors: fitted predictors whose predictions the trace has.
         model: the model to verify the loss on; without it the config is only predicted.
@@ -91,38 +91,34 @@ def tune(
     """
     _check(trace, sensitivity, method, skipped_fraction, max_loss_increase_nats)
     texts = as_texts(texts) if texts is not None else None
-    item_bytes = model.hf.dtype.itemsize if model is not None else BFLOAT16_BYTES
     budget = budget_bytes(expert_memory, trace.spec)
-    surrogate_bytes = compensation.n_bytes(item_bytes) if compensation is not None else 0
-    plan = uniform_plan(trace.spec, budget, beside_bytes=surrogate_bytes)
-    ungated = TunedConfig(
-        model=TunedConfig.model_identity(trace.spec),
+    beside = _surrogate_bytes(compensation, model)
+    plan = uniform_plan(trace.spec, budget, beside_bytes=beside)
+    rule = RULES[method](trace, sensitivity)
+    ungated = replace(
+        TunedConfig.untuned(trace.spec),
         compensation=compensation,
         plan=plan,
         precision=trace.spec.precision,
         hardware=hardware,
     )
-    rule = RULES[method](trace, sensitivity)
-    allowed = max_loss_increase_nats if skipped_fraction is None else None
+    allowed = None
     if skipped_fraction is None:
-        skipped_fraction = largest_skipped_fraction(
-            rule, sensitivity, trace.spec.top_k, max_loss_increase_nats
-        )
+        allowed = max_loss_increase_nats
+        skipped_fraction = largest_skipped_fraction(rule, sensitivity, trace.spec.top_k, allowed)
     skipping = partial(_skipping, ungated, rule)
     config, measured = skipping(skipped_fraction), None
     if model is not None:
         config, measured = _verified(skipping, skipped_fraction, allowed, model, texts)
     chosen, tried = best_cache(trace, plan, config.gating)
     config = replace(config, plan=chosen.plan, eviction=chosen.eviction)
-    prefetch_tried = None
+    times = None
     if prefetch and hardware is not None:
-        config, prefetch_tried = _fetching_ahead(
-            trace, config, hardware, predictors, budget, surrogate_bytes
-        )
+        config, times = _prefetching(trace, config, hardware, predictors, budget, beside)
     return config.with_evidence(
         method=method,
         residency=cache_summary(chosen, tried),
-        prefetch=prefetch_tried,
+        prefetch=times,
         trace=trace.fingerprint(),
         verified=measured is not None,
         measured=measured,
@@ -147,6 +143,12 @@ def _check(
     finite_number("max_loss_increase_nats", max_loss_increase_nats, at_least=0)
 
 
+def _surrogate_bytes(surrogates: Surrogates | None, model: LabModel | None) -> int:
+    """Return the device bytes of surrogates, in the precision that the model computes in."""
+    item_bytes = model.hf.dtype.itemsize if model is not None else BFLOAT16_BYTES
+    return surrogates.n_bytes(item_bytes) if surrogates is not None else 0
+
+
 def _predicted(
     trace: RoutingTrace,
     config: TunedConfig,
@@ -166,7 +168,7 @@ def _skipping(ungated: TunedConfig, rule: Rule, fraction: float) -> TunedConfig:
     return replace(ungated, gating=rule.table(fraction) if fraction > 0 else None)
 
 
-def _fetching_ahead(
+def _prefetching(
     trace: RoutingTrace,
     config: TunedConfig,
     hardware: HardwareProfile,
@@ -174,7 +176,7 @@ def _fetching_ahead(
     budget: int,
     surrogate_bytes: int,
 ) -> tuple[TunedConfig, dict[str, float] | None]:
-    """Return the config with what is worth fetching ahead, and milliseconds by what was tried.
+    """Return the config with the prefetch that pays, if any, and milliseconds by what was tried.
 
     The buffer takes slots away, so that the times compared are of the same memory.
     """

@@ -25,7 +25,7 @@ RULE_NAMES = {
 
 
 class Controls(OwningBox):
-    """One budget slider, one cut per layer, one cache size, and how far ahead is fetched.
+    """One budget slider, one cut per layer, one cache size, and how far is prefetched.
 
     Attributes:
         candidate: what the controls say now.

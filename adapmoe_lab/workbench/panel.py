@@ -58,8 +58,8 @@ class Workbench:
             trace: its recorded routing, ungated.
             sensitivity: what skipping costs.
             hardware: times of this machine.
-            compensation: what stands in for skipped experts; the sensitivity must be measured
-                with it.
+            compensation: surrogates of skipped experts; the sensitivity must be measured with
+                them.
             texts: texts to measure on, others than those trace and sensitivity are from; the
                 second half of the calibration texts if None.
 

@@ -36,11 +36,11 @@ SUGGESTED_LOSS_NATS = 0.01
 
 @dataclass(frozen=True)
 class Cache:
-    """What is on the device before it is asked for.
+    """What is on the device before it is needed.
 
     Attributes:
         slots_per_layer: experts each layer keeps.
-        layers_ahead: from how many layers before each layer's experts are fetched ahead; 0 for
+        layers_ahead: from how many layers before each layer's experts are prefetched; 0 for
             only when they are needed.
     """
 
@@ -54,7 +54,7 @@ class Candidate:
 
     Attributes:
         cuts: float64 [L], cut on the share per layer; above one skips nothing there.
-        cache: what is kept, and fetched ahead.
+        cache: what is kept, and prefetched.
         chosen_by: the rule that gave the cuts, or `by hand`.
     """
 
@@ -64,7 +64,7 @@ class Candidate:
 
     @property
     def key(self) -> tuple[bytes, Cache]:
-        """What tells one setting from another, however it was reached."""
+        """What distinguishes one setting from another, however it was reached."""
         return np.minimum(self.cuts, OFF).astype(np.float32).tobytes(), self.cache
 
 
@@ -98,7 +98,7 @@ class Session:
 
     @property
     def max_layers_ahead(self) -> int:
-        """From how many layers before experts can be fetched ahead, by what was recorded."""
+        """From how many layers before experts can be prefetched, by what was recorded."""
         return max(self.trace.predictions.get(PREDICTOR, {}), default=0)
 
     def suggestion(self, method: str, cache: Cache) -> Candidate:
@@ -132,7 +132,7 @@ class Session:
         )
 
     def _prefetch_table(self, cache: Cache) -> PrefetchTable | None:
-        """Return whom a cache follows, learnt once for each with nothing skipped."""
+        """Return a cache's prefetch table, learnt once for each with nothing skipped."""
         if not cache.layers_ahead:
             return None
         if cache not in self._prefetch:

@@ -52,7 +52,7 @@ def test_tune_may_verify(tiny_checkpoint, text_file, tmp_path):
     assert evidence["measured"]["loss_increase_nats"] <= 0.01
 
 
-def test_tune_may_fit_stand_ins_that_run_from_the_file(
+def test_tune_may_fit_surrogates_that_run_from_the_file(
     tiny_checkpoint, text_file, tmp_path, capsys
 ):
     tuned = tmp_path / "tuned.json"

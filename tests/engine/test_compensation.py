@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import save_tiny_mixtral
+from drawn_surrogates import compensate, compensated_output, random_cuts, random_surrogates
 from runs import decode
-from stand_ins import compensate, compensated_output, random_cuts, random_surrogates
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -130,7 +130,7 @@ def test_no_expert_is_neither_kept_nor_dropped(load_tiny):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_reach_the_input_through_the_stand_ins(load_tiny):
+def test_gradients_reach_the_input_through_the_surrogates(load_tiny):
     """What the second expert's surrogate adds is linear in the input, so its gradient is known."""
     model = load_tiny()
     surrogates = random_surrogates(model.spec, ranks=[2] * 3, gain=[0.0] * 3)

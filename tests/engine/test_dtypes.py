@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import save_tiny_mixtral
+from drawn_surrogates import compensate, random_surrogates
 from runs import decode
-from stand_ins import compensate, random_surrogates
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 

@@ -128,7 +128,7 @@ def test_an_interrupt_anywhere_leaves_nothing_wrong_behind(load_tiny, monkeypatc
         assert decode(model.hf, prompt, 24) == expected
 
 
-def test_what_is_asked_ahead_is_forgotten_with_the_slots():
+def test_prefetches_are_forgotten_with_the_slots():
     clock = VirtualClock()
     link = EmulatedLink("emulated:x", clock, bytes_per_s=100.0)
     source, target = torch.arange(40, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)

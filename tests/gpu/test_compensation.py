@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from stand_ins import random_surrogates
+from drawn_surrogates import random_surrogates
 from torch.cuda import get_sync_debug_mode, set_sync_debug_mode
 
 import adapmoe_lab as lab

@@ -21,7 +21,7 @@ ROUTING = (
 SENSITIVITY = (
     "02_sensitivity",
     [
-        "Which layers are dear?",
+        "Which layers are expensive?",
         "Does an estimate know the order, and does it matter?",
         "Do the layers' costs add up?",
         "Published sensitivities and cuts, mixtral-8x7b",
@@ -34,14 +34,14 @@ GATING = (
         "Where each rule skips",
         "Loss against skipping",
         "Published MMLU accuracy, mixtral-8x7b",
-        "What stands in for a skipped expert",
+        "What takes the place of a skipped expert",
     ],
     "a map of rank 16, over nothing",
 )
 CACHE_PLAN = (
     "04_cache_plan",
     [
-        "What a slot is worth",
+        "Marginal benefit of a slot",
         "Where the slots go, demo",
         "Where the slots go, Mixtral-8x7B as published",
         "What each eviction loads",
@@ -53,9 +53,9 @@ PREFETCH = (
     "05_prefetch",
     [
         "Which experts a layer will need, predicted",
-        "One token, on demand and with fetching ahead",
-        "What fetching ahead saves",
-        "Whom to follow",
+        "One token, on demand and with prefetching",
+        "What prefetching saves",
+        "Which predictors to follow",
         "Predicted and measured time per token",
     ],
     "slots, on emulated:",

@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from stand_ins import random_surrogates
+from drawn_surrogates import random_surrogates
 from traces import make_spec
 
 from adapmoe_lab.policies.allocation.ranks import affordable_ranks, ranks_by_benefit

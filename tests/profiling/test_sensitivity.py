@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from stand_ins import random_surrogates
+from drawn_surrogates import random_surrogates
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.evaluation.loss import evaluate_loss

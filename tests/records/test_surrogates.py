@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from stand_ins import random_surrogates
+from drawn_surrogates import random_surrogates
 from traces import make_spec
 
 from adapmoe_lab.records import GatingTable, RecordError, Surrogates, TunedConfig

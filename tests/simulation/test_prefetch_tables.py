@@ -1,4 +1,4 @@
-"""Whom to follow: probabilities counted anew, and choices judged by the clock."""
+"""Prefetch sources: probabilities counted anew, and choices judged by the clock."""
 
 from dataclasses import replace
 

@@ -97,7 +97,7 @@ def test_verifying_measures_and_keeps_the_promise(load_tiny, texts, tmp_path):
     assert TunedConfig.load(config.save(tmp_path / "tuned.json")).to_json() == config.to_json()
 
 
-def test_stand_ins_are_tuned_verified_and_saved_with_the_config(load_tiny, texts, tmp_path):
+def test_surrogates_are_tuned_verified_and_saved_with_the_config(load_tiny, texts, tmp_path):
     model = load_tiny()
     surrogates = fit_surrogates(model, texts, rank=2)
     trace = profile(model, texts, project=tmp_path)

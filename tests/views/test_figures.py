@@ -79,7 +79,7 @@ def every_figure():
         "loss_by_rule": figures.plot_loss_by_rule(
             figures.loss_by_rule_info({"one": uniform}, a_profile(), {"one": [loss]}, loss)
         ),
-        "stand_ins": figures.plot_surrogates(figures.surrogates_info({"nothing": loss}, loss)),
+        "surrogates": figures.plot_surrogates(figures.surrogates_info({"nothing": loss}, loss)),
         "predictability": figures.plot_predictability(figures.predictability_info(trace)),
         "published_cuts": figures.plot_published_cuts(figures.published_cuts_info(published)),
         "published_accuracy": figures.plot_published_accuracy(
@@ -271,7 +271,7 @@ def test_every_axis_says_what_it_shows_and_in_which_unit():
             "yaxis2": "skipped of the layer's activations",
         },
         "loss_by_rule": {"xaxis": "expert activations skipped", "yaxis": millinats},
-        "stand_ins": {
+        "surrogates": {
             "xaxis": millinats,
             "xaxis2": "difference (millinats per token)",
             **{"yaxis": "", "yaxis2": ""},

@@ -107,7 +107,7 @@ def test_losses_of_a_rule_that_is_not_there_are_refused():
         figures.loss_by_rule_info(prepared, sensitivity, {"mine": [a_report()]}, a_report())
 
 
-def test_stand_ins_are_compared_with_no_skipping_and_with_the_first():
+def test_surrogates_are_compared_with_no_skipping_and_with_the_first():
     reports = {"nothing": a_report(0.010, 0.2), "rank 16": a_report(0.004, 0.2)}
     info = figures.surrogates_info(reports, a_report())
     assert info.names == ("nothing", "rank 16")
@@ -118,7 +118,7 @@ def test_stand_ins_are_compared_with_no_skipping_and_with_the_first():
     assert (info.skipped_fraction, info.n_tokens) == (pytest.approx(0.2), 200)
 
 
-def test_stand_ins_on_other_texts_are_not_compared():
+def test_surrogates_on_other_texts_are_not_compared():
     with pytest.raises(ValueError, match="can only be compared on the same texts"):
         figures.surrogates_info({"nothing": replace(a_report(0.01), texts="others")}, a_report())
     with pytest.raises(ValueError, match="no loss to compare; measure at least one"):

@@ -1,4 +1,4 @@
-"""Figures of fetching ahead: one step worked out on paper, gains by configs built apart."""
+"""Figures of prefetching: one step worked out on paper, gains by configs built apart."""
 
 from dataclasses import replace
 
@@ -140,7 +140,7 @@ def test_bars_are_drawn_in_two_rows_and_named_once():
     assert "14.0 → 11.0 ms (-21%)" in figure.layout.title.text
     assert [a.text for a in figure.layout.annotations] == [
         "<b>everything on demand</b>, 14.0 ms",
-        "<b>fetching ahead</b>, 11.0 ms",
+        "<b>prefetching</b>, 11.0 ms",
     ]
 
 
@@ -169,7 +169,7 @@ def test_foresight_is_what_right_guesses_bring():
     info = figures.prefetch_gain_info(trace, HARDWARE, (1,), (0.5, 0.75))
     best = figures.prefetch_gain_info(right, HARDWARE, (1,), (0.5, 0.75))
     np.testing.assert_allclose(
-        info.foresight_ms, np.minimum(best.ms["the next layer"], info.ms["none"])
+        info.perfect_ms, np.minimum(best.ms["the next layer"], info.ms["none"])
     )
 
 
@@ -178,7 +178,7 @@ def test_without_room_for_a_buffer_nobody_is_followed():
     info = figures.prefetch_gain_info(trace, HARDWARE, (1,), (0.25, 0.75))
     assert info.best[0][0] == "none"
     assert info.saved[0, 0] == 0
-    assert np.isnan([info.ms["the next layer"][0, 0], info.foresight_ms[0, 0]]).all()
+    assert np.isnan([info.ms["the next layer"][0, 0], info.perfect_ms[0, 0]]).all()
     assert info.idle[0, 0] == info.idle_after[0, 0]
 
 

@@ -30,9 +30,9 @@ def add(commands: Any) -> None:
         "--surrogate-memory", metavar="SIZE", help="device memory for surrogates, such as 2%%"
     )
     tune.add_argument(
-        "--fit-predictors", action="store_true", help="fit what may tell which experts come next"
+        "--fit-predictors", action="store_true", help="fit predictors of the experts needed next"
     )
-    tune.add_argument("--no-prefetch", action="store_true", help="fetch nothing ahead")
+    tune.add_argument("--no-prefetch", action="store_true", help="load experts on demand only")
     tune.add_argument("--verify", action="store_true", help="measure the loss and keep the promise")
     tune.set_defaults(run=_run)
 

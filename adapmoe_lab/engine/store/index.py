@@ -1,4 +1,4 @@
-"""What a prepared store says of itself, read once and held against what is asked for."""
+"""The index of an on-disk store, read once and compared with what is wanted."""
 
 from __future__ import annotations
 
@@ -187,12 +187,12 @@ def plain_precision(formats: Formats) -> str | None:
 
 
 def in_the_way(folder: Path) -> str:
-    """Say that a place for a new store is taken."""
+    """Return that a place for a new store is taken."""
     return f"{folder} exists; a prepared store is never overwritten, name another."
 
 
 def _unlike(found: PrecisionPlan, wanted: PrecisionPlan) -> str:
-    """Say how many experts of two layouts differ, and in what."""
+    """Return how many experts of two layouts differ, and in what."""
     if found.shape != wanted.shape:
         return f"{found.shape} layers and experts are not {wanted.shape}"
     n_unlike = found.n_unlike(wanted)

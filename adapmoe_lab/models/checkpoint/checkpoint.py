@@ -48,7 +48,7 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         index: where every tensor lies in its files.
-        model: the meta_model of the model it makes.
+        model: the meta model of the model it makes.
         fp8_blocks: rows and columns that share a scale in float8, if the configuration says so.
         generation: the settings of generation that lie beside it.
     """
@@ -107,7 +107,7 @@ def open_checkpoint(
 
 
 def look_at_model(name: str | Path, dtype: str = "auto", revision: str | None = None) -> MetaModel:
-    """Return a model's meta_model from its configuration; of a hub model no weight is downloaded.
+    """Return a model's meta model from its configuration; of a hub model no weight is downloaded.
 
     Where the files are there, what their headers say holds, as it does for `open_checkpoint`.
 

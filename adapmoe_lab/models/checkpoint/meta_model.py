@@ -73,7 +73,7 @@ class MetaModel:
 def meta_model_of(
     name: str, config: PreTrainedConfig, dtype: str, quantisation: str | None = None
 ) -> MetaModel:
-    """Return the meta_model of a model with the given configuration.
+    """Return the meta model of a model with the given configuration.
 
     Raises:
         CheckpointError: transformers cannot build the model.
@@ -103,7 +103,7 @@ def describe(
     """Return the spec of a model whose experts are stored in the given formats [L][E].
 
     Args:
-        model: the model's meta_model.
+        model: the model's meta model.
         formats: the layout of every expert.
         routed: one layer's router weights [T, K] as the experts receive them, which tell K and
             whether the router normalises, whatever the family calls them; None to go by the

@@ -32,7 +32,7 @@ def load_skeleton(
 
     Args:
         folder: the checkpoint's folder.
-        model: the meta_model of the model in it, which tells what experts are.
+        model: the meta model of it, which says where the experts are.
         weights: the checkpoint's tensors outside the experts.
         generation: the settings of generation beside it.
 

@@ -17,7 +17,7 @@ SOME_TEXT = "Once upon a time"
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a model folder; no code that comes with it is run, nobody is asked.
+    """Load the tokenizer of a model folder; none of its code is run, nobody is asked to.
 
     Raises:
         CheckpointError: there is none, it comes with code of its own, or it does not work.
@@ -56,7 +56,7 @@ def _has_code(folder: Path) -> bool:
     for name in (SETTINGS, "config.json", "processor_config.json"):
         try:
             settings = json.loads((folder / name).read_bytes())
-        except (OSError, ValueError):  # absent, or told as damaged by whoever reads it
+        except (OSError, ValueError):  # absent, or reported as damaged by its reader
             continue
         mapped = settings.get("auto_map") if isinstance(settings, dict) else None
         if isinstance(mapped, list | tuple) or (

@@ -43,7 +43,7 @@ def find_input_norms(hf: PreTrainedModel, layers: Sequence[MoELayer]) -> list[nn
         if not probe.is_complete(number):
             raise UnsupportedModelError(
                 f"The experts of {layer.path} are not given a norm of the residual stream, so "
-                "what they will be given cannot be told from it; use another predictor, such as "
+                "what they will be given does not follow from it; use another predictor, such as "
                 "'next_router'."
             )
     return [probe.norms[number] for number in range(len(layers))]

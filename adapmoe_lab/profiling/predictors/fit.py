@@ -144,7 +144,7 @@ def _fit_ridge_maps(
 def _token_table(model: LabModel, tokens: _Tokens, scores: torch.Tensor) -> NDArray[np.float64]:
     """Return the router scores of layer 0 to expect of each distinct token, [N, E].
 
-    Drawn towards what the token's embedding tells, or else the mean of all tokens.
+    Drawn towards what the token's embedding predicts, or else the mean of all tokens.
     """
     expected = scores.mean(dim=0)
     for predictor in predictors_of(model.hf, model.layers):

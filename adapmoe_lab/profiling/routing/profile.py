@@ -9,7 +9,7 @@ import torch
 
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.texts import Texts, as_labels, as_texts
-from adapmoe_lab.profiling.project import TRACES, check_project, project_folder, say
+from adapmoe_lab.profiling.project import TRACES, check_project, project_folder, report
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import Predictors, RecordError, RoutingTrace
 from adapmoe_lab.records.arguments import whole_number
@@ -112,9 +112,9 @@ def _kept(path: Path) -> RoutingTrace | None:
     try:
         trace = RoutingTrace.load(path)
     except RecordError as error:
-        say(f"Recording again, since the kept trace cannot be read: {error}")
+        report(f"Recording again, since the kept trace cannot be read: {error}")
         return None
-    say(f"Reused the trace of {trace.n_tokens} tokens kept at {path}; reuse=False records.")
+    report(f"Reused the trace of {trace.n_tokens} tokens kept at {path}; reuse=False records.")
     return trace
 
 
@@ -123,6 +123,6 @@ def _keep(trace: RoutingTrace, path: Path) -> None:
     try:
         trace.save(path)
     except OSError as error:
-        say(f"Recorded {trace.n_tokens} tokens; not kept, {path} could not be written: {error}")
+        report(f"Recorded {trace.n_tokens} tokens; not kept, {path} could not be written: {error}")
     else:
-        say(f"Recorded {trace.n_tokens} tokens; kept at {path}.")
+        report(f"Recorded {trace.n_tokens} tokens; kept at {path}.")

@@ -30,7 +30,7 @@ Key = tuple[str, int, int]
 
 @dataclass(eq=False)
 class _Step:
-    """One forward pass: its tokens and, layer by layer, what the routers said."""
+    """One forward pass: its tokens and, layer by layer, what the routers returned."""
 
     token_ids: NDArray[np.int64]
     starts_sequence: bool

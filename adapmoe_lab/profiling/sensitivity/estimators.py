@@ -23,7 +23,7 @@ class SkipEffects:
     """What each expert gives T tokens of one layer, and so what dropping it would change.
 
     The parts of a change are, for each of the K choices, what is lost by dropping it (its weighted
-    output less what stands in for it), and then the K weighted outputs themselves.
+    output less that of its surrogate), and then the K weighted outputs themselves.
 
     Attributes:
         weights: float64 [T, K], of the router.

@@ -70,7 +70,7 @@ def loss_changes(
 ) -> LossChanges:
     """Run every text, token ids int64 [T], ungated and under each table.
 
-    `ungated` is the config without its gating: what stands in for skipped experts is its own.
+    `ungated` is the config without its gating: its surrogates stay.
     """
     found = []
     with torch.no_grad(), model.running(ungated), model.engine.reading_store():

@@ -61,7 +61,7 @@ def sensitivity(
             `directional` or `second-order`; measured one layer at a time, `ablation` or
             `divergence`, which take about 6 L forward passes per text.
         renormalise: whether the weights of the experts kept are scaled up for those skipped.
-        compensation: what stands in for skipped experts; the surrogates' gain takes the place of
+        compensation: surrogates of skipped experts; the surrogates' gain takes the place of
             `renormalise`.
         max_tokens: longer texts are cut to this many tokens.
         anchored: whether to complete the estimate by what all layers together are measured to do.

@@ -1,4 +1,4 @@
-"""Fitting surrogates: what can stand in for every expert when a token skips it."""
+"""Fitting surrogates: small maps that take the place of an expert when a token skips it."""
 
 from __future__ import annotations
 

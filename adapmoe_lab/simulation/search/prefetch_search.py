@@ -32,10 +32,10 @@ from adapmoe_lab.simulation.simulate import Simulation, simulate
 from adapmoe_lab.simulation.statistics.predictability import are_needed
 
 SourceKey = tuple[str, int]
-"""A predictor and the distance at which it speaks."""
+"""A predictor and the distance over which it predicts."""
 
 NO_SOURCES = "none"
-"""Whom to follow to fetch nothing ahead."""
+"""The choice that prefetches nothing."""
 
 MIN_CANDIDATES = 20
 """Candidates of one rank and layer that a probability is learnt from; of fewer, nothing is."""
@@ -98,7 +98,7 @@ def buffer_slots(spec: MoESpec) -> int:
 
 
 def recorded_sources(trace: RoutingTrace, fitted: Predictors | None = None) -> list[SourceKey]:
-    """Return one predictor for each hook_point and distance that a trace has predictions of.
+    """Return one predictor for each hook point and distance that a trace has predictions of.
 
     Of several the fitted one is taken, if `fitted` is given.
     """
@@ -117,7 +117,7 @@ def best_prefetch(
     *,
     fitted: Predictors | None = None,
 ) -> tuple[PrefetchTable | None, dict[str, float]]:
-    """Return whom to follow for the least predicted time, None if nobody, and all that was tried.
+    """Return the prefetch of the least predicted time, None if that is none, and all times.
 
     Tried is what `prefetch_choices` returns.
 
@@ -128,7 +128,7 @@ def best_prefetch(
         fitted: fitted predictors whose predictions the trace has.
 
     Returns:
-        The table, and predicted milliseconds per token by what was followed.
+        The table, and predicted milliseconds per token by the name of the choice.
     """
     plain = replace(config, prefetch=None)
     tables = prefetch_choices(trace, plain, fitted)
@@ -143,10 +143,10 @@ def best_prefetch(
 def prefetch_choices(
     trace: RoutingTrace, config: TunedConfig, fitted: Predictors | None = None
 ) -> dict[str, PrefetchTable | None]:
-    """Return tables that follow nobody, and ever more sources, by who is followed.
+    """Return tables of no sources, and of ever more, by the name of the choice.
 
-    First the nearest distance, then all of them, those that speak after a layer, and those that
-    speak of the first layer.
+    First the nearest distance, then all of them, those that predict after a layer, and those
+    that predict the first layer.
 
     Args:
         trace: recorded routing, with predictions.
@@ -156,7 +156,7 @@ def prefetch_choices(
     recorded = recorded_sources(trace, fitted)
     tables: dict[str, PrefetchTable | None] = {NO_SOURCES: None}
     for name, is_meant in _CHOICES.items():
-        sources = [spoken for spoken in recorded if is_meant(*spoken)]
+        sources = [source for source in recorded if is_meant(*source)]
         if sources and all(len(t.sources) < len(sources) for t in tables.values() if t):
             tables[name] = plan_prefetch(
                 trace,

@@ -20,7 +20,7 @@ class LayerBarsInfo:
         experts_per_token: float64 [L], experts run per token.
         hit_rate: float64 [L], share of needed experts that are resident.
         mean_experts_per_token: over layers.
-        mean_hit_rate: over layers, weighted by what each asks for.
+        mean_hit_rate: over layers, weighted by how many experts each needs.
         baseline_experts_per_token: float64 [L], or None without a baseline.
         baseline_hit_rate: float64 [L], or None without a baseline.
         baseline_name: what the baseline is called.

@@ -95,14 +95,14 @@ def eviction_loads_info(
     sizes = np.asarray(sizes, dtype=np.int64)
     if policies is None:
         policies = [name for name in LOOKS if name not in (BASELINE, BOUND)]
-    asked = [*policies, BASELINE, BOUND]
+    names = [*policies, BASELINE, BOUND]
     plans = [slots_plan(spec, int(size)) for size in sizes]
     both = {(0, s): plan for s, plan in enumerate(plans)}
     both |= {(1, s): shared(plan) for s, plan in enumerate(plans)}
-    loads = np.empty((2, len(asked), len(sizes)))
+    loads = np.empty((2, len(names), len(sizes)))
     for (pool, size), plan in both.items():
-        found = cache_choices(trace, {"": plan}, asked, gating, first_counted=first_counted)
-        loads[pool, :, size] = [residency.loads_per_token for residency in found]
+        found = cache_choices(trace, {"": plan}, names, gating, first_counted=first_counted)
+        loads[pool, :, size] = [choice.loads_per_token for choice in found]
     return EvictionLoadsInfo(
         policies=tuple(policies),
         sizes=sizes,

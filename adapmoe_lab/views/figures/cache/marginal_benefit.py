@@ -38,7 +38,7 @@ def marginal_benefit_info(
 ) -> MarginalBenefitInfo:
     """Measure the miss curve of each layer.
 
-    A uniform router finds slots/E of what it asks for, whoever was evicted.
+    A uniform router finds slots/E of what it needs, whatever was evicted.
     """
     loads, n_experts = miss_curves(trace, gating), trace.spec.n_experts
     missing = 1 - np.arange(n_experts + 1) / n_experts
@@ -51,7 +51,7 @@ def plot_marginal_benefit(info: MarginalBenefitInfo) -> go.Figure:
     left, right = [0.0, 0.44], [0.56, 1.0]
     return theme.draw(
         [*_lines(info), _heatmap(info)],
-        title="What a slot is worth",
+        title="Marginal benefit of a slot",
         subtitle=f"Loads per token of each layer under LRU, by its slots; {info.n_tokens:,} tokens",
         height=max(380, theme.heatmap_height(n_layers)),
         margin={"t": 106},

@@ -41,7 +41,7 @@ class SurrogatesInfo:
 
 
 def surrogates_info(reports: Mapping[str, LossReport], baseline: LossReport) -> SurrogatesInfo:
-    """Compare losses under one gating, by what stands in for a skipped expert.
+    """Compare losses under one gating, by what takes the place of a skipped expert.
 
     Args:
         reports: by name; the first is what the others are compared with.
@@ -79,7 +79,7 @@ def plot_surrogates(info: SurrogatesInfo) -> go.Figure:
     axis = {"showgrid": True, "zeroline": True, "zerolinecolor": theme.FAINT}
     return theme.draw(
         [_increase(info), _difference(info)],
-        title="What stands in for a skipped expert",
+        title="What takes the place of a skipped expert",
         subtitle=f"{info.skipped_fraction:.1%} of the expert activations skipped by the same cuts, "
         f"{info.n_tokens:,} tokens; lines: standard error",
         height=140 + HEIGHT_PER_SURROGATE * len(info.names),

@@ -1,4 +1,4 @@
-"""What fetching ahead saves, by the cache and by how fast the link is beside computing."""
+"""What prefetching saves, by the cache and by how fast the link is beside computing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from adapmoe_lab.simulation.search.prefetch_search import (
 from adapmoe_lab.simulation.simulate import simulate
 from adapmoe_lab.views.figures import theme
 
-FORESIGHT = "were every prediction right"
+PERFECT = "were every prediction right"
 WARM_IS_SLOW = [
     [0.0, theme.ORANGE], [0.33, theme.PAIRED[1]], [0.67, theme.PAIRED[3]], [1.0, theme.BLUE],
 ]  # fmt: skip
@@ -49,8 +49,8 @@ class PrefetchGainInfo:
         ms: by who is followed, float64 [R, S], predicted milliseconds per token; NaN where there
             is no room for a buffer.
         best: [R][S], who should be followed.
-        foresight_ms: float64 [R, S], with all sources followed, were every candidate right.
-        idle: float64 [R, S], share of the time that the link idles with nobody followed.
+        perfect_ms: float64 [R, S], with all sources followed, were every candidate right.
+        idle: float64 [R, S], share of the time that the link idles without prefetching.
         idle_after: float64 [R, S], with the best.
         n_tokens: tokens replayed.
     """
@@ -59,7 +59,7 @@ class PrefetchGainInfo:
     shares: NDArray[np.float64]
     ms: dict[str, NDArray[np.float64]]
     best: tuple[tuple[str, ...], ...]
-    foresight_ms: NDArray[np.float64]
+    perfect_ms: NDArray[np.float64]
     idle: NDArray[np.float64]
     idle_after: NDArray[np.float64]
     n_tokens: int
@@ -72,7 +72,7 @@ class PrefetchGainInfo:
     @property
     def saved_by_foresight(self) -> NDArray[np.float64]:
         """Share of the time that would be saved were all candidates right, float64 [R, S]."""
-        return 1 - self.foresight_ms / self.ms[NO_SOURCES]
+        return 1 - self.perfect_ms / self.ms[NO_SOURCES]
 
 
 def prefetch_gain_info(
@@ -84,7 +84,7 @@ def prefetch_gain_info(
     eviction: str = "lru",
     fitted: Predictors | None = None,
 ) -> PrefetchGainInfo:
-    """Predict the time of a token with whom it pays to follow, for faster and slower links.
+    """Predict the time of a token with the best prefetch sources, for faster and slower links.
 
     Slots are divided evenly. A buffer, and what is fitted, come out of the same memory.
 
@@ -114,16 +114,16 @@ def prefetch_gain_info(
             best[r][s] = min(times, key=lambda name: times[name])
             idle[:, r, s] = [found[n].link_idle_share for n in (NO_SOURCES, best[r][s])]
             right = [ms_per_token(simulate(all_right, c, link)) for c in predicted.values()]
-            times[FORESIGHT] = min(right + list(times.values())) if right else np.nan
+            times[PERFECT] = min(right + list(times.values())) if right else np.nan
             for name, time in times.items():
                 ms.setdefault(name, np.full(shape, np.nan))[r, s] = time
-    foresight_ms = ms.pop(FORESIGHT)
+    perfect_ms = ms.pop(PERFECT)
     return PrefetchGainInfo(
         ratios=np.array(ratios, dtype=np.float64),
         shares=np.array(shares, dtype=np.float64),
         ms=ms,
         best=tuple(map(tuple, best)),
-        foresight_ms=foresight_ms,
+        perfect_ms=perfect_ms,
         idle=idle[0],
         idle_after=idle[1],
         n_tokens=trace.n_tokens,
@@ -147,7 +147,7 @@ def _configs(
 def _tables(
     trace: RoutingTrace, beside: TunedConfig | None, fitted: Predictors | None
 ) -> dict[str, TunedConfig]:
-    """Return configs that follow somebody, by whom; none where there is no room."""
+    """Return configs that prefetch, by their sources; none where there is no room."""
     tables = prefetch_choices(trace, beside, fitted) if beside is not None else {}
     return {name: replace(beside, prefetch=table) for name, table in tables.items() if table}
 
@@ -181,7 +181,7 @@ def plot_prefetch_gain(info: PrefetchGainInfo) -> go.Figure:
     y = {"tickformat": ".0%", "rangemode": "tozero"}
     return theme.draw(
         [line for r in range(len(info.ratios)) for line in _lines(info, r)],
-        title="What fetching ahead saves",
+        title="What prefetching saves",
         subtitle="a line per link: loading an expert takes so many times as long as a layer; "
         f"{info.n_tokens:,} tokens",
         height=400,
@@ -228,7 +228,7 @@ def _lines(info: PrefetchGainInfo, r: int) -> list[go.Scatter]:
         ),
         go.Scatter(
             y=info.idle_after[r],
-            hovertemplate=f"{name}<br><b>%{{y:.0%}}</b> idle, fetching ahead<extra></extra>",
+            hovertemplate=f"{name}<br><b>%{{y:.0%}}</b> idle, prefetching<extra></extra>",
             **solid,
             **beside,
         ),
@@ -245,8 +245,8 @@ def plot_prefetch_choices(info: PrefetchGainInfo, ratio: float) -> go.Figure:
         known = ", ".join(f"{known:g}" for known in info.ratios)
         raise ValueError(f"No link of ratio {ratio:g} was tried; there are {known}.")
     r = int(np.flatnonzero(info.ratios == ratio)[0])
-    rows = {name: row[r] for name, row in info.ms.items()} | {FORESIGHT: info.foresight_ms[r]}
-    dashes = {NO_SOURCES: "dash", FORESIGHT: "dot"}
+    rows = {name: row[r] for name, row in info.ms.items()} | {PERFECT: info.perfect_ms[r]}
+    dashes = {NO_SOURCES: "dash", PERFECT: "dot"}
     colours = [theme.INK, *CHOICES[: len(rows) - 2], theme.GREEN]
     lines = [
         go.Scatter(
@@ -262,7 +262,7 @@ def plot_prefetch_choices(info: PrefetchGainInfo, ratio: float) -> go.Figure:
     ]
     return theme.draw(
         lines,
-        title="Whom to follow",
+        title="Which predictors to follow",
         subtitle=f"predicted time per token, in the same memory; loading an expert takes {ratio:g} "
         f"× a layer; {info.n_tokens:,} tokens",
         height=380,

@@ -31,7 +31,7 @@ LOOKS = {
 """Name, colour and hatching of everything that is drawn; the first three compute, or would."""
 COMPUTE = ("dense", "expert", "waiting")
 ROWS = ((0.0, 1.0), (2.9, 3.9))
-"""Where computing and the link are drawn, without and with fetching ahead."""
+"""Where computing and the link are drawn, without and with prefetching."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +62,10 @@ class StepEvents:
 
 @dataclass(frozen=True, eq=False)
 class TimelineInfo:
-    """One token twice: everything on demand, and with fetching ahead.
+    """One token twice: everything on demand, and with prefetching.
 
     Attributes:
-        steps: without and with fetching ahead.
+        steps: without and with prefetching.
         token: its number in the trace.
         mean_ms: of all tokens, without and with.
     """
@@ -195,7 +195,7 @@ def _is_needed(
 
 
 def plot_timeline(info: TimelineInfo) -> go.Figure:
-    """Draw computing and the link as two rows of bars, without and with fetching ahead."""
+    """Draw computing and the link as two rows of bars, without and with prefetching."""
     without, ahead = info.steps
     bars = [
         _bars(step, kind, rows)
@@ -208,7 +208,7 @@ def plot_timeline(info: TimelineInfo) -> go.Figure:
     longest = max(without.step_ms, ahead.step_ms)
     return theme.draw(
         [*bars, *(_layer_numbers(*pair) for pair in zip(info.steps, ROWS, strict=True))],
-        title="One token, on demand and with fetching ahead",
+        title="One token, on demand and with prefetching",
         subtitle=f"token {info.token}: {_change(without.step_ms, ahead.step_ms)}; "
         f"all tokens: {_change(*info.mean_ms)} on average",
         height=440,
@@ -220,7 +220,7 @@ def plot_timeline(info: TimelineInfo) -> go.Figure:
         annotations=[
             _heading(rows[0], f"<b>{text}</b>, {step.step_ms:.1f} ms")
             for text, step, rows in zip(
-                ("everything on demand", "fetching ahead"), info.steps, ROWS, strict=True
+                ("everything on demand", "prefetching"), info.steps, ROWS, strict=True
             )
         ],
         xaxis={
