@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from adapmoe_lab.policies.eviction.registry import policy_named
 from adapmoe_lab.records import MoESpec, Predictors, Surrogates, TunedConfig
+from adapmoe_lab.records.user_warning import warn_user
 
 
 def parts_of_one_model(config: TunedConfig) -> list[TunedConfig | Predictors | Surrogates]:
@@ -34,8 +33,7 @@ def check_eviction(config: TunedConfig) -> None:
 def check_precision(config: TunedConfig, spec: MoESpec) -> None:
     """Refuse a config that was tuned for experts stored otherwise.
 
-    One of version 0.1 that only says that they were mixed passes wherever they are, with a warning
-    that names the line which called the caller.
+    One of version 0.1 that only says that they were mixed passes wherever they are, with a warning.
 
     Raises:
         ValueError: an expert is stored in another precision than the config says.
@@ -49,11 +47,10 @@ def check_precision(config: TunedConfig, spec: MoESpec) -> None:
                 f"The config stores experts as {wanted}, the model is loaded as {stored}. Load it "
                 "with one precision per expert, or from the prepared store it was tuned with."
             )
-        warnings.warn(
+        warn_user(
             f"The config was saved for experts in {wanted}; it runs on those that are loaded, "
             f"{stored}, which may lie otherwise. Tune this model and save the config again to have "
-            "that checked.",
-            stacklevel=4,
+            "that checked."
         )
     elif wanted.names != stored.names:
         n_experts, n_unlike = spec.n_layers * spec.n_experts, wanted.n_unlike(stored)

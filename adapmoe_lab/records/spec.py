@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.records.files import RecordError, digest, fields_of
 from adapmoe_lab.records.precision_plan import NOT_KNOWN, PrecisionPlan
+from adapmoe_lab.records.user_warning import warn_user
 
 
 def max_skipped_fraction(top_k: int) -> float:
@@ -162,12 +162,11 @@ class MoESpec:
                 f"{self.n_layers} layers x {self.n_experts} experts) has fingerprint "
                 f"{self.fingerprint()}. {remedy}"
             )
-        warnings.warn(
+        warn_user(
             f"{made} by a version that told models apart by a part of their weights. That part is "
             f"the same in {self.model_id!r}; whether its experts are is not known. Make it anew to "
             "be sure.",
             PartialIdentityWarning,
-            stacklevel=4,
         )
 
     def _identified_by(self, revision: str) -> str:
