@@ -4,11 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapmoe_lab.policies.gating.keep import keep_by_cuts
+from adapmoe_lab.policies.prefetch.candidates import kept_candidates, likely_needed
 from adapmoe_lab.policies.prefetch.expected_gain import (
+    MOST_ISSUED,
     expected_gain_s,
-    kept_candidates,
-    likely_needed,
     needed_at,
+    priority,
 )
 from adapmoe_lab.records import GatingTable
 from adapmoe_lab.records.step_costs import chunk_bounds
@@ -82,3 +83,10 @@ def test_candidates_are_distinct(n_tokens):
     predicted = np.array([[3, 1]] * n_tokens)
     experts, _ = likely_needed(predicted, np.array([0.5, 0.5]))
     assert sorted(experts.tolist()) == [1, 3]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, MOST_ISSUED - 1)), min_size=1))
+def test_the_nearest_layer_goes_first_then_the_oldest(prefetches):
+    assert sorted(prefetches, key=lambda one: priority(*one)) == sorted(prefetches)
+    for layer, n_issued in prefetches:  # compiled loops keep priorities among floats
+        assert int(float(priority(layer, n_issued))) == priority(layer, n_issued)

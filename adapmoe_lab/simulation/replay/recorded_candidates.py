@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.policies.prefetch.expected_gain import kept_candidates, likely_needed
+from adapmoe_lab.policies.prefetch.candidates import kept_candidates, likely_needed
 from adapmoe_lab.records import GatingTable, PrefetchTable, RecordError, RoutingTrace
 from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.routing import Prediction
