@@ -18,7 +18,7 @@ seconds = st.floats(0, 10)
 
 
 @given(st.integers(0, 10**9))
-def test_pieces_are_the_whole_expert_in_nearly_equal_parts(n_bytes):
+def test_chunks_are_the_whole_expert_in_nearly_equal_parts(n_bytes):
     bounds = chunk_bounds(n_bytes)
     assert (bounds[0], bounds[-1]) == (0, n_bytes)
     parts = np.diff(bounds)
@@ -33,7 +33,7 @@ def test_a_gain_is_at_most_a_load_and_nothing_without_idle_time(chance, begins, 
         assert gain == 0
 
 
-def test_a_sure_guess_saves_the_idle_time_and_a_wrong_one_costs_a_piece():
+def test_a_sure_prediction_saves_the_idle_time_and_a_wrong_one_costs_a_chunk():
     assert expected_gain_s(1.0, 2.0, 5.0, 4.0, 1.0) == 3.0
     assert expected_gain_s(1.0, 2.0, 5.0, 4.0, 1.5) == 2.0  # chunks that take six seconds
     assert expected_gain_s(0.0, 2.0, 5.0, 4.0, 1.0) == -1.0
@@ -45,18 +45,18 @@ def test_layers_in_between_are_waited_for():
     assert needed_at(1.0, 3, 2.0, 3.0) == 13.0
 
 
-def test_guesses_of_one_token_stay_in_order():
+def test_candidates_of_one_token_stay_in_order():
     experts, chance = likely_needed(np.array([[4, -1, 2]]), np.array([0.5, 0.9, 0.7]))
     assert (experts.tolist(), chance.tolist()) == ([4, 2], [0.5, 0.7])
 
 
-def test_guesses_of_several_tokens_are_independent():
+def test_candidates_of_several_tokens_are_independent():
     experts, chance = likely_needed(np.array([[4, 2], [2, 1], [2, -1]]), np.array([0.5, 0.25]))
     assert experts.tolist() == [2, 4, 1]
     np.testing.assert_allclose(chance, [1 - 0.75 * 0.5 * 0.5, 0.5, 0.25])
 
 
-def test_guesses_that_the_gate_would_skip_are_left_out():
+def test_candidates_that_the_gate_would_skip_are_left_out():
     table = GatingTable(np.array([[0.6, 0.8], [2.0, 2.0]]))
     scores = np.random.default_rng(0).dirichlet(np.ones(4), 200)[:, :4]
     scores = -np.sort(-scores, axis=1).astype(np.float16)
@@ -70,7 +70,7 @@ def test_guesses_that_the_gate_would_skip_are_left_out():
     assert all_kept.tolist() == [0, 1, 2]
 
 
-def test_no_guess_at_all_is_no_guess_kept():
+def test_of_no_candidates_none_is_kept():
     none = np.full((2, 2), -1)
     table = GatingTable(np.array([[0.6]]))
     assert not kept_candidates(none, np.zeros((2, 2)), table, 0).any()

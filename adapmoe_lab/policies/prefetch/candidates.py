@@ -1,4 +1,4 @@
-"""Which experts a step's tokens will probably need, by what predictors say of each of them."""
+"""Which experts a step's tokens will probably need, by what is predicted for each of them."""
 
 from __future__ import annotations
 

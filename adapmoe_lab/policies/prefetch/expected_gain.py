@@ -49,7 +49,7 @@ def expected_gain_s(
 ) -> float:
     """Return the seconds a prefetch is expected to save; one that is not worth it gives 0 or less.
 
-    A right prediction saves as much of the load as its chunks carry until the expert is asked for.
+    A right prediction saves as much of the load as its chunks carry until the expert is demanded.
     A wrong one that is still on its way then costs the chunk that is under way.
 
     Args:
