@@ -30,7 +30,7 @@ from adapmoe_lab.records.files import save_json
 from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
 from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch
-from adapmoe_lab.simulation.timing.timeline import StepCosts, run_timeline
+from adapmoe_lab.simulation.timing.timeline import run_timeline
 
 TARGETS = ("mixtral-8x7b-int4/pcie4-x16", "olmoe-bf16/pcie5-x16")
 """Links on which fetching ahead may pay."""
@@ -62,7 +62,7 @@ def replayed(trace: RoutingTrace, config: TunedConfig, model: LabModel) -> tuple
     keep = kept_experts(trace, None)
     candidates = recorded_candidates(trace, config.prefetch)
     residency = replay(trace, keep, config.plan, config.eviction, candidates)
-    costs = StepCosts.on(config.hardware, model.spec.precision)
+    costs = config.hardware.step_costs(model.spec.precision)
     timeline = run_timeline(residency, costs, candidates, config.prefetch.buffer_slots)
     return int(residency.misses.sum()), *(
         int(counted.sum()) for counted in (timeline.used, timeline.wasted)

@@ -35,11 +35,12 @@ from adapmoe_lab.records import (
     RoutingTrace,
 )
 from adapmoe_lab.records.files import save_json
+from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 from adapmoe_lab.simulation.replay.miss_curves import miss_curves
 from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidates
 from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.search.prefetch_search import plan_prefetch
-from adapmoe_lab.simulation.timing.timeline import StepCosts, Timeline, run_timeline
+from adapmoe_lab.simulation.timing.timeline import Timeline, run_timeline
 
 SIZES = ((32, 8, 2, 0.05), (48, 128, 8, 1.0))
 """Layers, experts, experts per token, and the seconds a replay may take."""
@@ -135,11 +136,11 @@ def time_clocks(
 ) -> list[dict[str, object]]:
     """Time a replay under LRU with its clock, nothing fetched ahead and something; print lines."""
     spec, predicting = trace.spec, with_candidates(trace)
-    costs = StepCosts.of(
-        np.full((spec.n_layers, spec.n_experts), 1000),
-        lambda n_bytes: 1e-6 * n_bytes,
-        dense_layer_s=3e-4,
+    costs = StepCosts(
+        HostCosts(dense_layer_s=3e-4),
         expert_s=3e-5,
+        load_s=lambda n_bytes: 1e-6 * n_bytes,
+        expert_bytes=np.full((spec.n_layers, spec.n_experts), 1000),
     )
     table = plan_prefetch(predicting, plan=plan)
 

@@ -20,16 +20,15 @@ def parts_of_one_model(config: TunedConfig) -> list[TunedConfig | Predictors | S
 
 
 def check_eviction(config: TunedConfig) -> None:
-    """Refuse a config whose eviction policy is not known, or knows more than a run does.
+    """Refuse a config whose eviction policy is not known, or cannot be followed with its plan.
 
     Raises:
-        ValueError: there is no such policy, or only a simulation can follow it.
+        ValueError: there is no such policy, only a simulation can follow it, or one of policy and
+            plan keeps pinned experts without the other.
     """
-    if policy_named(config.eviction).needs_future:
-        raise ValueError(
-            f"Eviction {config.eviction!r} needs to know what comes later, as only a simulation of "
-            "a recorded trace does. Run the model with another policy."
-        )
+    policy = policy_named(config.eviction)
+    policy.check_runnable()
+    policy.check_plan(config.plan)
 
 
 def check_precision(config: TunedConfig, spec: MoESpec) -> None:

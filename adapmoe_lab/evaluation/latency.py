@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from adapmoe_lab.engine.executor import Executor
 from adapmoe_lab.engine.generation import generate_tokens
@@ -107,26 +108,16 @@ def measure_latency(
     if not encoded or any(not len(ids) for ids in encoded):
         raise ValueError("Latency needs at least one prompt, none of them empty.")
     runs = [encoded[0], *encoded * repeats]
-    n_steps = len(runs) * new_tokens
 
     def report(step: int) -> None:
         if progress is not None:
-            progress(number * new_tokens + step + 1, n_steps, "measuring latency")
+            done, n_steps = number * new_tokens + step + 1, len(runs) * new_tokens
+            progress(done, n_steps, "measuring latency")
 
     with model.running(config):
         watch = _Stopwatch(model.engine, report)
         for number, prompt in enumerate(runs):
-            for _ in range(MAX_TRIES):
-                watch.start()
-                for step, _ in enumerate(generate_tokens(model.decoder(), prompt, new_tokens)):
-                    watch.lap(step)
-                if was_disturbed is None or not was_disturbed():
-                    break
-            else:
-                raise RuntimeError(
-                    f"The measurement was disturbed {MAX_TRIES} times in a row; leave the controls "
-                    "alone while it runs."
-                )
+            _run_undisturbed(model, prompt, new_tokens, watch, was_disturbed)
             if number > 0:
                 watch.keep()
         conditions = {
@@ -142,4 +133,24 @@ def measure_latency(
         decode_steps=Measurement(decoding.seconds, "s", new_tokens - 1, conditions),
         prefill_traffic=prefill.traffic(),
         decode_traffic=decoding.traffic(),
+    )
+
+
+def _run_undisturbed(
+    model: LabModel,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    watch: _Stopwatch,
+    was_disturbed: Callable[[], bool] | None,
+) -> None:
+    """Time a run, again and again until nothing disturbed it."""
+    for _ in range(MAX_TRIES):
+        watch.start()
+        for step, _ in enumerate(generate_tokens(model.decoder(), prompt, new_tokens)):
+            watch.lap(step)
+        if was_disturbed is None or not was_disturbed():
+            return
+    raise RuntimeError(
+        f"The measurement was disturbed {MAX_TRIES} times in a row; leave the controls alone while "
+        "it runs."
     )

@@ -30,8 +30,8 @@ class CachePlan:
         method: how the slots were divided.
         expected_loads: float64 [L] expected loads per token, where the method predicts them.
         is_global: whether the layers share all slots.
-        pinned: ids of the experts of each layer that never leave, ascending; only eviction
-            `static` keeps them.
+        pinned: ids of the experts of each layer that never leave, ascending, for eviction policies
+            that keep pinned experts; None for the others.
     """
 
     slots: NDArray[np.int64]

@@ -164,7 +164,7 @@ def test_bfloat16_is_as_close_as_its_own_rounding(tmp_path):
     for model in (exact, rounded):
         model.engine.configure(None, slots_plan(model.spec, 0), surrogates=surrogates)
         given = hidden.to(model.hf.dtype)
-        outputs.append(model.engine._surrogate_outputs.complete(2, given, kept, routing, keep))
+        outputs.append(model.engine._skipping.outputs.complete(2, given, kept, routing, keep))
     error = (outputs[1].float() - outputs[0]).norm() / outputs[0].norm()
     assert error < 0.01
 
@@ -173,13 +173,13 @@ def test_it_stays_on_the_device_until_others_take_its_place(load_tiny):
     model = load_tiny()
     second = compensated(model, surrogates=random_surrogates(model.spec, seed=1))
     model.apply(compensated(model))
-    resident = model.engine._surrogate_outputs
+    resident = model.engine._skipping.outputs
     with model.running():
-        assert model.engine._surrogate_outputs is resident
+        assert model.engine._skipping.outputs is resident
     model.apply(second)
-    assert model.engine._surrogate_outputs is not resident
+    assert model.engine._skipping.outputs is not resident
     model.apply(TunedConfig.untuned(model.spec))
-    assert model.engine._surrogate_outputs is None
+    assert model.engine._skipping.outputs is None
 
 
 def test_traces_and_measurements_say_what_they_were_taken_under(load_tiny, tmp_path):
@@ -216,7 +216,7 @@ def test_a_saved_config_runs_as_it_was_tuned(load_tiny, tmp_path):
     n_bytes = model.config.compensation.n_bytes(4)
     assert again.memory.surrogate_bytes == n_bytes
     assert f"surrogates: {n_bytes / 2**20:.1f}MiB; all experts:" in said[0]
-    resident = again.engine._surrogate_outputs
+    resident = again.engine._skipping.outputs
     assert (
         sum(t.numel() * 4 for t in (*resident._down, *resident._up, *resident._offset)) == n_bytes
     )

@@ -68,7 +68,8 @@ def test_the_old_step_costs_stay_where_a_config_cannot_be_put_in_force(model, mo
     ("eviction", "message"),
     [
         ("oldest", "eviction='oldest' is unknown; expected one of lru, lfu"),
-        ("belady", "'belady' needs to know what comes later, as only a simulation"),
+        ("belady", "'belady' reads what comes later, as only a simulation"),
+        ("static", "'static' keeps the pinned experts of a plan, and this plan pins none"),
     ],
 )
 def test_an_eviction_that_no_run_can_follow_is_refused_wherever_a_config_is_brought(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from runs import PROMPT, decode, half_cached
+from toy_policies import TOY
 
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.observing import observing
@@ -17,7 +18,7 @@ from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.models.families import router_scores
 from adapmoe_lab.models.hooks.key_value_cache import forward_cached
 from adapmoe_lab.policies.allocation.slots import shared, slots_plan, with_pins
-from adapmoe_lab.policies.eviction.registry import POLICIES
+from adapmoe_lab.policies.eviction.registry import POLICIES, register, unregister
 from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import (
@@ -35,7 +36,14 @@ from adapmoe_lab.simulation.replay.recorded_candidates import recorded_candidate
 from adapmoe_lab.simulation.replay.replay import replay
 from adapmoe_lab.simulation.timing.timeline import run_timeline
 
-RUNNABLE = [name for name, policy in POLICIES.items() if not policy.needs_future]
+RUNNABLE = [name for name, policy in POLICIES.items() if not policy.needs_future] + ["toy"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _toy():
+    register(TOY)
+    yield
+    unregister(TOY.name)
 
 
 def linked_at(model, bytes_per_s):

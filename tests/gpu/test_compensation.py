@@ -55,7 +55,7 @@ def test_the_device_is_not_waited_for(n_tokens):
     before = get_sync_debug_mode()
     set_sync_debug_mode("error")
     try:
-        output = model.engine._surrogate_outputs.complete(2, hidden, hidden, routing, keep)
+        output = model.engine._skipping.outputs.complete(2, hidden, hidden, routing, keep)
     finally:
         set_sync_debug_mode(before)
     assert output.isfinite().all()

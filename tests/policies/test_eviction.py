@@ -1,5 +1,6 @@
 """The arithmetic of evictions: exact however long it runs, and the same wherever it is computed."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from fractions import Fraction
 
@@ -23,6 +24,7 @@ from adapmoe_lab.policies.eviction.lru import LRU
 from adapmoe_lab.policies.eviction.policy import PROTECTED, Use
 from adapmoe_lab.policies.eviction.registry import POLICIES, policy_named, register, unregister
 from adapmoe_lab.policies.eviction.router_average import ROUTER_AVERAGE
+from adapmoe_lab.records import CachePlan
 from adapmoe_lab.simulation.compiled import inlined
 
 LONG = [0, 2**24, 2**31, 2**40, 2**57]
@@ -177,6 +179,20 @@ def test_a_policy_that_needs_the_host_or_the_future_is_refused_by_name():
                 policy.check_on_device()
         else:
             policy.check_on_device()
+
+
+@pytest.mark.parametrize("policy", [*POLICIES.values(), TOY], ids=lambda policy: policy.name)
+def test_a_plan_pins_exactly_for_policies_that_keep_pins(policy):
+    slots = np.array([2, 2])
+    plain = CachePlan(slots, None, None, "given")
+    pinning = replace(plain, pinned=((0,), (1,)))
+    good, wrong = (pinning, plain) if policy.pins else (plain, pinning)
+    policy.check_plan(good)
+    message = f"'{policy.name}' keeps (the|no) pinned experts.* and this plan pins (some|none)"
+    with pytest.raises(ValueError, match=message):
+        policy.check_plan(wrong)
+    with pytest.raises(ValueError, match=message) if policy.pins else nullcontext():
+        policy.check_plan(None)
 
 
 def test_a_name_stands_for_one_policy():

@@ -78,7 +78,7 @@ def test_a_pinned_expert_waits_for_its_slot_and_then_stays():
 
 
 def test_the_future_cannot_be_run():
-    with pytest.raises(ValueError, match="'belady' reads what comes later; it can be simulated"):
+    with pytest.raises(ValueError, match="'belady' reads what comes later, as only a simulation"):
         ExpertCache(plan_of([2]), 4, POLICIES["belady"])
 
 

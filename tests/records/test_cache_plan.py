@@ -47,12 +47,8 @@ def test_what_does_not_fit_is_refused(plan, change, message):
         replace(plan, **change)
 
 
-def test_pins_and_the_policy_that_keeps_them_go_together(plan):
+def test_a_config_refuses_pins_of_experts_that_are_not_there(plan):
     model = TunedConfig.model_identity(make_spec())
     assert TunedConfig(model, plan=plan, eviction="static").plan is plan
-    with pytest.raises(RecordError, match="go together: eviction is 'lru', and the plan pins some"):
-        TunedConfig(model, plan=plan)
-    with pytest.raises(RecordError, match="eviction is 'static', and the plan pins none"):
-        TunedConfig(model, plan=replace(plan, pinned=None), eviction="static")
     with pytest.raises(RecordError, match=r"must lie in 0\.\.7, got"):
         TunedConfig(model, plan=replace(plan, pinned=((8,), (), ())), eviction="static")

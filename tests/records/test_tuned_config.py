@@ -103,7 +103,6 @@ def test_truncated_file(config, tmp_path, share):
         ({"model": 3}, "section 'model', holds a int where named values are expected"),
         ({"evidence": 3}, "has a section of the wrong form"),
         ({"eviction": {"policy": 3}}, "Eviction must be the name of a policy, got 3"),
-        ({"eviction": {"policy": "static"}}, "'static' and a cache plan with pinned experts go"),
     ],
 )
 def test_wrong_content_is_named(config, tmp_path, change, message):

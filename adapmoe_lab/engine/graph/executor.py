@@ -82,7 +82,9 @@ class GraphExecutor:
     def captured_step(self, hf: nn.Module) -> CapturedStep:
         """Return the step of the present slots, captured when it is first replayed."""
         if self._captured is None:
-            served = ServedStep(self._store, self._host.slots, self._top_k, self.device)
+            served = ServedStep(
+                self._store, self._host.cached_experts.slots, self._top_k, self.device
+            )
             self._captured = CapturedStep(hf, served, self._context_tokens, self.capturing)
         return self._captured
 
@@ -103,7 +105,7 @@ class GraphExecutor:
         if self._is_eager or self._captured is None:
             return False
         if not self._is_device_owner:
-            self._captured.served.take_over(self._host.cache_state())
+            self._captured.served.take_over(self._host.cached_experts.state)
             self._is_device_owner = True
         self._n_steps += 1
         return True
@@ -113,7 +115,7 @@ class GraphExecutor:
         if self._is_capturing and self._captured is not None:
             return self._captured.served.run_layer(layer, *arguments)
         if self._is_device_owner and self._captured is not None:
-            self._host.adopt(self._captured.served.state())
+            self._host.cached_experts.adopt(self._captured.served.state())
             self._is_device_owner = False
         return self._host.run_layer(layer, *arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from adapmoe_lab.engine.executor import Capabilities
 from adapmoe_lab.engine.host_driven.combine import LayerRun, StreamedCombine
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.host_driven.expert_sources import CachedExperts, ExpertSource, StoredExperts
+from adapmoe_lab.engine.host_driven.observers import Observers
+from adapmoe_lab.engine.host_driven.skipping import Skipping
 from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
 from adapmoe_lab.engine.layer_pass import LayerPass
 from adapmoe_lab.engine.prefetch.predictors import Predictor
@@ -23,13 +26,9 @@ from adapmoe_lab.engine.transfer.clock import Clock
 from adapmoe_lab.engine.transfer.link import Link
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router
-from adapmoe_lab.models.hooks.observing import OF_EXPERTS, Callback
-from adapmoe_lab.policies.eviction.expert_cache import CacheState
-from adapmoe_lab.policies.gating.keep import gated_weights, keep_by_cuts
+from adapmoe_lab.models.hooks.observing import Callback
 from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogates, Traffic
-from adapmoe_lab.records.files import digest
 from adapmoe_lab.records.hook_points import HookPoint
-from adapmoe_lab.records.routing import UNGATED
 from adapmoe_lab.records.step_costs import StepCosts
 
 
@@ -57,8 +56,8 @@ class HostDrivenExecutor:
     ) -> None:
         """Serve the experts of `store` on `device` over `link`, without slots and gating.
 
-        `dtype` is the precision the model computes in. The routers, one per layer, are asked for
-        scores by eviction policies that read them.
+        `dtype` is the precision the model computes in. The routers, one per layer, are needed by
+        eviction policies that read scores.
         """
         self._store = store
         self._link = link
@@ -66,9 +65,8 @@ class HostDrivenExecutor:
         self.device = device
         self._dtype = dtype
         self.step_costs = StepCosts()
-        self._gating: GatingTable | None = None
-        self._surrogate_outputs: SurrogateOutputs | None = None
-        self._observers = _no_observers()
+        self._skipping = Skipping()
+        self._observers = Observers()
         self.is_closed = False
         self._n_sequences = 1
         self._routers = routers
@@ -85,17 +83,16 @@ class HostDrivenExecutor:
         predictors: Sequence[Predictor] = (),
         step_costs: StepCosts | None = None,
     ) -> None:
-        """Set the gating and start afresh with an empty cache of the planned slots.
+        """Start afresh with an empty cache of the planned slots; see `Executor`.
 
-        `surrogates` stand in for what the gating drops; those already on the device stay there.
-        `prefetch` says what is fetched ahead, and which of the predictors are followed. The old
-        slots are freed before anything new is allocated; if there is no room for that, the engine
-        is left without slots and under its old gating.
+        Surrogates that are already on the device stay there. The old slots are freed before
+        anything new is allocated; if there is no room for that, the executor is left without slots
+        and under its old gating.
         """
         self.check_open()
         self.release()
         costs = step_costs if step_costs is not None else self.step_costs
-        outputs = self._on_device(surrogates)
+        skipping = Skipping(gating, self._on_device(surrogates))
         prefetcher = None
         if prefetch is not None:
             prefetcher = self._prefetcher_of(prefetch, predictors, gating, costs, self.device)
@@ -104,15 +101,14 @@ class HostDrivenExecutor:
                 self._store, self._link, self.device, plan, eviction, self._routers, prefetcher
             )
         )
-        self._gating, self._surrogate_outputs, self.step_costs = gating, outputs, costs
+        self._skipping, self.step_costs = skipping, costs
 
     def idle_prefetcher(
         self, table: PrefetchTable, predictors: Sequence[Predictor], gating: GatingTable | None
     ) -> Prefetcher:
-        """Return what queries the predictors of a table, with its buffer on the host.
+        """Return what queries the predictors of a table that nothing is fetched by, for timing.
 
-        It is for timing queries of tables that nothing is fetched by; `gating` is what candidates
-        are put to.
+        Its buffer is on the host; `gating` is what candidates are put to.
         """
         host = torch.device("cpu")
         return self._prefetcher_of(table, predictors, gating, self.step_costs, host)
@@ -136,34 +132,30 @@ class HostDrivenExecutor:
         self._use(CachedExperts(self._store, self._link, self.device, none))
 
     def close(self) -> None:
-        """Give up the cache, what stands in for experts, and the store: nothing runs afterwards."""
+        """Give up the cache, surrogates and the store: nothing runs afterwards."""
         self._link.drain()
         self._cached.close()
-        self._gating = self._surrogate_outputs = None
+        self._skipping = Skipping()
         self.is_closed = True
         self._store.close()
 
     def check_open(self) -> None:
-        """Raise RuntimeError if the engine was closed."""
+        """Raise RuntimeError if it was closed."""
         if self.is_closed:
             raise RuntimeError("This model is closed, its experts are freed; load it again.")
 
     def _on_device(self, surrogates: Surrogates | None) -> SurrogateOutputs | None:
         if surrogates is None:
             return None
-        present = self._surrogate_outputs
+        present = self._skipping.outputs
         if present is not None and present.surrogates is surrogates:
             return present
         return SurrogateOutputs(surrogates, self.device, self._dtype)
 
     @property
     def skipping(self) -> str:
-        """Identify what is skipped and what stands in for it; `UNGATED` if nothing is skipped."""
-        if self._gating is None:
-            return UNGATED
-        if self._surrogate_outputs is None:
-            return self._gating.fingerprint()
-        return digest(self._gating.fingerprint(), self._surrogate_outputs.surrogates.fingerprint())
+        """Identify what is skipped and what is computed instead; `UNGATED` if nothing is."""
+        return self._skipping.fingerprint()
 
     def _use(self, cached: CachedExperts) -> None:
         self._cached = cached
@@ -173,18 +165,7 @@ class HostDrivenExecutor:
     @property
     def traffic(self) -> Traffic:
         """Counters since the cache was made."""
-        cached, ahead = self._cached, self._cached.prefetcher
-        nothing = np.zeros_like(cached.hits)
-        return Traffic(
-            hits=cached.hits.copy(),
-            misses=cached.misses.copy(),
-            n_steps=self._n_steps,
-            bytes_moved=cached.bytes_moved,
-            kept=self._kept,
-            skipped=self._skipped,
-            prefetch_used=ahead.used.copy() if ahead else nothing,
-            prefetch_wasted=ahead.wasted.copy() if ahead else nothing,
-        )
+        return self._cached.traffic(self._n_steps, self._kept, self._skipped)
 
     @property
     def plan(self) -> CachePlan:
@@ -192,27 +173,19 @@ class HostDrivenExecutor:
         return self._cached.plan
 
     @property
-    def slots(self) -> Sequence[torch.Tensor]:
-        """The slots of every pool, uint8 [S, bytes] each."""
-        return self._cached.slots
-
-    def cache_state(self) -> CacheState:
-        """Return who is resident, and what decides who leaves."""
-        return self._cached.cache.state
-
-    def adopt(self, state: CacheState) -> None:
-        """Go on from residency that something else brought about in the same slots."""
-        self._cached.adopt(state)
+    def cached_experts(self) -> CachedExperts:
+        """The slots and who is resident, for an executor that runs steps in them by itself."""
+        return self._cached
 
     @property
     def gating(self) -> GatingTable | None:
         """The gating in force."""
-        return self._gating
+        return self._skipping.gating
 
     @property
     def surrogates(self) -> Surrogates | None:
         """What is computed in a skipped expert's place."""
-        outputs = self._surrogate_outputs
+        outputs = self._skipping.outputs
         return outputs.surrogates if outputs is not None else None
 
     def decoder(self, hf: nn.Module) -> TransformersDecoder:
@@ -221,7 +194,8 @@ class HostDrivenExecutor:
 
     def switch_to(self, gating: GatingTable | None, prefetcher: Prefetcher | None) -> None:
         """Go on under another gating and prefetcher; slots and counters stay as they are."""
-        self._gating, self._cached.prefetcher = gating, prefetcher
+        self._skipping = replace(self._skipping, gating=gating)
+        self._cached.prefetcher = prefetcher
 
     @contextmanager
     def reading_store(self) -> Iterator[None]:
@@ -238,11 +212,11 @@ class HostDrivenExecutor:
 
         What is configured and counted is as before afterwards.
         """
-        kept = ("_surrogate_outputs", "_observers", "_n_steps", "_kept", "_skipped")
+        kept = ("_skipping", "_observers", "_n_steps", "_kept", "_skipped")
         before = {name: getattr(self, name) for name in kept}
-        self._surrogate_outputs, self._observers = None, _no_observers()
+        self._skipping, self._observers = Skipping(), Observers()
         try:
-            with self.reading_store(), self.gated_by(None):
+            with self.reading_store():
                 yield
         finally:
             for name, value in before.items():
@@ -251,23 +225,17 @@ class HostDrivenExecutor:
     @contextmanager
     def gated_by(self, table: GatingTable | None) -> Iterator[None]:
         """Skip by another table for a while; cache and counters go on."""
-        previous, self._gating = self._gating, table
+        previous, self._skipping = self._skipping, replace(self._skipping, gating=table)
         try:
             yield
         finally:
-            self._gating = previous
+            self._skipping = previous
 
     @contextmanager
     def observing(self, callbacks: Mapping[HookPoint, Callback]) -> Iterator[None]:
         """Call back at the hook points that lie inside a layer's experts, see `OF_EXPERTS`."""
-        lists = [(self._observers[point], callback) for point, callback in callbacks.items()]
-        for registered, callback in lists:
-            registered.append(callback)
-        try:
+        with self._observers.adding(callbacks):
             yield
-        finally:
-            for registered, callback in lists:
-                registered.remove(callback)
 
     @property
     def callbacks(self) -> Mapping[HookPoint, Callback]:
@@ -282,20 +250,20 @@ class HostDrivenExecutor:
         return wanted
 
     def begin_pass(self, token_ids: torch.Tensor, _: object = None) -> None:
-        """Fetch ahead by the tokens [B, T] of a forward pass that begins."""
+        """Prefetch by the tokens [B, T] of a forward pass that begins."""
         self._n_sequences = len(token_ids)
         if self._prefetcher is not None:
             self._prefetcher.begin_pass(token_ids.flatten(), self._cached.cache)
 
     def end_layer(self, layer: int, output: torch.Tensor) -> None:
-        """Fetch ahead by the output [T, D] of a layer."""
+        """Prefetch by the output [T, D] of a layer."""
         if self._prefetcher is not None:
             self._prefetcher.on_layer_output(layer, output, self._cached.cache)
 
     def end_pass(self, last_hidden: torch.Tensor) -> None:
-        """Fetch ahead by the last hidden states [T, D]; on a virtual clock the rest takes time.
+        """Prefetch by the last hidden states [T, D]; on a virtual clock the rest takes time.
 
-        Of several sequences nothing is said: what follows each is not known to follow at once.
+        Not of several sequences: what follows each is not known to follow at once.
         """
         if self._source is not self._cached:
             return
@@ -314,7 +282,7 @@ class HostDrivenExecutor:
     ) -> Iterator[tuple[int, Weights]]:
         """Yield each expert from wherever it comes; on a virtual clock, running it takes time.
 
-        So the engine is an `ExpertSource` itself.
+        So the executor is an `ExpertSource` itself.
         """
         for arrival in self._source.fetch_experts(layer, experts, hidden):
             yield arrival
@@ -334,7 +302,7 @@ class HostDrivenExecutor:
         computed in the precision of the module's weights.
 
         Raises:
-            RuntimeError: the engine was closed.
+            RuntimeError: the executor was closed.
         """
         self.check_open()
         device_type = hidden.device.type
@@ -355,14 +323,10 @@ class HostDrivenExecutor:
     ) -> torch.Tensor:
         self.clock.spend(self.step_costs.host.dense_layer_s)
         # on a GPU this is the layer's one synchronisation
-        indices, weights = on_host([top_k_index, top_k_weights.float()])
-        keep = indices < self._store.n_experts(layer)
-        if self._gating is not None:
-            keep &= keep_by_cuts(weights, self._gating.cuts[layer], self._gating.quantity)
-            if self._gating.renormalise:
-                scaled = gated_weights(weights, keep, renormalise=True)
-                top_k_weights = torch.from_numpy(scaled).to(top_k_weights)
-        run = LayerRun(layer, experts, indices, keep, self._surrogate_outputs)
+        indices, weights = routing = on_host([top_k_index, top_k_weights.float()])
+        n_experts = self._store.n_experts(layer)
+        keep, top_k_weights = self._skipping.kept(layer, routing, top_k_weights, n_experts)
+        run = LayerRun(layer, experts, indices, keep, self._skipping.outputs)
         if torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad):
             output, parts = StreamedCombine.apply(
                 hidden,
@@ -370,7 +334,7 @@ class HostDrivenExecutor:
                 run,
                 self,
                 self._direct,
-                tuple(self._observers[HookPoint.EXPERTS_GRADIENT]),
+                self._observers.at(HookPoint.EXPERTS_GRADIENT),
             )
         else:
             parts = run.contributions(self, hidden, top_k_weights)
@@ -378,16 +342,9 @@ class HostDrivenExecutor:
         self._n_steps += layer == 0
         self._kept += int(keep.sum())
         self._skipped += int(keep.size - keep.sum())
-        if self._surrogate_outputs is not None:
-            routing = indices, weights
-            output = self._surrogate_outputs.complete(layer, hidden, output, routing, keep)
-        output = output.to(hidden.dtype)
-        if callbacks := self._observers[HookPoint.EXPERTS_OUTPUT]:
+        output = self._skipping.completed(layer, hidden, output, routing, keep).to(hidden.dtype)
+        if callbacks := self._observers.at(HookPoint.EXPERTS_OUTPUT):
             passed = LayerPass(layer, hidden, indices, weights, keep, parts, output)
             for callback in callbacks:
                 callback(passed)
         return output
-
-
-def _no_observers() -> dict[HookPoint, list[Callback]]:
-    return {point: [] for point in OF_EXPERTS}

@@ -18,7 +18,7 @@ from adapmoe_lab.models.families import Router, UnsupportedModelError, router_sc
 from adapmoe_lab.policies.allocation.slots import N_STAGING
 from adapmoe_lab.policies.eviction.expert_cache import CacheState, ExpertCache, Load, StepPlan
 from adapmoe_lab.policies.eviction.registry import policy_named
-from adapmoe_lab.records import CachePlan
+from adapmoe_lab.records import CachePlan, Traffic
 
 
 class ExpertSource(Protocol):
@@ -118,6 +118,25 @@ class CachedExperts:
     def slots(self) -> Sequence[torch.Tensor]:
         """The slots of every pool, uint8 [S, bytes] each."""
         return self._slots
+
+    def traffic(self, n_steps: int, kept: int, skipped: int) -> Traffic:
+        """Return the counters since the start, with those that are counted outside."""
+        ahead, nothing = self.prefetcher, np.zeros_like(self.hits)
+        return Traffic(
+            hits=self.hits.copy(),
+            misses=self.misses.copy(),
+            n_steps=n_steps,
+            bytes_moved=self.bytes_moved,
+            kept=kept,
+            skipped=skipped,
+            prefetch_used=ahead.used.copy() if ahead else nothing,
+            prefetch_wasted=ahead.wasted.copy() if ahead else nothing,
+        )
+
+    @property
+    def state(self) -> CacheState:
+        """Who is resident, and what decides who leaves."""
+        return self.cache.state
 
     def adopt(self, state: CacheState) -> None:
         """Go on from residency that something else brought about in the same slots."""

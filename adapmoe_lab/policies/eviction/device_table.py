@@ -50,9 +50,11 @@ class DeviceTable:
         """Start empty.
 
         Raises:
-            ValueError: the policy needs the host, or the layers share their slots.
+            ValueError: the policy needs the host, it and the plan disagree on pins, or the layers
+                share their slots.
         """
         policy.check_on_device()
+        policy.check_plan(plan)
         if plan.is_global:
             raise ValueError(
                 "The layers of this plan share their slots; a graph on the device gives every "
@@ -62,7 +64,7 @@ class DeviceTable:
         shape = (len(plan.slots), n_experts)
         self.priority = np.zeros(shape, dtype=np.int64)
         self.slot_of = np.full(shape, -1, dtype=np.int64)
-        self.protected = PROTECTED * (plan.pinned_mask(n_experts) & policy.pins).astype(np.int64)
+        self.protected = PROTECTED * plan.pinned_mask(n_experts).astype(np.int64)
         self.n_slots = plan.slots.astype(np.int64)
         self.clock = np.zeros(shape[0], dtype=np.int64)
 

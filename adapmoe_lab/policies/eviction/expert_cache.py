@@ -75,15 +75,16 @@ class ExpertCache:
         """Start empty.
 
         Raises:
-            ValueError: the policy can only be simulated.
+            ValueError: the policy can only be simulated, or it and the plan disagree on pins.
         """
         policy.check_runnable()
+        policy.check_plan(plan)
         self.plan = plan
         self._policy = policy
         shape = (len(plan.slots), n_experts)
         self.slot_of = np.full(shape, -1)
         self._priorities, self._state = np.zeros((2, *shape), dtype=np.int64)
-        self._may_leave = ~plan.pinned_mask(n_experts) if policy.pins else np.ones(shape, bool)
+        self._may_leave = ~plan.pinned_mask(n_experts)
         self._clocks = [0] * plan.n_pools
 
     def plan_step(

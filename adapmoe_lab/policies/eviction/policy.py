@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from adapmoe_lab.records import CachePlan
+
 PROTECTED = 2**62
 """The priority of what may not leave; above any other, and any other less its penalty."""
 
@@ -97,10 +99,11 @@ class EvictionPolicy:
         return self.keeps_state or any(trait is not None for trait in reaches_further)
 
     def check_runnable(self) -> None:
-        """Raise ValueError if it can only be simulated."""
+        """Raise ValueError if only a simulation can follow it."""
         if self.needs_future:
             raise ValueError(
-                f"Eviction {self.name!r} reads what comes later; it can be simulated, not run."
+                f"Eviction {self.name!r} reads what comes later, as only a simulation of a "
+                "recorded trace can. Run the model with another policy."
             )
 
     def check_on_device(self) -> None:
@@ -111,6 +114,16 @@ class EvictionPolicy:
                 f"Eviction {self.name!r} needs the host: a graph on the device keeps one priority "
                 "per expert and changes those of the step's own layer only. Use the host-driven "
                 "executor, or another policy."
+            )
+
+    def check_plan(self, plan: CachePlan | None) -> None:
+        """Raise ValueError unless it keeps pinned experts exactly if a plan pins some."""
+        has_pins = plan is not None and plan.pinned is not None
+        if has_pins != self.pins:
+            keeps = "the pinned experts of a plan" if self.pins else "no pinned experts"
+            raise ValueError(
+                f"Eviction {self.name!r} keeps {keeps}, and this plan pins "
+                f"{'some' if has_pins else 'none'}; change the one or the other."
             )
 
     def check_scores(self, scores: Any) -> None:

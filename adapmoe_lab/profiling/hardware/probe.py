@@ -23,10 +23,9 @@ from adapmoe_lab.profiling.hardware.machine_times import (
     seconds_each,
     sync_and_launch_s,
 )
+from adapmoe_lab.profiling.hardware.solved_costs import TimedStep, solved_costs
 from adapmoe_lab.profiling.hardware.timed_steps import (
-    TimedStep,
     host_driven,
-    solved_costs,
     throttled_steps,
     unthrottled_steps,
 )
@@ -35,7 +34,7 @@ from adapmoe_lab.records.hardware import mean_expert_s
 from adapmoe_lab.simulation.timing.timeline import counted_replay, run_timeline
 
 THROTTLED_S = 5.0
-"""Most seconds, about, of decoding over a link that holds its copies."""
+"""Most seconds, about, of decoding over a throttled link."""
 DECODE_S, LEAST_ROUNDS = 10.0, 3
 """No further round of decoding begins after so many seconds, if there were that many."""
 
@@ -43,12 +42,12 @@ DECODE_S, LEAST_ROUNDS = 10.0, 3
 def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> HardwareProfile:
     """Measure the parts of a decode step on this machine, in less than 20 s.
 
-    Decode runs in the memory the model was loaded with, step by step by turns as it is, under a
-    gate that keeps every expert, and under one that keeps one; each with nobody asked, with one
-    predictor, with several at once, and with one at a layer's output: what each adds is its cost,
-    the rest that of everything else; misses are counted and taken out. It also runs with half of
-    the experts cached over the link as it is, for what waiting adds. Everything else is timed by
-    itself, in turns, and its median taken.
+    Decode runs in the memory the model was loaded with, its steps in interleaved variants: as it
+    is, under a gate that keeps every expert, and under one that keeps one; each with no predictor
+    queried, with one, with several at once, and with one at a layer's output. What each adds is its
+    cost, the rest that of everything else; misses are counted and taken out. It also runs with half
+    of the experts cached over the link as it is, for what waiting adds. Everything else is timed by
+    itself, interleaved, and its median taken.
 
     Args:
         model: the model to run; its configuration is restored afterwards.
@@ -74,40 +73,41 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         copies = copy_times(model.store, model.link, engine.clock, engine.device)
         by_precision = expert_times(model.layers[0].experts, list(stored.values()), hidden)
         n_throttled = _n_throttled(model, copies.linked[-1], n_steps, rounds)
-        free, throttled = [], []
-        end = time.monotonic() + DECODE_S
-        for turn in range(rounds):
-            if turn >= LEAST_ROUNDS and time.monotonic() > end:
-                break
-            for _ in range(2):
-                free.append(unthrottled_steps(model, n_steps, first=len(free)))
-            throttled += throttled_steps(model, n_throttled) if n_throttled else []
+        free, throttled = _decoded(model, n_steps, n_throttled, rounds)
     alone_s = mean_expert_s(by_precision, spec.precision.counts)
-    solved = solved_costs(free, miss_s, alone_s)
     profile = HardwareProfile(
         device=device_name(engine.device),
         link=model.link.name,
         copy_bytes=np.array(copies.sizes),
         copy_s=np.array(copies.linked),
-        dense_step_s=solved["step"],
-        expert_s=solved["expert"],
         conditions=measurement_conditions(model),
         pageable_copy_s=None if copies.pageable is None else np.array(copies.pageable),
         expert_s_by_precision=by_precision,
         layer_host_s=layer_host_s,
         host_copy_s=host_copy_s,
         miss_s=miss_s,
-        gate_s=solved["gate"] / spec.n_layers,
-        predict_s=solved.get("predict"),
-        gated_predict_s=solved.get("gated_predict"),
-        predict_overhead_s=solved.get("predict_overhead"),
-        predict_output_overhead_s=solved.get("predict_output_overhead"),
         host_sync_s=sync_s,
         launch_s=launch_s,
         host_memory_bytes_per_s=memory_rate,
         host_matmul_bytes_per_s=matmul_rate,
+        **solved_costs(free, miss_s, alone_s),
     )
     return replace(profile, wait_s=_wait_s(throttled, profile, model) if throttled else None)
+
+
+def _decoded(
+    model: LabModel, n_steps: int, n_throttled: int, rounds: int
+) -> tuple[list[list[TimedStep]], list[TimedStep]]:
+    """Return the steps of every decode over a link that holds nothing, and those over the link."""
+    free, throttled = [], []
+    end = time.monotonic() + DECODE_S
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.monotonic() > end:
+            break
+        for _ in range(2):
+            free.append(unthrottled_steps(model, n_steps, first=len(free)))
+        throttled += throttled_steps(model, n_throttled) if n_throttled else []
+    return free, throttled
 
 
 def _n_throttled(model: LabModel, load_s: float, n_steps: int, rounds: int) -> int:
@@ -172,38 +172,39 @@ def _host_miss_s(
 ) -> tuple[float, float | None] | tuple[None, None]:
     """Return the seconds of one copy in host memory, and of all that a miss adds there.
 
-    Each layer runs by turns experts it has and as many it lacks, the link not holding. The second
-    is None where there are too few experts or slots for that, both where the link is real.
+    Each layer runs resident experts and as many missing ones, interleaved, over a link without
+    delay. The second is None where there are too few experts or slots for that, both where the link
+    is real.
     """
     engine, spec, store = host_driven(model), model.spec, model.store
     if not isinstance(model.link, EmulatedLink):
         return None, None
-    n_asked = min(spec.top_k, spec.n_experts // 2, int(model.memory.slots.slots.min()))
-    engine.configure(None, replace(model.memory.slots, slots=np.full(spec.n_layers, n_asked)))
+    n_run = min(spec.top_k, spec.n_experts // 2, int(model.memory.slots.slots.min()))
+    engine.configure(None, replace(model.memory.slots, slots=np.full(spec.n_layers, n_run)))
     target = torch.empty(int(store.expert_bytes.max()), dtype=torch.uint8)
     copied = cycle(store.numbers())
-    sets = cycle([range(n_asked), range(n_asked, 2 * n_asked)])
-    asked = next(sets)
+    sets = cycle([range(n_run), range(n_run, 2 * n_run)])
+    wanted = next(sets)
 
     def copy() -> None:
         row = store.buffer(*next(copied))
         model.link.copy(row, target[: row.numel()])
 
-    def ask(layer: int) -> None:
-        for _, weights in engine.fetch_experts(layer, asked, hidden):
+    def run(layer: int) -> None:
+        for _, weights in engine.fetch_experts(layer, wanted, hidden):
             run_expert(model.layers[layer].experts, weights, hidden)  # faster for being just copied
 
-    def asking(is_missing: bool) -> float:
-        nonlocal asked
-        asked = next(sets) if is_missing else asked
-        asks = [lambda layer=layer: ask(layer) for layer in range(spec.n_layers)]
-        return seconds_each(asks, engine.device, engine.clock)
+    def running(is_missing: bool) -> float:
+        nonlocal wanted
+        wanted = next(sets) if is_missing else wanted
+        runs = [lambda layer=layer: run(layer) for layer in range(spec.n_layers)]
+        return seconds_each(runs, engine.device, engine.clock)
 
     works = {"copy": lambda: seconds_each([copy] * spec.n_layers, engine.device, engine.clock)}
-    if n_asked:
-        works |= {"missing": lambda: asking(True), "hitting": lambda: asking(False)}
+    if n_run:
+        works |= {"missing": lambda: running(True), "hitting": lambda: running(False)}
     with model.link.without_link_delay():
         medians = interleaved_medians(works, budget_s=1.0)
-    if not n_asked:
+    if not n_run:
         return medians["copy"], None
-    return medians["copy"], max(0.0, medians["missing"] - medians["hitting"]) / n_asked
+    return medians["copy"], max(0.0, medians["missing"] - medians["hitting"]) / n_run

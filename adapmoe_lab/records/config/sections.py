@@ -123,22 +123,17 @@ class PlanSection(ConfigSection[CachePlan]):
 class EvictionSection(ConfigSection[str]):
     """The name of the policy that says which expert leaves its slot.
 
-    Whether there is such a policy is known where a config is run or simulated.
+    Whether there is such a policy, and whether it keeps what the plan pins, is known where a config
+    is run or simulated.
     """
 
     name = "eviction"
     can_be_off = False
 
     def checked(self, value: str, config: TunedConfig) -> str:
-        """Refuse what is no name, and pins that no policy keeps or none that `static` could."""
+        """Refuse what is no name."""
         if not isinstance(value, str) or not value:
             raise RecordError(f"Eviction must be the name of a policy, got {value!r}.")
-        has_pins = config.plan is not None and config.plan.pinned is not None
-        if has_pins != (value == "static"):
-            raise RecordError(
-                "Eviction 'static' and a cache plan with pinned experts go together: eviction is "
-                f"{value!r}, and the plan pins {'some' if has_pins else 'none'}."
-            )
         return value
 
     def fingerprint(self, value: str, config: TunedConfig) -> str:

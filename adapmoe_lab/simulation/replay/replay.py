@@ -74,14 +74,15 @@ def replay(
             without.
 
     Raises:
-        ValueError: there is no such policy.
+        ValueError: there is no such policy, or it and the plan disagree on pins.
     """
     policy, spec = policy_named(eviction), trace.spec
     from adapmoe_lab.simulation.replay.pool_loops import pool_replay
 
     replay_pool = pool_replay(policy)
     plan = plan if plan is not None else slots_plan(spec, spec.n_experts)
-    pinned = plan.pinned_mask(spec.n_experts) & policy.pins
+    policy.check_plan(plan)
+    pinned = plan.pinned_mask(spec.n_experts)
     bounds = step_bounds(trace)
     n_shared = spec.n_layers // plan.n_pools  # layers per pool
     scores = Scores(trace.router_probs.view(np.uint16), FIXED_SCORES)
