@@ -32,6 +32,7 @@ from adapmoe_lab.assets import demo_folder
 from adapmoe_lab.engine.executor import Decoder
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.lab_model import LabModel
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import Traffic
@@ -147,7 +148,7 @@ def compare(
         model.apply(config)
         host, of_host, host_s = run(model, TransformersDecoder(model.hf), text)
         model.apply(config)
-        with model.engine.observed_by(lambda _: None):  # runs layer by layer in the graph's cache
+        with observing(model, {}):  # runs layer by layer in the graph's cache
             alike, _, _ = run(model, model.decoder(), text)
         model.apply(config)
         graph, of_graph, graph_s = run(model, model.decoder(), text)

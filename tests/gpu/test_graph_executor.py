@@ -14,8 +14,10 @@ from tiny_models import VOCABULARY_SIZE, save_tiny
 from adapmoe_lab.engine.generation import generate_tokens
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import GatingTable
+from adapmoe_lab.records.hook_points import HookPoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,10 +84,14 @@ def test_what_is_observed_runs_layer_by_layer_and_the_next_step_goes_on():
     logits = decoder.prefill(model.encode(PROMPT))
     for _ in range(3):
         logits = decoder.step(int(logits.argmax()))
-    passes = []
-    with model.engine.observed_by(passes.append):
+    passes, outputs = [], []
+    callbacks = {
+        HookPoint.EXPERTS_OUTPUT: passes.append,
+        HookPoint.LAYER_OUTPUT: lambda layer, _: outputs.append(layer),
+    }
+    with observing(model, callbacks):
         logits = decoder.step(int(logits.argmax()))
-    assert [seen.layer for seen in passes] == list(range(model.spec.n_layers))
+    assert [seen.layer for seen in passes] == outputs == list(range(model.spec.n_layers))
     before = model.engine.traffic
     decoder.step(int(logits.argmax()))
     passed = model.engine.traffic - before
