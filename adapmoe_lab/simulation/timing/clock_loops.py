@@ -171,12 +171,10 @@ def _run_experts(log, costs, expert_s, loads, layer, sets, first, end, n_missing
     return stall
 
 
+# Long: a step's parts in the engine's order, one function so that it can be read beside it.
 @compiled
 def run_clock(sets, predictions, costs, expert_s, loads, state, accounts, log):
     """Run the clock over every step, and return how many events were written down.
-
-    One function of what a step does, in its order, longer than others on purpose: the engine's
-    order can be read beside it.
 
     Args:
         sets: `ExpertSets`.
