@@ -102,7 +102,7 @@ class CachePlan:
         return mask
 
     def fingerprint(self) -> str:
-        """Identify who gets how many slots and who never leaves; not how that was decided."""
+        """Identify the slots of every layer and the pinned experts; not how they were chosen."""
         slots = self.n_slots if self.is_global else self.slots.tolist()
         return digest(json.dumps([self.is_global, slots, self.pinned]))
 

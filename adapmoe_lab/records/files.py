@@ -157,10 +157,10 @@ def check_version(
         raise RecordError(f"{path} holds a {header.get('kind')!r}; expected a {kind!r}.")
     known = range(version if oldest is None else oldest, version + 1)
     if header.get("schema_version") not in known:
-        told = " or ".join(map(str, known))
+        readable = " or ".join(map(str, known))
         raise RecordError(
             f"{path} has schema version {header.get('schema_version')!r}; this adapmoe-lab reads "
-            f"version {told}. Upgrade adapmoe-lab, or record the file again with this version."
+            f"version {readable}. Upgrade adapmoe-lab, or record the file again with this version."
         )
 
 

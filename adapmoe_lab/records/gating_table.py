@@ -75,8 +75,8 @@ class GatingTable:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; a cut that is off becomes null."""
-        rows = [[None if cut > 1 else float(cut) for cut in row] for row in self.cuts]
-        return {"quantity": self.quantity, "cuts": rows, "renormalise": self.renormalise}
+        cuts = [[None if cut > 1 else float(cut) for cut in row] for row in self.cuts]
+        return {"quantity": self.quantity, "cuts": cuts, "renormalise": self.renormalise}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: str = "The gating table") -> GatingTable:

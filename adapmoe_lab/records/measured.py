@@ -17,7 +17,7 @@ _MEASURED = "measured"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a field says of its number.
+    """What a field declares of its number.
 
     Attributes:
         in_words: what the number is of, as it is printed; empty for one that is not printed.
@@ -51,15 +51,15 @@ def saved_names(record: Any) -> dict[str, str]:
 
 def check_measured(record: Any) -> None:
     """Raise RecordError where a record's measured numbers make no sense."""
-    for one, said in measured_fields(record):
+    for one, about in measured_fields(record):
         value = getattr(record, one.name)
         if value is None:
             continue
-        if said.is_rate and not 0 < value < math.inf:
+        if about.is_rate and not 0 < value < math.inf:
             raise RecordError(f"{one.name} must be above zero, got {value}.")
-        if said.is_signed and not math.isfinite(value):
+        if about.is_signed and not math.isfinite(value):
             raise RecordError(f"{one.name} must be a number of seconds, got {value}.")
-        if not said.is_rate and not said.is_signed:
+        if not about.is_rate and not about.is_signed:
             check_seconds(one.name, value)
 
 
@@ -72,9 +72,9 @@ def check_seconds(name: str, value: float) -> None:
 def numbers_in_words(record: Any, is_rate: bool) -> dict[str, float | None]:
     """Return a record's measured rates, or its measured times, by what they are of."""
     return {
-        said.in_words: getattr(record, one.name)
-        for one, said in measured_fields(record)
-        if said.in_words and said.is_rate == is_rate
+        about.in_words: getattr(record, one.name)
+        for one, about in measured_fields(record)
+        if about.in_words and about.is_rate == is_rate
     }
 
 

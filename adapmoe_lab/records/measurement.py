@@ -68,12 +68,12 @@ class Measurement:
         names = (set(self.conditions) | set(other.conditions)) - set(varied)
         unlike = sorted(n for n in names if self.conditions.get(n) != other.conditions.get(n))
         if unlike:
-            told = "; ".join(
+            unlike = "; ".join(
                 f"{n}: {self.conditions.get(n)!r} against {other.conditions.get(n)!r}"
                 for n in unlike
             )
             raise IncomparableError(
-                f"The measurements were taken under unlike conditions ({told}). Measure both "
+                f"The measurements were taken under unlike conditions ({unlike}). Measure both "
                 "under the same conditions, or name what was varied on purpose in `varied`."
             )
         return self.median / other.median

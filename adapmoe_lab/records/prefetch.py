@@ -1,4 +1,4 @@
-"""What is prefetched, by the candidates of which predictors, and how far they are trusted."""
+"""What is prefetched: by which predictors, and how far each is trusted."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class PrefetchSource:
 
     Attributes:
         predictor: one of `HOOK_POINTS`.
-        distance: layers between the one it reads and the one it predicts; 0 for those that predict
-            the first layer before it is reached.
-        probability: float64 [L, C], chance that the prediction of each rank, likeliest first, will
-            be needed in each layer predicted; 0 is never fetched.
+        distance: layers from the one it is queried at to the one it predicts; 0 for those that
+            predict the first layer before it is reached.
+        probability: float64 [L, C], chance that the candidate of each rank, likeliest first, will
+            be needed in each layer predicted; 0 is never prefetched.
     """
 
     predictor: str
@@ -56,7 +56,7 @@ class PrefetchSource:
         predicts_later = self.hook_point in (HookPoint.EXPERTS_INPUT, HookPoint.LAYER_OUTPUT)
         if (self.distance > 0) != predicts_later or self.distance < 0:
             raise RecordError(
-                f"Predictor {self.predictor!r} speaks of "
+                f"Predictor {self.predictor!r} predicts "
                 + ("later layers, at distances from 1" if predicts_later else "layer 0 only")
                 + f"; got distance {self.distance}."
             )
@@ -67,16 +67,21 @@ class PrefetchSource:
 
     @property
     def hook_point(self) -> HookPoint:
-        """Where it predicts."""
+        """Where it is queried."""
         return HOOK_POINTS[self.predictor]
+
+
+def buffer_bytes(n_slots: int, expert_bytes: int, fitted: Predictors | None = None) -> int:
+    """Return the device bytes of a prefetch buffer for the widest expert, and of what is fitted."""
+    return n_slots * expert_bytes + (fitted.n_bytes if fitted is not None else 0)
 
 
 @dataclass(frozen=True, eq=False)
 class PrefetchTable:
-    """Whose candidates are followed, and how much room prefetched experts have.
+    """Which predictors are queried, and how much room prefetched experts have.
 
     Attributes:
-        sources: predictors, one for each hook point and distance.
+        sources: predictors, at most one for each hook point and distance.
         buffer_slots: experts that can be on their way or waiting at once, beside the cache.
         fitted: what was fitted of those predictors that have to be.
     """
@@ -95,9 +100,9 @@ class PrefetchTable:
             )
         places = [(source.hook_point, source.distance) for source in sources]
         if len(set(places)) < len(places):
-            told = ", ".join(f"{s.predictor} at distance {s.distance}" for s in sources)
+            named = ", ".join(f"{s.predictor} at distance {s.distance}" for s in sources)
             raise RecordError(
-                f"One predictor can predict at each hook point and distance; got {told}."
+                f"One predictor can predict at each hook point and distance; got {named}."
             )
         if len({len(source.probability) for source in sources}) > 1:
             raise RecordError("The predictors' probabilities are for different numbers of layers.")
@@ -114,12 +119,12 @@ class PrefetchTable:
         return len(self.sources[0].probability)
 
     def predicts_at(self, hook_point: HookPoint) -> bool:
-        """Whether any of the predictors predicts at a hook point."""
+        """Whether any of the predictors is queried at a hook point."""
         return any(source.hook_point == hook_point for source in self.sources)
 
     def n_bytes(self, expert_bytes: int) -> int:
         """Return the device bytes of a buffer for experts of this size, and of what is fitted."""
-        return self.buffer_slots * expert_bytes + (self.fitted.n_bytes if self.fitted else 0)
+        return buffer_bytes(self.buffer_slots, expert_bytes, self.fitted)
 
     def fingerprint(self) -> str:
         """Identify the table by everything it holds."""

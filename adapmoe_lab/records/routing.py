@@ -190,9 +190,9 @@ class RoutingTrace:
         Steps are counted anew, and none reaches over the end of a sequence.
         """
         ends = np.append(self.sequence_starts[1:], self.n_tokens)
-        pieces = [np.arange(self.sequence_starts[n], ends[n]) for n in numbers]
-        tokens = np.concatenate([*pieces, np.arange(0)])
-        starts = np.cumsum([0, *map(len, pieces)])[:-1]
+        parts = [np.arange(self.sequence_starts[n], ends[n]) for n in numbers]
+        tokens = np.concatenate([*parts, np.arange(0)])
+        starts = np.cumsum([0, *map(len, parts)])[:-1]
         begins = np.zeros(len(tokens), dtype=np.int64)
         begins[1:] = np.diff(self.step_ids[tokens]) != 0
         begins[starts[1:]] = 1

@@ -16,6 +16,16 @@ from adapmoe_lab.records.files import RecordError, digest, fields_of
 from adapmoe_lab.records.precision_plan import NOT_KNOWN, PrecisionPlan
 
 
+def max_skipped_fraction(top_k: int) -> float:
+    """Return the most that can be skipped of a top-K routing, one expert always being kept."""
+    return (top_k - 1) / top_k
+
+
+def experts_run(top_k: int, skipped_fraction: float) -> float:
+    """Return how many of K experts are run per token and layer where a fraction is skipped."""
+    return (1 - skipped_fraction) * top_k
+
+
 class PartialIdentityWarning(UserWarning):
     """A saved file knows only a part of the weights it was made for."""
 
@@ -99,6 +109,15 @@ class MoESpec:
     def all_experts_bytes(self) -> int:
         """Stored bytes of every expert of the model."""
         return int(self.stored_bytes.sum())
+
+    @property
+    def max_skipped_fraction(self) -> float:
+        """The most that can be skipped, one expert of every layer always being kept."""
+        return max_skipped_fraction(self.top_k)
+
+    def experts_run(self, skipped_fraction: float) -> float:
+        """Return the experts run per token and layer where a fraction of them is skipped."""
+        return experts_run(self.top_k, skipped_fraction)
 
     def sizes_in(self, precision: PrecisionPlan | None) -> PrecisionPlan:
         """Return a plan with its bytes, for this model; the model's own where it is not known.

@@ -12,7 +12,7 @@ NOT_KNOWN = "not known"
 
 
 def none_if_unknown(error: float | None) -> float | None:
-    """Return an error as it stands in records and JSON: None if not known, which NaN says."""
+    """Return an error as records and JSON hold it: None for NaN, which is one not known."""
     return float(error) if error is not None and math.isfinite(error) else None
 
 

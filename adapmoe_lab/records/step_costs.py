@@ -104,7 +104,7 @@ class StepCosts:
         return table
 
     def _by_size(self, parts: Callable[[list[int]], list[int]]) -> NDArray[np.float64]:
-        """Return seconds and bytes of the parts of every expert, told from its chunks' bounds."""
+        """Return seconds and bytes of the parts of every expert, from its chunks' bounds."""
         sizes, load_s = self.expert_bytes, self.load_s
         if sizes is None or load_s is None:
             raise RecordError(

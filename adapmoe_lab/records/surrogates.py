@@ -22,9 +22,9 @@ SCALARS = ("model_fingerprint", "method", "n_tokens", "texts", "gradient_weighte
 
 @dataclass(frozen=True, eq=False)
 class Surrogates(TensorRecord):
-    """Surrogates for the experts a token drops, resident on the device.
+    """Surrogates of the experts that a token skips, resident on the device.
 
-    With kept experts A, dropped experts B, router weights w and W their sums, a layer gives
+    With kept experts A, skipped experts B, router weights w and W their sums, a layer gives
 
         (1 + gain * W_B / W_A) * sum_A w_k f_k(x)  +  sum_B w_k s_k(x),
         s_e(x) = offset_e + up_e @ (down_e @ x).
@@ -58,8 +58,8 @@ class Surrogates(TensorRecord):
         """Freeze the arrays and check that their shapes agree."""
         counts = {name: len(getattr(self, name)) for name in (*MAPS, "gain")}
         if len(set(counts.values())) != 1 or not counts["gain"]:
-            told = ", ".join(f"{n} of {name}" for name, n in counts.items())
-            raise RecordError(f"Surrogates need every array once per layer; got {told}.")
+            counted = ", ".join(f"{n} of {name}" for name, n in counts.items())
+            raise RecordError(f"Surrogates need every array once per layer; got {counted}.")
         gain = frozen_array("gain", self.gain, np.float64, (None,))
         first = frozen_array("offset of layer 0", self.offset[0], np.float32, (None, None))
         n_experts, hidden_size = first.shape

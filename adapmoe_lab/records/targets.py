@@ -13,7 +13,7 @@ class LinkTarget:
     """A machine and model whose ratio of loading to computing an emulated link keeps.
 
     Attributes:
-        name: how the target is asked for.
+        name: what the target is called in arguments.
         hardware: the machine in words.
         model: the model in words.
         expert_bytes: bytes of one expert.

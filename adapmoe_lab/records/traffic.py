@@ -1,4 +1,4 @@
-"""Expert traffic: what was asked for, what was there, and what crossed the link."""
+"""Expert traffic: what was requested, what was resident, and what crossed the link."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class Traffic:
         bytes_moved: bytes of experts brought to the device.
         kept: expert activations computed.
         skipped: expert activations the gating skipped.
-        prefetch_used: int64 [L], distinct experts that were not resident but begun ahead.
-        prefetch_wasted: int64 [L], experts begun ahead that were not needed.
+        prefetch_used: int64 [L], distinct experts that were not resident but whose prefetch was
+            begun.
+        prefetch_wasted: int64 [L], prefetches begun whose experts were not needed.
     """
 
     hits: NDArray[np.int64]
@@ -46,9 +47,9 @@ class Traffic:
 
     @property
     def hit_rate(self) -> float:
-        """Share of distinct experts that were resident when asked for."""
-        asked = self.hits.sum() + self.misses.sum() + self.prefetch_used.sum()
-        return float(self.hits.sum() / max(1, asked))
+        """Share of distinct experts that were resident when requested."""
+        requested = self.hits.sum() + self.misses.sum() + self.prefetch_used.sum()
+        return float(self.hits.sum() / max(1, requested))
 
     @property
     def skipped_fraction(self) -> float:

@@ -31,8 +31,8 @@ class Simulation:
         hit_rate: float64 [L], share of needed experts that are resident.
         loads_per_token: float64 [L], experts that must be demanded per token.
         bytes_per_token: bytes that cross the link per token.
-        prefetch_used_per_token: float64 [L], experts begun ahead that are needed.
-        prefetch_wasted_per_token: float64 [L], experts begun ahead that are not.
+        prefetch_used_per_token: float64 [L], prefetches begun whose experts are needed.
+        prefetch_wasted_per_token: float64 [L], prefetches begun whose experts are not.
         stall_ms_per_token: float64 [L], milliseconds that computing waits for the link; None
             without hardware.
         link_idle_share: share of the time in which nothing crosses the link; None without
@@ -62,7 +62,7 @@ class Simulation:
 
     @property
     def mean_hit_rate(self) -> float:
-        """Hit rate over all layers, weighted by what each asks for."""
+        """Hit rate over all layers, weighted by the experts that each needs."""
         needed = self.experts_per_token.sum()
         missed = self.loads_per_token.sum() + self.prefetch_used_per_token.sum()
         return float(1 - missed / needed) if needed else 1.0
@@ -135,9 +135,9 @@ def replayed_and_timed(
 
     Args:
         trace: recorded routing; every token is replayed as a decode step of its own.
-        config: cache plan, eviction and prefetch; its gating only judges candidates here.
+        config: cache plan, eviction and prefetch; its gating here only leaves out candidates.
         keep: bool [T, L, K], which of the routed experts are run.
-        hardware: measured times; without it nothing is timed, and nothing fetched ahead.
+        hardware: measured times; without it nothing is timed or prefetched.
         n_events: how many events of the timeline to keep.
     """
     steps, spec = trace.as_decode(), trace.spec

@@ -272,7 +272,7 @@ def _row(
         load_ratio=load_ratio,
         requested_fraction=requested_fraction,
         skipped_fraction=skipped,
-        experts_per_token=(1 - skipped) * model.spec.top_k,
+        experts_per_token=model.spec.experts_run(skipped),
         decode_speedup=plain.decode.ratio_to(gated.decode, varied=VARIED),
         loads_ratio=float(
             gated.decode_traffic.misses.sum() / max(1, plain.decode_traffic.misses.sum())

@@ -23,6 +23,7 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.records.arguments import finite_number
+from adapmoe_lab.records.prefetch import buffer_bytes
 from adapmoe_lab.simulation.search.cache_search import CacheChoice, best_cache
 from adapmoe_lab.simulation.search.prefetch_search import (
     NO_SOURCES,
@@ -180,8 +181,7 @@ def _prefetching(
     The buffer takes slots away, so that the times compared are of the same memory.
     """
     spec = trace.spec
-    n_bytes = buffer_slots(spec) * spec.stored_expert_bytes
-    n_bytes += predictors.n_bytes if predictors is not None else 0
+    n_bytes = buffer_bytes(buffer_slots(spec), spec.stored_expert_bytes, predictors)
     try:
         plan = uniform_plan(spec, budget, beside_bytes=surrogate_bytes + n_bytes)
     except ValueError:  # no room for a buffer

@@ -10,6 +10,7 @@ import ipywidgets
 import numpy as np
 
 from adapmoe_lab.records import OFF
+from adapmoe_lab.records.prefetch import buffer_bytes
 from adapmoe_lab.simulation.search.prefetch_search import buffer_slots
 from adapmoe_lab.views.widgets import OwningBox, ThresholdCurve
 from adapmoe_lab.workbench.session import Cache, Candidate, Session
@@ -38,11 +39,10 @@ class Controls(OwningBox):
         self._is_following = False
         self._followed_budget: float | None = None
         spec = session.trace.spec
-        most = (spec.top_k - 1) / spec.top_k
         wide = {"layout": {"width": "98%"}, "style": {"description_width": "130px"}}
         self.budget = ipywidgets.FloatSlider(
-            0.0, min=0.0, max=most, step=BUDGET_STEP, description="Experts skipped",
-            readout_format=".1%", **wide,
+            0.0, min=0.0, max=spec.max_skipped_fraction, step=BUDGET_STEP,
+            description="Experts skipped", readout_format=".1%", **wide,
         )  # fmt: skip
         self.rule = ipywidgets.Dropdown(options=RULE_NAMES, description="Chosen by", **wide)
         self.slots = ipywidgets.IntSlider(
@@ -133,7 +133,8 @@ class Controls(OwningBox):
     def _show_memory(self) -> None:
         spec = self._session.trace.spec
         ahead = buffer_slots(spec) if self.ahead.value else 0
-        kept = self.slots.value * int(spec.slot_bytes.sum()) + ahead * spec.stored_expert_bytes
+        kept = self.slots.value * int(spec.slot_bytes.sum())
+        kept += buffer_bytes(ahead, spec.stored_expert_bytes)
         self.memory.value = (
             f"<small style='margin-left:136px'>of {spec.n_experts} per layer"
             f"{f', {ahead} ahead' if ahead else ''}: "

@@ -56,7 +56,7 @@ class Measuring:
             "n_runs": len(report.decode.samples),
             "hit_rate": traffic.hit_rate,
             "skipped_fraction": traffic.skipped_fraction,
-            "experts_per_token": (1 - traffic.skipped_fraction) * self._model.spec.top_k,
+            "experts_per_token": self._model.spec.experts_run(traffic.skipped_fraction),
             "link": self._model.link.name,
         }
 

@@ -164,8 +164,7 @@ class Session:
         """
         key = method, cache
         if key not in self._tradeoffs:
-            top_k = self.trace.spec.top_k
-            fractions = np.linspace(0, (top_k - 1) / top_k, N_TRADEOFF)
+            fractions = np.linspace(0, self.trace.spec.max_skipped_fraction, N_TRADEOFF)
             candidates = [self.candidate(method, float(f), cache) for f in fractions]
             self._tradeoffs[key] = [self.predict(candidate) for candidate in candidates]
         return self._tradeoffs[key]

@@ -105,7 +105,7 @@ class Stop(BaseException):
     """Stands for the interrupt that a kernel's stop button raises."""
 
 
-@pytest.mark.parametrize("method", ["copy", "wait", "finish", "copy_ahead", "begin_chunks"])
+@pytest.mark.parametrize("method", ["copy", "wait", "finish", "issue_prefetch", "begin_chunks"])
 @pytest.mark.parametrize("at", [1, 2, 5])
 def test_an_interrupt_anywhere_leaves_nothing_wrong_behind(load_tiny, monkeypatch, method, at):
     model = quick_link(load_tiny(clock=VirtualClock()))
@@ -128,11 +128,11 @@ def test_an_interrupt_anywhere_leaves_nothing_wrong_behind(load_tiny, monkeypatc
         assert decode(model.hf, prompt, 24) == expected
 
 
-def test_what_is_asked_ahead_is_forgotten_with_the_slots():
+def test_prefetches_are_forgotten_with_the_slots():
     clock = VirtualClock()
     link = EmulatedLink("emulated:x", clock, bytes_per_s=100.0)
     source, target = torch.arange(40, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)
-    copy = link.copy_ahead(source, target, priority=0)
+    copy = link.issue_prefetch(source, target, priority=0)
     clock.spend(0.25)  # two and a half chunks of a tenth of a second
     link.begin_chunks()
     assert (copy.n_begun, copy.bytes_begun) == (3, 30)
@@ -148,8 +148,8 @@ def test_the_most_urgent_goes_first_and_a_demand_before_all():
     clock = VirtualClock()
     link = EmulatedLink("emulated:x", clock, bytes_per_s=100.0)
     row = torch.zeros(40, dtype=torch.uint8)
-    later = link.copy_ahead(row, row.clone(), priority=2)
-    sooner = link.copy_ahead(row, row.clone(), priority=1)
+    later = link.issue_prefetch(row, row.clone(), priority=2)
+    sooner = link.issue_prefetch(row, row.clone(), priority=1)
     clock.spend(0.45)
     assert link.copy(row, row.clone()) == pytest.approx(0.5 + 0.4)
     assert (sooner.n_begun, later.n_begun) == (4, 1)

@@ -81,7 +81,7 @@ def test_pieces_fill_the_time_that_is_expected_to_be_quiet_and_no_more():
     link = CudaLink(torch.device("cuda"), RealClock())
     source = torch.randint(255, (2**28,), dtype=torch.uint8, pin_memory=True)
     target = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
-    copy = link.copy_ahead(source, target, priority=0)
+    copy = link.issue_prefetch(source, target, priority=0)
     chunk_s = link.seconds(2**28 // N_CHUNKS)
     link.begin_chunks()
     link.expect_quiet(until=link.clock.now())

@@ -10,8 +10,6 @@ from runs import PROMPT, half_cached
 
 from adapmoe_lab.engine.generation import generate_tokens
 from adapmoe_lab.engine.loading import load
-from adapmoe_lab.engine.prefetch.predictors import NextRouter, OwnNorm
-from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
 from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.profiling.hardware.machine_times import interleaved_medians
@@ -43,38 +41,26 @@ def test_it_finds_the_costs_of_a_virtual_machine(load_tiny, expert_memory):
     assert hardware.load_s(model.spec.stored_expert_bytes) == pytest.approx(LOAD_S)
     assert hardware.link_bytes_per_s == pytest.approx(model.link.bytes_per_s)
     assert hardware.miss_s == pytest.approx(0, abs=1e-12)
-    asked = hardware.gate_s, hardware.predict_s, hardware.gated_predict_s
-    asked += hardware.predict_overhead_s, hardware.predict_output_overhead_s
-    assert asked == pytest.approx((0, 0, 0, 0, 0), abs=1e-9)
+    no_part = hardware.gate_s, hardware.predict_s, hardware.gated_predict_s
+    no_part += hardware.predict_overhead_s, hardware.predict_output_overhead_s
+    assert no_part == pytest.approx((0, 0, 0, 0, 0), abs=1e-9)
     assert hardware.wait_s == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("follows_outputs", [False, True])
-def test_it_finds_what_asking_takes_whatever_is_followed(load_tiny, monkeypatch, follows_outputs):
+@pytest.mark.parametrize("has_prefetch", [False, True])
+def test_it_finds_what_querying_takes_whatever_is_prefetched(load_tiny, has_prefetch):
     model = virtual(load_tiny)
-    if follows_outputs:
+    if has_prefetch:
         table = PrefetchTable([PrefetchSource("own_norm", 1, np.zeros((3, 2)))], buffer_slots=1)
         model.apply(replace(TunedConfig.untuned(model.spec), prefetch=table))
-
-    def takes(seconds, method):
-        def slow(*arguments):
-            model.engine.clock.spend(seconds)
-            return method(*arguments)
-
-        return slow
-
-    for owner, name, seconds in (
-        (NextRouter, "scores", 2e-4),
-        (OwnNorm, "scores", 1e-3),
-        (Prefetcher, "_scores", 5e-4),
-    ):
-        monkeypatch.setattr(owner, name, takes(seconds, getattr(owner, name)))
+    host = COSTS.host._replace(
+        predict_s=2e-4, predict_overhead_s=5e-4, predict_output_overhead_s=8e-4
+    )
+    model.engine.step_costs = replace(COSTS, host=host)
     hardware = probe_hardware(model, n_steps=12, rounds=2)
     assert hardware.dense_step_s == pytest.approx(model.spec.n_layers * COSTS.host.dense_layer_s)
-    assert (hardware.predict_s, hardware.gated_predict_s) == pytest.approx((2e-4, 2e-4))
-    assert (hardware.predict_overhead_s, hardware.predict_output_overhead_s) == pytest.approx(
-        (5e-4, 1e-3 - 2e-4)
-    )
+    assert hardware.step_costs(model.spec.precision).host == pytest.approx(host, abs=1e-9)
+    assert hardware.gated_predict_s == pytest.approx(host.predict_s)
 
 
 def test_from_it_the_time_of_a_virtual_run_is_predicted(load_tiny):

@@ -162,11 +162,11 @@ def test_prefetch_is_kept_with_what_was_fitted_for_it(tmp_path):
         ),
         (
             lambda spec: PrefetchSource("next_router", 0, np.ones((3, 2))),
-            "'next_router' speaks of later layers, at distances from 1; got distance 0",
+            "'next_router' predicts later layers, at distances from 1; got distance 0",
         ),
         (
             lambda spec: PrefetchSource("token_table", 1, np.ones((3, 2))),
-            "'token_table' speaks of layer 0 only; got distance 1",
+            "'token_table' predicts layer 0 only; got distance 1",
         ),
         (
             lambda spec: PrefetchSource("next_router", 1, np.full((3, 2), 1.5)),

@@ -68,7 +68,7 @@ def test_what_misses_and_waits_take_of_the_host_is_in_the_prediction():
     assert n_misses / 2 * 3 <= waits <= n_misses * 3  # one wait is for one or two experts
 
 
-def test_right_guesses_hide_loads_and_move_the_same_bytes():
+def test_right_candidates_hide_loads_and_move_the_same_bytes():
     trace = make_trace(n_tokens=600)
     hardware = HardwareProfile("cpu", "emulated:x", [250, 1000], [0.0005, 0.002], 0.006, 0.0005)
     plain = replace(TunedConfig.untuned(trace.spec), plan=slots_plan(trace.spec, 4))
@@ -84,7 +84,7 @@ def test_right_guesses_hide_loads_and_move_the_same_bytes():
     assert after.mean_hit_rate == pytest.approx(before.mean_hit_rate)
 
 
-def test_gating_takes_time_in_every_layer_and_for_every_guess():
+def test_gating_takes_time_in_every_layer_and_for_every_prediction():
     trace = make_trace(n_tokens=300)
     hardware = HardwareProfile(
         "cpu", "emulated:x", [1000], [0.0], 0.006, 0.0005,
@@ -94,15 +94,15 @@ def test_gating_takes_time_in_every_layer_and_for_every_guess():
     sure = PrefetchTable([PrefetchSource("next_router", 1, np.ones((3, 2)))], buffer_slots=4)
     free = simulate(trace, gated, replace(hardware, gate_s=0.0)).ms_per_token
     assert simulate(trace, gated, hardware).ms_per_token == pytest.approx(free + 3)
-    asking = simulate(trace, replace(gated, prefetch=sure), hardware).ms_per_token
-    assert asking == pytest.approx(free + 3 + 2)
+    querying = simulate(trace, replace(gated, prefetch=sure), hardware).ms_per_token
+    assert querying == pytest.approx(free + 3 + 2)
     ungated = replace(gated, gating=None, prefetch=sure)
-    only_asked = simulate(trace, ungated, hardware).ms_per_token
-    unasked = simulate(trace, replace(ungated, prefetch=None), hardware).ms_per_token
-    assert only_asked == pytest.approx(unasked + 1)
+    queried = simulate(trace, ungated, hardware).ms_per_token
+    unqueried = simulate(trace, replace(ungated, prefetch=None), hardware).ms_per_token
+    assert queried == pytest.approx(unqueried + 1)
 
 
-def test_asking_takes_time_at_every_moment_and_more_at_a_layers_output():
+def test_querying_takes_time_at_every_hook_point_and_more_at_a_layers_output():
     trace = make_trace(n_tokens=300)
     candidates = trace.predictions["next_router"]
     trace = replace(trace, predictions={"next_router": candidates, "own_norm": candidates})
@@ -111,19 +111,19 @@ def test_asking_takes_time_at_every_moment_and_more_at_a_layers_output():
         predict_s=0.0005, predict_overhead_s=0.001, predict_output_overhead_s=0.002,
     )  # fmt: skip
     plain = TunedConfig.untuned(trace.spec)
-    unasked = simulate(trace, plain, hardware).ms_per_token
+    unqueried = simulate(trace, plain, hardware).ms_per_token
     for names, spent_ms in (
         (["next_router"], 2 * (1 + 0.5)),
         (["own_norm"], 2 * (1 + 2 + 0.5)),
         (["next_router", "own_norm"], 2 * (1 + 0.5) + 2 * (1 + 2 + 0.5)),
     ):
         sources = [PrefetchSource(name, 1, np.ones((3, 2))) for name in names]
-        asking = replace(plain, prefetch=PrefetchTable(sources, buffer_slots=4))
-        asked = simulate(trace, asking, hardware).ms_per_token
-        assert asked == pytest.approx(unasked + spent_ms)
+        querying = replace(plain, prefetch=PrefetchTable(sources, buffer_slots=4))
+        queried = simulate(trace, querying, hardware).ms_per_token
+        assert queried == pytest.approx(unqueried + spent_ms)
 
 
-def test_guesses_that_were_not_recorded_are_refused():
+def test_predictions_that_were_not_recorded_are_refused():
     trace = make_trace()
     hardware = HardwareProfile("cpu", "emulated:x", [1000], [0.002], 0.006, 0.0005)
     unknown = PrefetchTable([PrefetchSource("next_router", 3, np.ones((3, 2)))], buffer_slots=4)

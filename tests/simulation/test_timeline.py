@@ -30,7 +30,7 @@ def replay_of(*layers):
 def candidate_of(
     target, experts, probability=0.9, n_layers=2, distance=1, hook_point=HookPoint.EXPERTS_INPUT
 ):
-    """Return what the experts' input of the layer before tells of one layer, or its output."""
+    """Return candidates for one layer, predicted at the experts' input before it, or an output."""
     predicted = np.full((1, 1, n_layers, 2), -1, dtype=np.int16)
     predicted[0, 0, target, : len(experts)] = experts
     chance = np.full((1, 1, n_layers, 2), probability)
@@ -78,7 +78,7 @@ def layer_by_events(hits, loads, streamed, load_s, expert_s):
 
 
 @pytest.mark.parametrize("load_s", [0.1, 1.0, 3.0])
-def test_a_layer_without_guesses_takes_what_its_events_take(load_s):
+def test_a_layer_without_prefetch_takes_what_its_events_take(load_s):
     for hits, loads, streamed in np.ndindex(4, 4, 5):
         if hits + loads + streamed == 0:
             continue
@@ -119,15 +119,15 @@ def test_what_the_host_does_while_a_device_waits_is_hidden_as_far_as_it_waits():
     ("hook_point", "expected"), [(HookPoint.EXPERTS_INPUT, 12.5), (HookPoint.LAYER_OUTPUT, 16.0)]
 )
 def test_nothing_is_hidden_where_the_host_waits_for_a_layers_output(hook_point, expected):
-    """Nobody candidates anything; the layers are those of the test above."""
+    """Nothing is predicted; the layers are those of the test above."""
     replayed = replay_of({0: HIT}, {5: LOAD})
     costs = costs_of(dense_layer_s=5.0, wait_s=-3.5)
     silent = candidate_of(1, [], hook_point=hook_point)
     assert run_timeline(replayed, costs, silent, 2).ended_s[0] == expected
 
 
-def test_a_right_guess_saves_what_is_over_when_it_is_asked_for():
-    """Asked at 2; chunks of 1 s from 2 to 5, when the next layer asks; the rest is demanded."""
+def test_a_right_candidate_saves_what_has_crossed_when_it_is_demanded():
+    """Issued at 2; chunks of 1 s from 2 to 5, when the next layer runs; the rest is demanded."""
     replayed = replay_of({0: HIT}, {5: LOAD})
     before = run_timeline(replayed, costs_of())
     after = run_timeline(replayed, costs_of(), candidate_of(1, [5]), 2, n_events=20)
@@ -142,7 +142,7 @@ def test_a_right_guess_saves_what_is_over_when_it_is_asked_for():
     assert demand[:, 3:].tolist() == [[5, 6]]
 
 
-def test_a_wrong_guess_delays_a_demand_by_less_than_a_piece():
+def test_a_wrong_candidate_delays_a_demand_by_less_than_a_chunk():
     replayed = replay_of({0: HIT}, {5: LOAD})
     slow = costs_of(load_s=2.4 * LOAD_S)  # chunks of 2.4 s: the second ends 1.8 s too late
     without = run_timeline(replayed, slow)
@@ -152,7 +152,7 @@ def test_a_wrong_guess_delays_a_demand_by_less_than_a_piece():
     assert wrong.n_bytes[0] == 400 + 200
 
 
-def test_a_guess_of_what_is_here_or_not_worth_it_is_not_fetched():
+def test_a_candidate_that_is_resident_or_not_worth_it_is_not_prefetched():
     replayed = replay_of({0: HIT}, {5: LOAD})
     here = Replay(**{**vars(replayed), "absent": np.zeros_like(replayed.absent)})
     for run, candidates in (
@@ -165,7 +165,7 @@ def test_a_guess_of_what_is_here_or_not_worth_it_is_not_fetched():
         assert timeline.n_bytes[0] == 400
 
 
-def test_no_guess_is_followed_when_the_link_has_no_idle_time():
+def test_no_prefetch_begins_when_the_link_has_no_idle_time():
     """Layer 0 loads until 6, is done at 7; layer 1 needs its own at 9: one second one begins."""
     replayed = replay_of({0: LOAD, 1: HIT}, {5: LOAD, 6: LOAD})
     busy = run_timeline(replayed, costs_of(), candidate_of(1, [5, 6]), 4)
@@ -183,7 +183,7 @@ def test_the_buffer_holds_no_more_than_its_slots():
 
 
 def test_demands_go_first_and_what_was_begun_goes_on_after_them():
-    """Guessed for layer 2 while layer 0 runs; the demand of layer 1 comes between its chunks."""
+    """Issued for layer 2 while layer 0 runs; the demand of layer 1 comes between its chunks."""
     replayed = replay_of({0: HIT}, {3: LOAD}, {5: LOAD})
     candidates = candidate_of(2, [5], n_layers=3, distance=2)
     timeline = run_timeline(replayed, costs_of(3), candidates, 2, n_events=30)

@@ -40,5 +40,5 @@ def _loss_line(model: Any, report: Any) -> str:
     return (
         f"loss {report.nats_per_token:.4f} nats/token "
         f"over {report.n_predicted.sum():,} tokens; "
-        f"{(1 - skipped) * model.spec.top_k:.3f} experts/token, {skipped:.1%} skipped"
+        f"{model.spec.experts_run(skipped):.3f} experts/token, {skipped:.1%} skipped"
     )

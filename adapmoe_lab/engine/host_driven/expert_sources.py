@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
 from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.engine.transfer.link import Link
-from adapmoe_lab.engine.transfer.prefetch_copy import AheadCopy
+from adapmoe_lab.engine.transfer.prefetch_copy import PrefetchCopy
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router, UnsupportedModelError, router_scores
 from adapmoe_lab.policies.allocation.slots import N_STAGING
@@ -176,7 +176,7 @@ class CachedExperts:
         layer: int,
         step: StepPlan,
         missing: Mapping[int, Load | None],
-        begun: Mapping[int, AheadCopy],
+        begun: Mapping[int, PrefetchCopy],
         hidden: torch.Tensor,
     ) -> Iterator[tuple[int, Weights]]:
         """Ask for all that is missing, then yield the experts of a step."""

@@ -1,6 +1,6 @@
-"""Predicting which experts a layer will need, before its router is asked.
+"""Predicting which experts a layer will need, before its router has chosen.
 
-Recording and prefetch ask the same objects at the same hook points, so that what was recorded is
+Recording and prefetch query the same objects at the same hook points, so that what was recorded is
 what prefetch will see.
 """
 
@@ -26,7 +26,7 @@ from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.prefetch import HOOK_POINTS
 
 MAX_DISTANCE = 3
-"""Layers ahead that are looked at; AdapMoE goes as far (arXiv 2408.10284, section 4.2)."""
+"""The most layers between source and target, as in AdapMoE (arXiv 2408.10284, section 4.2)."""
 
 
 class Predictor(Protocol):
@@ -34,7 +34,7 @@ class Predictor(Protocol):
 
     Attributes:
         name: what traces and configs call it.
-        hook_point: when it can be asked, and what it is then shown.
+        hook_point: where it can be queried, and so what it is shown.
     """
 
     name: str
@@ -62,12 +62,12 @@ class NextRouter:
     hook_point = HOOK_POINTS[name]
 
     def __init__(self, routers: Sequence[Router], max_distance: int = MAX_DISTANCE) -> None:
-        """Ask the routers of all layers."""
+        """Predict with the routers of all layers."""
         self._routers = routers
         self._max_distance = max_distance
 
     def targets(self, layer: int) -> range:
-        """Return the next layers, as far as it looks."""
+        """Return the next layers, as far as its distance goes."""
         return range(layer + 1, min(layer + self._max_distance + 1, len(self._routers)))
 
     def scores(self, source: int, target: int, x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ class OwnNorm:
     hook_point = HOOK_POINTS[name]
 
     def __init__(self, routers: Sequence[Router], norms: Sequence[nn.Module]) -> None:
-        """Ask routers behind the norms, one of each per layer."""
+        """Predict with routers behind the norms, one of each per layer."""
         self._routers = routers
         self._norms = norms
 

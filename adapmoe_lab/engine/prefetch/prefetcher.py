@@ -15,7 +15,7 @@ from adapmoe_lab.engine.prefetch.predictors import Predictor, likeliest
 from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.engine.transfer.clock import Clock
 from adapmoe_lab.engine.transfer.link import Link
-from adapmoe_lab.engine.transfer.prefetch_copy import AheadCopy
+from adapmoe_lab.engine.transfer.prefetch_copy import PrefetchCopy
 from adapmoe_lab.policies.eviction.expert_cache import ExpertCache, StepPlan
 from adapmoe_lab.policies.prefetch.candidates import likely_needed
 from adapmoe_lab.policies.prefetch.expected_gain import expected_gain_s, needed_at, priority
@@ -30,7 +30,7 @@ class _Entry:
 
     layer: int
     expert: int
-    copy: AheadCopy
+    copy: PrefetchCopy
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Prefetcher:
             entry.copy.bytes_begun for entry in self._entries if entry
         )
 
-    def resolve(self, layer: int, missing: Collection[int]) -> dict[int, AheadCopy]:
+    def resolve(self, layer: int, missing: Collection[int]) -> dict[int, PrefetchCopy]:
         """Return what was begun of a layer's missing experts, and cancel its other prefetches.
 
         The copies' entries stay taken until `release`.
@@ -286,7 +286,7 @@ class Prefetcher:
             return
         number, source = self._entries.index(None), self._store.buffer(layer, expert)
         target = self._buffer[number][: source.numel()]
-        copy = self._link.copy_ahead(source, target, priority(layer, self._n_issued))
+        copy = self._link.issue_prefetch(source, target, priority(layer, self._n_issued))
         self._n_issued += 1
         self._entries[number] = _Entry(layer, expert, copy)
 

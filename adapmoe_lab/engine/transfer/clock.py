@@ -16,12 +16,12 @@ class Clock(Protocol):
         """Return seconds since some fixed start."""
         ...
 
-    def sleep_until(self, moment: float) -> None:
-        """Return no earlier than `moment`."""
+    def sleep_until(self, time_s: float) -> None:
+        """Return no earlier than `time_s`, in seconds of this clock."""
         ...
 
     def spend(self, seconds: float) -> None:
-        """Note that computing of a known cost was done."""
+        """Take account of computing that has a known cost."""
         ...
 
 
@@ -32,12 +32,12 @@ class RealClock:
         """Return seconds of a monotonic clock."""
         return time.perf_counter()
 
-    def sleep_until(self, moment: float) -> None:
-        """Return within microseconds after `moment`."""
-        left = moment - time.perf_counter()
+    def sleep_until(self, time_s: float) -> None:
+        """Return within microseconds after `time_s`."""
+        left = time_s - time.perf_counter()
         if left > SPIN_S:
             time.sleep(left - SPIN_S)
-        while time.perf_counter() < moment:
+        while time.perf_counter() < time_s:
             pass
 
     def spend(self, seconds: float) -> None:
@@ -45,7 +45,7 @@ class RealClock:
 
 
 class VirtualClock:
-    """A clock that moves only when it is told to, so that every run takes the same time."""
+    """A clock that moves only by what is spent and waited for: every run takes the same time."""
 
     def __init__(self) -> None:
         """Start at zero."""
@@ -55,9 +55,9 @@ class VirtualClock:
         """Return the virtual seconds passed."""
         return self._now
 
-    def sleep_until(self, moment: float) -> None:
-        """Move on to `moment` if it lies ahead."""
-        self._now = max(self._now, moment)
+    def sleep_until(self, time_s: float) -> None:
+        """Move on to `time_s` if it is later than now."""
+        self._now = max(self._now, time_s)
 
     def spend(self, seconds: float) -> None:
         """Move on by the cost of some computing."""

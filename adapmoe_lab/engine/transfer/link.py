@@ -9,17 +9,17 @@ from typing import Any, Protocol
 import torch
 
 from adapmoe_lab.engine.transfer.clock import Clock
-from adapmoe_lab.engine.transfer.prefetch_copy import AheadCopy, AheadQueue
+from adapmoe_lab.engine.transfer.prefetch_copy import PrefetchCopy, PrefetchQueue
 
 NO_LINK = "none"
-"""The name of an emulated link that holds nothing."""
+"""The name of an emulated link without delay."""
 
-PROBE_BYTES, PROBE_COPIES = (2**18, 2**24), 4
-"""Sizes of the copies by which a real link is measured, and how many of each."""
+MEASURED_BYTES, N_MEASURED = (2**18, 2**24), 4
+"""Bytes of the copies, and how many of each, that a real link is measured by."""
 
 
 class Link(Protocol):
-    """Brings experts to the device: what is demanded in order, what is prefetched meanwhile."""
+    """Brings experts to the device: demands in order, and prefetches while there is none."""
 
     name: str
 
@@ -34,10 +34,10 @@ class Link(Protocol):
         """Make what is computed next see the whole copy."""
         ...
 
-    def copy_ahead(
+    def issue_prefetch(
         self, source: torch.Tensor, destination: torch.Tensor, priority: int
-    ) -> AheadCopy:
-        """Queue a copy whose chunks begin, smallest `priority` first, while nothing is demanded."""
+    ) -> PrefetchCopy:
+        """Issue a copy whose chunks begin, by priority, while nothing is demanded."""
         ...
 
     def begin_chunks(self) -> None:
@@ -48,11 +48,11 @@ class Link(Protocol):
         """Expect that nothing is demanded until then: begin now what must be begun beforehand."""
         ...
 
-    def finish(self, copy: AheadCopy) -> None:
+    def finish(self, copy: PrefetchCopy) -> None:
         """Demand what is left of a prefetch."""
         ...
 
-    def cancel(self, copy: AheadCopy) -> None:
+    def cancel(self, copy: PrefetchCopy) -> None:
         """Begin no further chunk of a copy."""
         ...
 
@@ -65,7 +65,7 @@ class Link(Protocol):
         ...
 
     def drain(self) -> None:
-        """Forget what is to be prefetched and return once no copy is under way.
+        """Forget the prefetches and return once no copy is under way.
 
         Its memory may then be given up.
         """
@@ -77,19 +77,19 @@ class Link(Protocol):
 
 
 class EmulatedLink:
-    """Real copies in host memory, each held as long as the target link would take.
+    """Real copies in host memory, each throttled to what the target link would take.
 
-    The transfers queue on one link: a copy starts when it is asked for and the one before it has
+    The transfers queue on one link: a copy starts when it is issued and the one before it has
     ended, and computing goes on meanwhile.
     """
 
     def __init__(
         self, name: str, clock: Clock, bytes_per_s: float = float("inf"), latency_s: float = 0.0
     ) -> None:
-        """Emulate a link of the given bandwidth and latency; infinite and zero hold nothing."""
+        """Emulate a link of the given bandwidth and latency; infinite and zero delay nothing."""
         self.clock = clock
         self.emulate(name, bytes_per_s, latency_s)
-        self._ahead = AheadQueue()
+        self._prefetches = PrefetchQueue()
         self._is_delayed = True
 
     def emulate(self, name: str, bytes_per_s: float = float("inf"), latency_s: float = 0.0) -> None:
@@ -109,7 +109,7 @@ class EmulatedLink:
             self.emulate(*present)
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> float:
-        """Copy now and return the time at which it counts as arrived."""
+        """Copy now and return when it counts as arrived."""
         self.begin_chunks()
         return self._copy(self.clock.now(), source, destination)
 
@@ -119,32 +119,32 @@ class EmulatedLink:
         self._free_at = begins + self.seconds(source.numel() * source.element_size())
         return self._free_at
 
-    def copy_ahead(
+    def issue_prefetch(
         self, source: torch.Tensor, destination: torch.Tensor, priority: int
-    ) -> AheadCopy:
-        """Ask for a copy that uses the link's idle time."""
-        copy = AheadCopy(source, destination, priority, self.clock.now())
-        self._ahead.add(copy)
+    ) -> PrefetchCopy:
+        """Issue a copy that uses the link's idle time."""
+        copy = PrefetchCopy(source, destination, priority, self.clock.now())
+        self._prefetches.add(copy)
         return copy
 
     def begin_chunks(self) -> None:
         """Copy every chunk that the target link would have begun before now."""
         now = self.clock.now()
-        while (copy := self._ahead.next()) and max(self._free_at, copy.issued_at) < now:
+        while (copy := self._prefetches.next()) and max(self._free_at, copy.issued_at) < now:
             copy.arrival = self._copy(copy.issued_at, *copy.take_chunk())
 
     def expect_quiet(self, until: float) -> None:
         """Begin nothing: when it is over, `begin_chunks` knows how long it was quiet."""
 
-    def finish(self, copy: AheadCopy) -> None:
+    def finish(self, copy: PrefetchCopy) -> None:
         """Copy what is left now."""
         self.begin_chunks()
         if not copy.is_whole:
             copy.arrival = self._copy(self.clock.now(), *copy.take_rest())
 
-    def cancel(self, copy: AheadCopy) -> None:
+    def cancel(self, copy: PrefetchCopy) -> None:
         """Begin no further chunk of a copy."""
-        self._ahead.remove(copy)
+        self._prefetches.remove(copy)
 
     def seconds(self, n_bytes: int) -> float:
         """Return how long the target link takes for a copy of that size."""
@@ -159,12 +159,12 @@ class EmulatedLink:
         self.clock.sleep_until(arrival)
 
     def drain(self) -> None:
-        """Forget what is to be prefetched; other copies are made at once."""
-        self._ahead.clear()
+        """Forget the prefetches; other copies are made at once."""
+        self._prefetches.clear()
 
     @contextmanager
     def without_link_delay(self) -> Iterator[None]:
-        """Copy without holding, for runs whose time does not matter."""
+        """Copy without delay, for runs whose time does not matter."""
         previous, self._is_delayed = self._is_delayed, False
         try:
             yield
@@ -182,13 +182,13 @@ class CudaLink:
         self.device = device
         self.clock = clock
         self.stream = torch.cuda.Stream(device)
-        self._ahead = AheadQueue()
+        self._prefetches = PrefetchQueue()
         self._free_at = 0.0
         self._measured: tuple[float, float] | None = None
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> torch.cuda.Event:
         """Enqueue the copy behind everything already computed, which may read the destination."""
-        if self._measured is not None:  # prefetching is on, and needs to know when the link is free
+        if self._measured is not None:  # when the link is free matters only to prefetch
             self._expect(source)
         return self._enqueue(source, destination, self._computed_so_far())
 
@@ -214,13 +214,13 @@ class CudaLink:
         """Make the compute stream wait for the copy; the host goes on."""
         torch.cuda.current_stream(self.device).wait_event(arrival)
 
-    def copy_ahead(
+    def issue_prefetch(
         self, source: torch.Tensor, destination: torch.Tensor, priority: int
-    ) -> AheadCopy:
-        """Ask for a copy; `expect_quiet` begins its chunks."""
-        copy = AheadCopy(source, destination, priority, self.clock.now())
+    ) -> PrefetchCopy:
+        """Issue a copy; `expect_quiet` begins its chunks."""
+        copy = PrefetchCopy(source, destination, priority, self.clock.now())
         copy.ready = self._computed_so_far()
-        self._ahead.add(copy)
+        self._prefetches.add(copy)
         return copy
 
     def begin_chunks(self) -> None:
@@ -229,22 +229,22 @@ class CudaLink:
     def expect_quiet(self, until: float) -> None:
         """Enqueue every chunk that will begin by then, behind what is demanded.
 
-        A copy stream serves in order, so what is enqueued cannot be dropped. If the expectation
+        A copy stream serves in order, so what is enqueued cannot be cancelled. If the expectation
         holds, the next demand waits for one chunk at most.
         """
-        while max(self.clock.now(), self.free_at()) < until and (copy := self._ahead.next()):
+        while max(self.clock.now(), self.free_at()) < until and (copy := self._prefetches.next()):
             source, destination = copy.take_chunk()
             self._expect(source)
             copy.arrival = self._enqueue(source, destination, copy.ready)
 
-    def finish(self, copy: AheadCopy) -> None:
+    def finish(self, copy: PrefetchCopy) -> None:
         """Enqueue what is left."""
         if not copy.is_whole:
             copy.arrival = self.copy(*copy.take_rest())
 
-    def cancel(self, copy: AheadCopy) -> None:
+    def cancel(self, copy: PrefetchCopy) -> None:
         """Begin no further chunk of a copy."""
-        self._ahead.remove(copy)
+        self._prefetches.remove(copy)
 
     def seconds(self, n_bytes: int) -> float:
         """Return how long a copy takes, as measured when this is first called."""
@@ -262,25 +262,25 @@ class CudaLink:
     def _measured_costs(self) -> tuple[float, float]:
         """Return latency in seconds and bytes per second, from pinned copies of two sizes."""
         spent = []
-        for n_bytes in PROBE_BYTES:
+        for n_bytes in MEASURED_BYTES:
             source = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
             target = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
             seconds = []
-            for _ in range(PROBE_COPIES):
+            for _ in range(N_MEASURED):
                 self.stream.synchronize()
                 begin = self.clock.now()
                 self._enqueue(source, target, self._computed_so_far()).synchronize()
                 seconds.append(self.clock.now() - begin)
             spent.append(min(seconds))
-        bytes_per_s = (PROBE_BYTES[1] - PROBE_BYTES[0]) / max(spent[1] - spent[0], 1e-9)
-        return max(0.0, spent[0] - PROBE_BYTES[0] / bytes_per_s), bytes_per_s
+        bytes_per_s = (MEASURED_BYTES[1] - MEASURED_BYTES[0]) / max(spent[1] - spent[0], 1e-9)
+        return max(0.0, spent[0] - MEASURED_BYTES[0] / bytes_per_s), bytes_per_s
 
     def drain(self) -> None:
-        """Forget what is to be prefetched and wait on the host for the copy stream."""
-        self._ahead.clear()
+        """Forget the prefetches and wait on the host for the copy stream."""
+        self._prefetches.clear()
         self.stream.synchronize()
 
     @contextmanager
     def without_link_delay(self) -> Iterator[None]:
-        """Change nothing: a real link has no emulated delay."""
+        """Change nothing: a real link emulates no delay."""
         yield

@@ -1,4 +1,4 @@
-"""Copies that use the link while nothing is demanded: begun chunk by chunk, dropped at any time."""
+"""Prefetches on the link: copies begun chunk by chunk while nothing is demanded, or cancelled."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from adapmoe_lab.records.step_costs import N_CHUNKS, chunk_bounds
 
 
 @dataclass(eq=False)
-class AheadCopy:
+class PrefetchCopy:
     """An expert on its way to the buffer, or waiting for the link.
 
     Attributes:
-        source: its row in the store.
+        source: its buffer in the store.
         destination: where it goes.
-        priority: the lower, the sooner its next chunk goes.
-        issued_at: when it was asked for.
+        priority: the copy with the lowest goes first.
+        issued_at: when it was issued.
         n_begun: chunks begun so far.
         arrival: what `Link.wait` needs to know the last chunk begun by; None before the first.
         ready: on a GPU, the event after which nothing reads the destination's old contents.
@@ -60,18 +60,18 @@ class AheadCopy:
         return self.source[first:], self.destination[first:]
 
 
-class AheadQueue:
+class PrefetchQueue:
     """Copies that wait for the link, in the order their next chunks go."""
 
     def __init__(self) -> None:
         """Start empty."""
-        self._copies: list[AheadCopy] = []
+        self._copies: list[PrefetchCopy] = []
 
-    def add(self, copy: AheadCopy) -> None:
+    def add(self, copy: PrefetchCopy) -> None:
         """Let a copy wait behind those of its priority."""
         self._copies.append(copy)
 
-    def remove(self, copy: AheadCopy) -> None:
+    def remove(self, copy: PrefetchCopy) -> None:
         """Begin no further chunk of a copy."""
         if copy in self._copies:
             self._copies.remove(copy)
@@ -80,7 +80,7 @@ class AheadQueue:
         """Begin no further chunk of any copy."""
         self._copies.clear()
 
-    def next(self) -> AheadCopy | None:
-        """Return the copy whose next chunk goes first, those of one priority by age."""
+    def next(self) -> PrefetchCopy | None:
+        """Return the copy whose next chunk goes first: by priority, then by age."""
         self._copies = [copy for copy in self._copies if not copy.is_whole]
         return min(self._copies, key=lambda copy: copy.priority, default=None)

@@ -13,6 +13,7 @@ from adapmoe_lab.policies.gating.rule import Rule
 from adapmoe_lab.policies.gating.uniform import UniformCut
 from adapmoe_lab.policies.registry import Registry
 from adapmoe_lab.records import RoutingTrace, SensitivityProfile
+from adapmoe_lab.records.spec import max_skipped_fraction
 
 N_BISECTIONS = 20
 
@@ -50,7 +51,7 @@ def largest_skipped_fraction(
     rule: Rule, sensitivity: SensitivityProfile, top_k: int, max_loss_increase_nats: float
 ) -> float:
     """Return the largest skipped fraction whose predicted loss increase is allowed."""
-    low, high = 0.0, (top_k - 1) / top_k
+    low, high = 0.0, max_skipped_fraction(top_k)
     for _ in range(N_BISECTIONS):
         middle = (low + high) / 2
         predicted, _ = sensitivity.total_increase(rule.table(middle).cuts[:, 0])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.records import OFF, GatingTable, RoutingTrace
 from adapmoe_lab.records.arguments import finite_number
+from adapmoe_lab.records.spec import max_skipped_fraction
 
 MARGIN = 1e-6
 """How far below the smallest value a cut lies that everything is to reach."""
@@ -25,7 +26,7 @@ class Rule(Protocol):
 
 def check_skipped_fraction(skipped_fraction: float, top_k: int) -> None:
     """Raise ValueError if no number, or more than can be skipped with one expert kept."""
-    limit = (top_k - 1) / top_k
+    limit = max_skipped_fraction(top_k)
     if not 0 <= finite_number("skipped_fraction", skipped_fraction) <= limit:
         raise ValueError(
             f"skipped_fraction must lie in 0..{limit:g} for top-{top_k} routing (one "

@@ -28,14 +28,14 @@ PRECISIONS = ("bfloat16", "int8", "int4")
 """Measured whatever the model is stored in."""
 
 COLD_BYTES, MOST_ROWS = 2**26, 64
-"""Experts take turns over so many bytes that none is still in a cache when it is run again."""
+"""Experts are run in rotation over so many bytes that none is in a cache when it comes again."""
 
 HOST_BYTES = 2**26
 N_LAUNCHES = 64
 
 
 def interleaved_medians(works: Mapping[str, Work], budget_s: float = BUDGET_S) -> dict[str, float]:
-    """Return the median seconds of each work, interleaved so that drift treats all alike.
+    """Return the median seconds of each work, interleaved so that drift affects all alike.
 
     The first round warms up. Rounds end after `MAX_ROUNDS`, or when the budget is spent and
     `LEAST_ROUNDS` are kept.
@@ -88,10 +88,10 @@ def copy_times(store: ExpertStore, link: Link, clock: Clock, device: torch.devic
     sizes = sorted({max(1, int(n_bytes * fraction)) for fraction in COPY_FRACTIONS})
     target = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     pageable = torch.zeros(n_bytes, dtype=torch.uint8)
-    turns = count()
+    copied = count()
 
     def over_link(size: int) -> float:
-        source = store.buffer(*widest[next(turns) % len(widest)])[:size]
+        source = store.buffer(*widest[next(copied) % len(widest)])[:size]
         return seconds_each([lambda: link.wait(link.copy(source, target[:size]))], device, clock)
 
     def from_pageable(size: int) -> float:
@@ -131,11 +131,11 @@ def expert_times(
         n_rows = min(MOST_ROWS, -(-COLD_BYTES // layout.n_bytes))
         rows = torch.empty((n_rows, layout.n_bytes), dtype=torch.uint8, device=hidden.device)
         experts = [expert_views(row, layout) for row in rows.zero_()]
-        n_calls, turns = min(n_rows, 8), count()
+        n_calls, rounds = min(n_rows, 8), count()
 
         def work() -> float:
-            turn = next(turns) * n_calls
-            chosen = [experts[(turn + i) % n_rows] for i in range(n_calls)]
+            first = next(rounds) * n_calls
+            chosen = [experts[(first + i) % n_rows] for i in range(n_calls)]
             runs = [
                 lambda weights=weights: run_expert(module, weights, hidden) for weights in chosen
             ]

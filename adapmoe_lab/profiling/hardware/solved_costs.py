@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 N_SCALED = 4
-"""Rounds of telling slow decodes from expensive parts, after which both have settled."""
+"""Rounds of telling slow decodes from expensive parts, after which both no longer change."""
 N_REWEIGHTED = 30
-"""Rounds of reweighting after which the least absolute errors have settled."""
+"""Rounds of reweighting after which the least absolute errors no longer change."""
 SMALL_ERROR, TINY_S = 0.01, 1e-9
 """Errors count as alike below this share of their median, and below these seconds."""
 

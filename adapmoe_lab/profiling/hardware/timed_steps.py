@@ -73,7 +73,7 @@ def _query_tables(model: LabModel) -> list[PrefetchTable]:
 
 
 def unthrottled_steps(model: LabModel, n_steps: int, first: int) -> list[TimedStep]:
-    """Decode over a link without delay, one step in each variant by turns.
+    """Decode over a link without delay, its steps in interleaved variants.
 
     The number `first` says which variant comes first.
     """

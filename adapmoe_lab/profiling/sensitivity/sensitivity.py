@@ -161,7 +161,7 @@ class _Assembly:
         compensation: Surrogates | None,
     ) -> None:
         self._spec = model.spec
-        self._most = (model.spec.top_k - 1) / model.spec.top_k
+        self._most = model.spec.max_skipped_fraction
         self._cuts, self._terms, self._renormalise = cuts, terms, renormalise
         self._stand_in = RENORMALISED if renormalise else NOTHING
         if compensation is not None:

@@ -171,7 +171,34 @@ def _run_experts(log, costs, expert_s, loads, layer, sets, first, end, n_missing
     return stall
 
 
-# Long: a step's parts in the engine's order, one function so that it can be read beside it.
+@inlined
+def _run_layer(step, layer, sets, predictions, costs, expert_s, loads, state, accounts, log):
+    """Run one layer: what comes before its experts, demands, prefetches, and the experts."""
+    clock, entries, entry_of, _ = state
+    _compute(clock, log, DENSE, layer, -1, costs.dense_layer_s)
+    _begin_chunks(clock, log, costs, loads, entries)
+    first, end = sets.starts[layer, step], sets.starts[layer, step + 1]
+    accounts.wasted[step, layer] = resolve(entries, layer, sets, first, end, entry_of)
+    hits_s, missing_s, last_s = 0.0, 0.0, 0.0
+    for i in range(end - first):
+        accounts.used[step, layer] += entry_of[i] >= 0
+        own_s = expert_s[layer, sets.members[layer, first + i]]
+        if sets.outcomes[layer, first + i] == HIT:
+            hits_s += own_s
+        else:
+            missing_s += own_s
+            last_s = max(last_s, own_s)
+    link_ready, n_missing = _demand_missing(log, costs, loads, layer, sets, first, end, state)
+    layer_ready = max(clock[NOW] + hits_s, link_ready) + last_s
+    query_predictors(
+        EXPERTS_INPUT, layer, step, max(clock[NOW], link_ready), layer_ready, hits_s + missing_s,
+        predictions, clock, costs, loads, entries,
+    )  # fmt: skip
+    accounts.stall_s[step, layer] = _run_experts(
+        log, costs, expert_s, loads, layer, sets, first, end, n_missing, state
+    )
+
+
 @compiled
 def run_clock(sets, predictions, costs, expert_s, loads, state, accounts, log):
     """Run the clock over every step, and return how many events were written down.
@@ -186,8 +213,8 @@ def run_clock(sets, predictions, costs, expert_s, loads, state, accounts, log):
         accounts: `Accounts`, filled in.
         log: float64 [M, 5], filled with the first events: kind, layer, expert, begin, end.
     """
-    starts, (clock, entries, entry_of, _) = sets.starts, state
-    n_layers, n_steps = starts.shape[0], starts.shape[1] - 1
+    clock, entries, _, _ = state
+    n_layers, n_steps = sets.starts.shape[0], sets.starts.shape[1] - 1
     predicts_at_output = False
     for j in range(len(predictions.hook_points)):
         predicts_at_output |= predictions.hook_points[j] == LAYER_OUTPUT
@@ -197,30 +224,7 @@ def run_clock(sets, predictions, costs, expert_s, loads, state, accounts, log):
             predictions, clock, costs, loads, entries,
         )  # fmt: skip
         for layer in range(n_layers):
-            _compute(clock, log, DENSE, layer, -1, costs.dense_layer_s)
-            _begin_chunks(clock, log, costs, loads, entries)
-            first, end = starts[layer, step], starts[layer, step + 1]
-            accounts.wasted[step, layer] = resolve(entries, layer, sets, first, end, entry_of)
-            hits_s, missing_s, last_s = 0.0, 0.0, 0.0
-            for i in range(end - first):
-                accounts.used[step, layer] += entry_of[i] >= 0
-                own_s = expert_s[layer, sets.members[layer, first + i]]
-                if sets.outcomes[layer, first + i] == HIT:
-                    hits_s += own_s
-                else:
-                    missing_s += own_s
-                    last_s = max(last_s, own_s)
-            link_ready, n_missing = _demand_missing(
-                log, costs, loads, layer, sets, first, end, state
-            )
-            layer_ready = max(clock[NOW] + hits_s, link_ready) + last_s
-            query_predictors(
-                EXPERTS_INPUT, layer, step, max(clock[NOW], link_ready), layer_ready,
-                hits_s + missing_s, predictions, clock, costs, loads, entries,
-            )  # fmt: skip
-            accounts.stall_s[step, layer] = _run_experts(
-                log, costs, expert_s, loads, layer, sets, first, end, n_missing, state
-            )
+            _run_layer(step, layer, sets, predictions, costs, expert_s, loads, state, accounts, log)
             if predicts_at_output:
                 query_predictors(
                     LAYER_OUTPUT, layer, step, begins_at(clock), clock[NOW], 0.0,

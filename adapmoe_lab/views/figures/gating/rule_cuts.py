@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records import GatingTable, RoutingTrace
+from adapmoe_lab.records.spec import experts_run
 from adapmoe_lab.views.figures import theme
 
 
@@ -71,7 +72,7 @@ def plot_rule_cuts(info: RuleCutsInfo) -> go.Figure:
         traces,
         title="Where each rule skips",
         subtitle=f"All skip {skipped:.1%} of the expert activations: "
-        f"{info.top_k * (1 - skipped):.2f} experts per token instead of {info.top_k}",
+        f"{experts_run(info.top_k, skipped):.2f} experts per token instead of {info.top_k}",
         height=360,
         margin={"t": 84},
         legend=theme.KEY_ROW,

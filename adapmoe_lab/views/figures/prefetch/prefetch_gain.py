@@ -19,6 +19,7 @@ from adapmoe_lab.records import (
     RoutingTrace,
     TunedConfig,
 )
+from adapmoe_lab.records.prefetch import buffer_bytes
 from adapmoe_lab.simulation.search.prefetch_search import (
     NO_SOURCES,
     buffer_slots,
@@ -135,8 +136,7 @@ def _configs(
     """Return a config with all memory in slots, and one that leaves room for a buffer, if any."""
     budget = round(share * spec.all_experts_bytes)
     without = replace(plain, plan=uniform_plan(spec, budget))
-    n_bytes = buffer_slots(spec) * spec.stored_expert_bytes
-    n_bytes += fitted.n_bytes if fitted is not None else 0
+    n_bytes = buffer_bytes(buffer_slots(spec), spec.stored_expert_bytes, fitted)
     try:
         beside = uniform_plan(spec, budget, beside_bytes=n_bytes)
     except ValueError:  # no room for a buffer
