@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from adapmoe_lab.engine.executor import Decoder
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""Stands at the end of a text for a character whose last bytes are still missing."""
 
 
 def generate_tokens(
     decoder: Decoder,
     prompt: torch.Tensor,
     max_new_tokens: int,
-    *,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     stop_ids: frozenset[int] = frozenset(),
@@ -41,6 +44,28 @@ def generate_tokens(
         yield token
         if n_left:
             logits = decoder.step(token)
+
+
+def text_of_tokens(tokenizer: Any, ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Yield what tokens add to a text, each part once no later token can change it.
+
+    Special tokens are left out. A character of several tokens comes with the last of them.
+
+    Args:
+        tokenizer: turns ids into text.
+        ids: the tokens of the text so far.
+        tokens: those that follow.
+    """
+    every = list(ids)
+    shown = text = tokenizer.decode(every, skip_special_tokens=True)
+    for token in tokens:
+        every.append(token)
+        text = tokenizer.decode(every, skip_special_tokens=True)
+        if not text.endswith(INCOMPLETE):
+            yield text[len(shown) :]
+            shown = text
+    if text != shown:
+        yield text[len(shown) :]
 
 
 def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> int:

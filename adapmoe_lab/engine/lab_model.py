@@ -14,14 +14,15 @@ import torch
 from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.executor import Decoder, Executor
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation import generate_tokens, text_of_tokens
+from adapmoe_lab.engine.link_emulation import emulate, emulated
 from adapmoe_lab.engine.memory_plan import MemoryPlan
 from adapmoe_lab.engine.prefetch.predictors import Predictor, predictors_of
 from adapmoe_lab.engine.resident_layer import resident_layer_s
 from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.engine.store.on_disk import save_store
 from adapmoe_lab.engine.transfer.clock import VirtualClock
-from adapmoe_lab.engine.transfer.link import NO_LINK, EmulatedLink, Link
+from adapmoe_lab.engine.transfer.link import Link
 from adapmoe_lab.models.checkpoint.checkpoint import HFModel
 from adapmoe_lab.models.families import MoELayer
 from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
@@ -223,20 +224,9 @@ class LabModel:
         Raises:
             ValueError: the link is a real one, or decoding takes no time on a virtual clock.
         """
-        link = self._emulated_link(target)
+        link = emulated(self.link, target, self.engine.device)
         with self._in_use:
-            if target is None:
-                link.emulate(NO_LINK)
-                return
-            layer_s = self._resident_layer_s()
-            if not layer_s:
-                raise ValueError(
-                    f"{target.name!r} keeps a ratio to the time of a layer, and on a virtual clock "
-                    "that nothing was told a layer takes none. Set engine.step_costs, or load with "
-                    "link='none'."
-                )
-            load_s = layer_s * target.load_ratio
-            link.emulate(f"emulated:{target.name}", self.spec.mean_expert_bytes / load_s)
+            emulate(link, target, self.spec.mean_expert_bytes, self._resident_layer_s)
 
     @contextmanager
     def linked(self, target: LinkTarget | None) -> Iterator[Self]:
@@ -247,21 +237,10 @@ class LabModel:
         Raises:
             ValueError: as `emulate_link`.
         """
-        link = self._emulated_link(target)
+        link = emulated(self.link, target, self.engine.device)
         with self._in_use, link.restored():
             self.emulate_link(target)
             yield self
-
-    def _emulated_link(self, target: LinkTarget | None) -> EmulatedLink:
-        """Return the link if it can be made another one."""
-        link = self.link
-        if not isinstance(link, EmulatedLink):
-            wanted = "No link" if target is None else repr(target.name)
-            raise ValueError(
-                f"{wanted} cannot be emulated on {device_name(self.engine.device)}, which loads "
-                "over a real link; load the model with device='cpu'."
-            )
-        return link
 
     def decoder(self) -> Decoder:
         """Return what decodes one sequence under the config in force; see `generate_tokens`."""
@@ -290,6 +269,24 @@ class LabModel:
         Raises:
             ValueError: the prompt is empty or not one text, or a number is out of range.
         """
+        ids, tokens = self._tokens(prompt, max_new_tokens, temperature, seed)
+        return self.tokenizer.decode([*ids.tolist(), *tokens], skip_special_tokens=True)
+
+    def stream(
+        self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[str]:
+        """Yield the text that `generate` adds to a prompt, as it comes.
+
+        Other threads that want to run the model wait from the first part to the last, or until the
+        iterator is closed. Arguments and errors are those of `generate`.
+        """
+        ids, tokens = self._tokens(prompt, max_new_tokens, temperature, seed)
+        return text_of_tokens(self.tokenizer, ids.tolist(), tokens)
+
+    def _tokens(
+        self, prompt: str, max_new_tokens: int, temperature: float, seed: int
+    ) -> tuple[torch.Tensor, Iterator[int]]:
+        """Return the tokens of a prompt, and those that follow it, decoded as they are wanted."""
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, at_least=0)
         temperature = finite_number("temperature", temperature, at_least=0)
         seed = whole_number("seed", seed, at_least=-(2**63), at_most=2**64 - 1)
@@ -298,18 +295,15 @@ class LabModel:
             raise ValueError("The prompt is empty; give at least one word to continue.")
         stop = self.hf.generation_config.eos_token_id
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
-        with self._in_use:
-            produced = list(
-                generate_tokens(
-                    self.decoder(),
-                    ids,
-                    max_new_tokens,
-                    temperature=temperature,
-                    generator=torch.Generator().manual_seed(seed),
-                    stop_ids=stop_ids,
+        generator = torch.Generator().manual_seed(seed)
+
+        def tokens() -> Iterator[int]:
+            with self._in_use:
+                yield from generate_tokens(
+                    self.decoder(), ids, max_new_tokens, temperature, generator, stop_ids
                 )
-            )
-        return self.tokenizer.decode([*ids.tolist(), *produced], skip_special_tokens=True)
+
+        return ids, tokens()
 
     def save_experts(self, folder: str | Path) -> None:
         """Write the experts as they are stored, for `load(..., store=folder)` to reopen at once."""

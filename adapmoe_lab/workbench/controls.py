@@ -31,14 +31,14 @@ class Controls(OwningBox):
         candidate: what the controls say now.
     """
 
-    def __init__(self, bench: Session, on_change: Callable[[Candidate], None]) -> None:
-        """Build the controls for a bench; `on_change` receives every new candidate."""
-        self._bench = bench
+    def __init__(self, session: Session, on_change: Callable[[Candidate], None]) -> None:
+        """Build the controls for a session; `on_change` receives every new candidate."""
+        self._session = session
         self._on_change = on_change
         self._lock = threading.RLock()  # callbacks may come on two threads
         self._is_following = False
         self._followed_budget: float | None = None
-        spec = bench.trace.spec
+        spec = session.trace.spec
         wide = {"layout": {"width": "98%"}, "style": {"description_width": "130px"}}
         self.budget = ipywidgets.FloatSlider(
             0.0, min=0.0, max=spec.max_skipped_fraction, step=BUDGET_STEP,
@@ -50,11 +50,11 @@ class Controls(OwningBox):
             description="Experts kept", **wide,
         )  # fmt: skip
         self.ahead = ipywidgets.IntSlider(
-            0, min=0, max=max(1, bench.max_layers_ahead), description="Layers ahead",
-            disabled=not bench.max_layers_ahead, **wide,
+            0, min=0, max=max(1, session.max_layers_ahead), description="Layers ahead",
+            disabled=not session.max_layers_ahead, **wide,
         )  # fmt: skip
         self.memory = ipywidgets.HTML()
-        self.candidate = bench.suggestion(self.rule.value, self._cache)
+        self.candidate = session.suggestion(self.rule.value, self._cache)
         self._follow_budget()
         self.curve = ThresholdCurve(
             values=self.candidate.cuts.tolist(),
@@ -71,7 +71,7 @@ class Controls(OwningBox):
         self.ahead.observe(self._cache_moved, "value")
         self.curve.observe(self._curve_moved, "values")
         self.curve.observe(self._curve_moved, "committed")
-        self._tell_memory()
+        self._show_memory()
         rows = [self.budget, self.rule, self.slots, self.memory, self.ahead, self.curve]
         super().__init__(rows)
 
@@ -90,7 +90,7 @@ class Controls(OwningBox):
 
     def _follow_budget(self) -> None:
         """Show what the candidate skips; a slider sends back what it was given, in its steps."""
-        fraction = self._bench.skipped_fraction(self.candidate)
+        fraction = self._session.skipped_fraction(self.candidate)
         steps = round(fraction / BUDGET_STEP)
         self._followed_budget = self.budget.value = steps * BUDGET_STEP
 
@@ -103,7 +103,7 @@ class Controls(OwningBox):
             if self._is_following or (change["owner"] is self.budget and self._is_echo()):
                 return
             self._followed_budget = None
-            candidate = self._bench.candidate(self.rule.value, self.budget.value, self._cache)
+            candidate = self._session.candidate(self.rule.value, self.budget.value, self._cache)
             with self._following():
                 self.curve.values = self.curve.baseline = candidate.cuts.tolist()
             self._set(candidate)
@@ -123,15 +123,15 @@ class Controls(OwningBox):
 
     def _cache_moved(self, _: object) -> None:
         with self._lock:
-            self._tell_memory()
+            self._show_memory()
             self._set(Candidate(self.candidate.cuts, self._cache, self.candidate.chosen_by))
 
     def _set(self, candidate: Candidate) -> None:
         self.candidate = candidate
         self._on_change(candidate)
 
-    def _tell_memory(self) -> None:
-        spec = self._bench.trace.spec
+    def _show_memory(self) -> None:
+        spec = self._session.trace.spec
         ahead = buffer_slots(spec) if self.ahead.value else 0
         kept = self.slots.value * int(spec.slot_bytes.sum())
         kept += buffer_bytes(ahead, spec.stored_expert_bytes)

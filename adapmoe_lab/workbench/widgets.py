@@ -26,13 +26,13 @@ DEFAULT_FILE = "tuned.json"
 class Panel(OwningBox):
     """The widgets of a workbench and what they do."""
 
-    def __init__(self, bench: Session, measuring: Measuring, about: str) -> None:
+    def __init__(self, session: Session, measuring: Measuring, about: str) -> None:
         """Build them; `about` says which model this is."""
-        self._bench = bench
+        self._session = session
         self._measuring = measuring
         self._measured: dict[tuple[bytes, Cache], dict[str, Any]] = {}
         self._worker: LatestWins[Candidate] = LatestWins(self._recompute, self._show_error)
-        self.controls = Controls(self._bench, self._moved)
+        self.controls = Controls(self._session, self._moved)
         self.summary = ipywidgets.HTML()
         self.layers_figure, self.tradeoff_figure = LiveFigure(), LiveFigure()
         self.error = ipywidgets.HTML()
@@ -56,12 +56,12 @@ class Panel(OwningBox):
     def config(self) -> TunedConfig:
         """The present setting as a config, with its predicted and measured evidence."""
         candidate = self.controls.candidate
-        return self._bench.export(candidate, self._measured.get(candidate.key, {}))
+        return self._session.export(candidate, self._measured.get(candidate.key, {}))
 
     @property
     def config_without_skipping(self) -> TunedConfig:
         """The same cache with nothing skipped, to compare with."""
-        return replace(self._bench.config(self.controls.candidate), gating=None)
+        return replace(self._session.config(self.controls.candidate), gating=None)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the plots show the present setting; return False if time ran out."""
@@ -73,7 +73,7 @@ class Panel(OwningBox):
         super().close()
 
     def _rows(self, about: str) -> list[ipywidgets.Widget]:
-        told = html.escape(about).replace("\n", "<br>")
+        described = html.escape(about).replace("\n", "<br>")
         left = ipywidgets.VBox([self.controls], layout={"flex": "1 1 380px", "min_width": "340px"})
         right = ipywidgets.VBox(
             [self.summary, self.layers_figure, self.tradeoff_figure],
@@ -87,7 +87,7 @@ class Panel(OwningBox):
         left.children = [*left.children, *jobs]
         return [
             ipywidgets.HBox(
-                [ipywidgets.HTML(f"<small>{told}</small>"), self.close_button],
+                [ipywidgets.HTML(f"<small>{described}</small>"), self.close_button],
                 layout={"justify_content": "space-between"},
             ),
             ipywidgets.HBox([left, right], layout={"flex_flow": "row wrap", "grid_gap": "16px"}),
@@ -100,7 +100,7 @@ class Panel(OwningBox):
 
         def work(progress: Progress) -> tuple[Candidate, dict[str, Any]]:
             candidate = self.controls.candidate
-            return candidate, measure(self._bench.config(candidate), progress)
+            return candidate, measure(self._session.config(candidate), progress)
 
         def done(result: tuple[Candidate, dict[str, Any]]) -> None:
             candidate, values = result
@@ -115,11 +115,11 @@ class Panel(OwningBox):
 
     def _recompute(self, candidate: Candidate) -> None:
         """Show a candidate's quick prediction, then the full one unless there is a newer one."""
-        self._show(candidate, self._bench.predict(candidate, quick=True))
+        self._show(candidate, self._session.predict(candidate, quick=True))
         self._measuring.touch()
         if candidate is not self.controls.candidate:
             return
-        prediction = self._bench.predict(candidate)
+        prediction = self._session.predict(candidate)
         self._show(candidate, prediction)
         self._draw_tradeoff(candidate, prediction)
         self.download_button.content = self.config.as_one_file(
@@ -130,7 +130,7 @@ class Panel(OwningBox):
 
     def _show(self, candidate: Candidate, prediction: Simulation) -> None:
         self.summary.value = as_html(tiles(prediction, self._measured.get(candidate.key, {})))
-        baseline = self._bench.without_skipping(candidate.cache)
+        baseline = self._session.without_skipping(candidate.cache)
         self.layers_figure.show(
             figures.plot_layer_bars(figures.layer_bars_info(prediction, baseline))
         )
@@ -147,13 +147,13 @@ class Panel(OwningBox):
             for (_, cache), both in self._measured.items()
             if cache == candidate.cache and {"latency", "loss"} <= set(both)
         ]
-        curve = self._bench.tradeoff(self.controls.rule.value, candidate.cache)
+        curve = self._session.tradeoff(self.controls.rule.value, candidate.cache)
         info = figures.tradeoff_info(curve, prediction, points)
         self.tradeoff_figure.show(figures.plot_tradeoff(info))
 
     def _file_named(self, _: object) -> None:
         name = Path(Path(self.file_name.value).name or DEFAULT_FILE)
-        suffix = name.suffix if self._bench.compensation is None else ".zip"
+        suffix = name.suffix if self._session.compensation is None else ".zip"
         self.download_button.filename = str(name.with_suffix(suffix))
 
     def _save(self) -> None:

@@ -95,3 +95,33 @@ def test_gating_and_prefetcher_can_change_between_steps_with_the_slots_as_they_a
     engine.switch_to(None, None)
     next(tokens)
     assert (engine.traffic - before).kept == 9
+
+
+def streamed_and_generated(model, temperature):
+    whole = model.generate(PROMPT, 40, temperature, seed=3)
+    parts = list(model.stream(PROMPT, 40, temperature, seed=3))
+    assert len(parts) > 1
+    return model.tokenizer.decode(model.encode(PROMPT)) + "".join(parts), whole
+
+
+def test_a_streamed_text_is_the_generated_one_in_parts(load_tiny):
+    """The tiny model's tokens are bytes: many make no character, some only part of one."""
+    streamed, whole = streamed_and_generated(load_tiny(), 1.5)
+    assert streamed == whole
+    with pytest.raises(ValueError, match="prompt is empty"):
+        load_tiny().stream("")
+
+
+def test_the_demo_streams_word_by_word():
+    model = load("demo", device="cpu", link="none", announce=lambda text: None)
+    streamed, whole = streamed_and_generated(model, 0.0)
+    assert streamed == whole
+    assert all("\N{REPLACEMENT CHARACTER}" not in part for part in model.stream(PROMPT, 20))
+
+
+def test_a_stream_that_is_closed_lets_others_run_the_model(load_tiny):
+    model = load_tiny()
+    stream = model.stream(PROMPT, 40)
+    next(stream)
+    stream.close()
+    assert model.generate(PROMPT, 4) == model.generate(PROMPT, 4)

@@ -23,4 +23,8 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     prompt = standard_input() if options.prompt == "-" else options.prompt
     model = load_model(options)
-    print(model.generate(prompt, options.max_new_tokens, options.temperature, options.seed))
+    parts = model.stream(prompt, options.max_new_tokens, options.temperature, options.seed)
+    print(prompt, end="", flush=True)
+    for part in parts:
+        print(part, end="", flush=True)
+    print()

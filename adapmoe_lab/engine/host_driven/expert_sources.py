@@ -74,8 +74,8 @@ class CachedExperts:
             link: what they cross.
             device: where the slots are.
             plan: how many slots there are, and who shares them.
-            eviction: name of the policy that says who leaves them.
-            routers: of every layer; asked only by policies that read scores.
+            eviction: name of the policy that decides which expert leaves.
+            routers: of every layer; used only for policies that read scores.
             prefetcher: what fetches ahead, if anything does.
 
         Raises:
@@ -135,7 +135,7 @@ class CachedExperts:
 
     @property
     def state(self) -> CacheState:
-        """Who is resident, and what decides who leaves."""
+        """Residency, and what decides which expert leaves next."""
         return self.cache.state
 
     def adopt(self, state: CacheState) -> None:
@@ -156,7 +156,7 @@ class CachedExperts:
     ) -> Iterator[tuple[int, Weights]]:
         """Yield the resident experts, then those fetched ahead, then the others as they arrive.
 
-        Every copy that has room is asked for at once; experts without a slot stream through the
+        Every copy that has room is issued at once; experts without a slot stream through the
         staging buffers, one loading while the other is read. A slot counts as holding an expert
         only after its copy was waited for: whatever stops the iteration in between leaves slots
         free, never wrong.

@@ -17,11 +17,8 @@ from adapmoe_lab.engine.transfer.clock import Clock
 from adapmoe_lab.engine.transfer.link import Link
 from adapmoe_lab.engine.transfer.prefetch_copy import PrefetchCopy
 from adapmoe_lab.policies.eviction.expert_cache import ExpertCache, StepPlan
-from adapmoe_lab.policies.prefetch.expected_gain import (
-    expected_gain_s,
-    likely_needed,
-    needed_at,
-)
+from adapmoe_lab.policies.prefetch.candidates import likely_needed
+from adapmoe_lab.policies.prefetch.expected_gain import expected_gain_s, needed_at, priority
 from adapmoe_lab.records import GatingTable, PrefetchSource, PrefetchTable
 from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.step_costs import StepCosts, chunk_bounds
@@ -102,7 +99,7 @@ class Prefetcher:
         self.used = np.zeros(store.n_layers, dtype=np.int64)
         self.wasted = np.zeros(store.n_layers, dtype=np.int64)
         self._gating = gating
-        self._bytes_resolved = 0
+        self._bytes_resolved, self._n_issued = 0, 0
         load_s = step_costs.load_s
         self._load_s = link.seconds if load_s is None else lru_cache(load_s)
 
@@ -289,7 +286,8 @@ class Prefetcher:
             return
         number, source = self._entries.index(None), self._store.buffer(layer, expert)
         target = self._buffer[number][: source.numel()]
-        copy = self._link.issue_prefetch(source, target, priority=layer)
+        copy = self._link.issue_prefetch(source, target, priority(layer, self._n_issued))
+        self._n_issued += 1
         self._entries[number] = _Entry(layer, expert, copy)
 
     def _entries_of(self, layer: int) -> list[tuple[int, _Entry]]:

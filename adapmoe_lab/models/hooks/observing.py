@@ -17,7 +17,7 @@ from adapmoe_lab.models.hooks.key_value_cache import cache_given
 from adapmoe_lab.records.hook_points import HookPoint
 
 Callback = Callable[..., None]
-"""What is called at a hook point; `observing_model` and `engine.observing` say with what."""
+"""What is called at a hook point; `engine.observing.observing` says with what."""
 
 OF_EXPERTS = (HookPoint.EXPERTS_OUTPUT, HookPoint.EXPERTS_GRADIENT)
 """Points that only what runs the experts knows."""
@@ -29,19 +29,13 @@ def observing_model(
 ) -> Iterator[None]:
     """Call back at points of every forward pass inside the block; restore the model afterwards.
 
-    A callback must not change what it is given. What it raises ends the pass. Batch and sequence
-    are one axis T except in token ids; layers are counted among those with experts.
+    For `engine.observing.observing`, which says what callbacks are given, and for what lies below
+    it. The points `OF_EXPERTS` are not among those of a model.
 
     Args:
         hf: the model.
         layers: its layers with routed experts.
-        callbacks: by hook point, called with
-
-            - TOKEN: token ids int64 [B, T] and the key-value cache that the pass continues, None
-              if there is none; a pass that is given embeddings instead is not shown;
-            - EXPERTS_INPUT: a layer's number and its experts' input [T, D];
-            - LAYER_OUTPUT: a layer's number and the residual stream [T, D] after it;
-            - LAST_HIDDEN: the final hidden states [T, D], which the output embeddings read.
+        callbacks: what is called, by hook point.
 
     Raises:
         UnsupportedModelError: outputs are to be observed of a layer that has no number.

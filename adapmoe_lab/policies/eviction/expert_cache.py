@@ -45,7 +45,7 @@ class StepPlan:
 
 @dataclass(frozen=True, eq=False)
 class CacheState:
-    """Residency, and what decides who leaves next, for another to go on from.
+    """Residency, and what decides which expert leaves next, for another to go on from.
 
     Attributes:
         slot_of: int64 [L, E], each expert's slot in its layer's pool, -1 if it is not resident.
@@ -173,7 +173,7 @@ class ExpertCache:
             state[members] = kept
 
     def _oracle_inputs(self, scores: NDArray[np.int64]) -> Any:
-        """Return what the policy's oracle says of the members of a set, by their scores [n]."""
+        """Return the policy's oracle inputs of the members of a set, by their scores [n]."""
         if not callable(self._policy.oracle_input):
             return 0
         of_set = scores.tolist()

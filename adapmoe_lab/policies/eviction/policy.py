@@ -30,7 +30,7 @@ class Use(NamedTuple):
 
     Attributes:
         was_resident: 1 for an expert resident before the step, 0 for a miss.
-        oracle_input: what the policy's `oracle_input` says of the use, 0 without one.
+        oracle_input: what the policy's `oracle_input` gives for the use, 0 without one.
         clock: steps before this one, of all layers that share the slots.
         n_layers: number of layers that share the slots.
         n_passes: forward passes before this one, `clock // n_layers`; given, since a division for

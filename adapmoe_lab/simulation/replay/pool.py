@@ -21,7 +21,7 @@ class Steps(NamedTuple):
         members: int16 [L, T K], the sets of each layer one after another, as `expert_sets` gives
             them.
         starts: int32 [L, N+1], where each set begins.
-        oracle_inputs: int32 [L, T K], what the policy's oracle says of each use; empty without one.
+        oracle_inputs: int32 [L, T K], the policy's oracle input of each use; empty without one.
         first_layer: number of the pool's first layer among the model's.
     """
 
@@ -50,7 +50,7 @@ class Scores(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What J predictors said, and whether it was resident when they said it.
+    """What J predictors predicted, and whether it was resident then.
 
     Attributes:
         distances: int64 [J], from how many layers before a layer's experts are predicted; 0 for

@@ -48,7 +48,7 @@ def _score_oracle(oracle_input: Callable[[Any, int], Any]) -> CompiledFunction:
 
     @compiled
     def fill_oracle_inputs(steps, scores, at, sums, of_set):
-        """Fill in what the oracle says of every member of the sets of layer `at` of the pool.
+        """Fill in the oracle input of every member of the sets of layer `at` of the pool.
 
         `sums` [E] and `of_set` [E] are working space.
         """

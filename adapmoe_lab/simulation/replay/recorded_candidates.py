@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from adapmoe_lab.policies.prefetch.expected_gain import kept_candidates, likely_needed
+from adapmoe_lab.policies.prefetch.candidates import kept_candidates, likely_needed
 from adapmoe_lab.records import GatingTable, PrefetchTable, RecordError, RoutingTrace
 from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.routing import Prediction
@@ -16,12 +16,12 @@ from adapmoe_lab.records.routing import Prediction
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What J predictors said of every step and layer.
+    """What J predictors predicted of every step and layer.
 
     Attributes:
-        hook_points: int64 [J], when each speaks, as in `records.prefetch`.
+        hook_points: int64 [J], when each is queried, a `HookPoint`.
         distances: int64 [J], from how many layers before; 0 for before the pass begins.
-        experts: int16 [J, N, L, C], what they said of each layer, likeliest first, -1 for none.
+        experts: int16 [J, N, L, C], the candidates of each layer, likeliest first, -1 for none.
         probability: float64 [J, N or 1, L, C], that it is right.
     """
 
@@ -44,7 +44,7 @@ def step_bounds(trace: RoutingTrace) -> NDArray[np.int64]:
 
 
 def recorded_prediction(trace: RoutingTrace, predictor: str, distance: int) -> Prediction:
-    """Return what a predictor said at a distance.
+    """Return what a predictor predicted at a distance.
 
     Raises:
         RecordError: the trace has no such predictions; the text says which it has.
@@ -63,11 +63,11 @@ def recorded_prediction(trace: RoutingTrace, predictor: str, distance: int) -> P
 def recorded_candidates(
     trace: RoutingTrace, table: PrefetchTable | None, gating: GatingTable | None = None
 ) -> Candidates:
-    """Return what a trace's predictors said, as far as a table follows them.
+    """Return what a trace's predictors predicted, as far as a table follows them.
 
     Args:
         trace: recorded routing, with predictions.
-        table: whom to follow, and how far; None for nobody.
+        table: which predictors to follow, at which distances; None for none.
         gating: what will skip experts: candidates that it would skip are left out.
 
     Raises:
@@ -76,13 +76,13 @@ def recorded_candidates(
     if table is None:
         return NO_CANDIDATES
     bounds = step_bounds(trace)
-    spoken = [_predicted_by(trace, source, bounds, gating) for source in table.sources]
-    width = max(experts.shape[2] for experts, _ in spoken)
-    n_varying = max(len(probability) for _, probability in spoken)
-    shape = (len(spoken), len(bounds) - 1, trace.spec.n_layers, width)
+    by_source = [_predicted_by(trace, source, bounds, gating) for source in table.sources]
+    width = max(experts.shape[2] for experts, _ in by_source)
+    n_varying = max(len(probability) for _, probability in by_source)
+    shape = (len(by_source), len(bounds) - 1, trace.spec.n_layers, width)
     experts = np.full(shape, -1, dtype=np.int16)
     probability = np.zeros((shape[0], n_varying, *shape[2:]))
-    for j, (predicted, chance) in enumerate(spoken):
+    for j, (predicted, chance) in enumerate(by_source):
         experts[j, :, :, : predicted.shape[2]] = predicted
         probability[j, :, :, : chance.shape[2]] = chance
     return Candidates(
@@ -112,7 +112,7 @@ def _predicted_by(trace, source, bounds, gating):
 
 
 def _together(experts, by_rank, bounds, one_token_only):
-    """Return what is said of steps of several tokens, [N, L, E or C] each."""
+    """Return experts and probability for steps of several tokens, [N, L, E or C] each."""
     n_layers = experts.shape[1]
     max_set_size = max(experts.shape[2], int(experts.max()) + 1)
     shape = (len(bounds) - 1, n_layers, max_set_size)

@@ -29,7 +29,7 @@ class Replay:
         members: int16 [L, T K], the distinct experts of each layer's steps one after another.
         starts: int32 [L, N+1], where the experts of each step begin, and the last ones end.
         outcomes: int8 [L, T K], what became of each, as `replay.outcomes` names it.
-        absent: bool [J, N, L, C], which candidates were not resident when they were predicted.
+        absent: bool [J, N, L, C], which candidates were not resident when predicted.
     """
 
     hits: NDArray[np.int16]
@@ -107,14 +107,14 @@ def replay(
 
 
 def _no_inputs(policy: EvictionPolicy, members: NDArray[np.int16]) -> NDArray[np.int32]:
-    """Return room for what a policy's oracle says of every member, none without one."""
+    """Return room for the oracle input of every member, none for a policy without."""
     return np.empty(members.shape if policy.oracle_input else (len(members), 0), dtype=np.int32)
 
 
 def _fill_oracle_inputs(
     policy: EvictionPolicy, steps: Steps, scores: Scores, n_shared: int
 ) -> None:
-    """Fill in what a policy's oracle says of every use of all layers, if it has one.
+    """Fill in the oracle input of every use of all layers, for policies that have one.
 
     `n_shared` layers share slots; the times of next uses count their steps.
     """

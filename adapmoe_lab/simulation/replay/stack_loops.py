@@ -42,7 +42,7 @@ def _find_in_group(order, first, end, is_hit, outcomes, sizes, miss_up_to, hit_f
 
 @inlined
 def _note_outcomes(members, first, end, miss_up_to, hit_from, is_hit, outcomes):
-    """Write down what the members of a step were, wherever the two bounds do not say it."""
+    """Write down what the members of a step were, wherever the two bounds do not tell."""
     for i in range(first, end):
         expert = members[i]
         for n_slots in range(miss_up_to[expert] + 1, hit_from[expert]):

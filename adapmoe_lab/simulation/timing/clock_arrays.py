@@ -18,9 +18,9 @@ that crossed and the seconds they took, the events written down."""
 SECONDS, BYTES = range(2)
 """Places in the cost of a load."""
 
-LAYER, MEMBER, BEGUN, ISSUED_AT, ORDER, ARRIVAL = range(6)
+LAYER, MEMBER, BEGUN, ISSUED_AT, PRIORITY, ARRIVAL = range(6)
 """Places in an entry of the prefetch buffer: its layer, -1 if it is free, and expert; chunks begun;
-when it was issued, and as which; when the last chunk begun arrives."""
+when it was issued; its priority; when the last chunk begun arrives."""
 
 
 class ExpertSets(NamedTuple):

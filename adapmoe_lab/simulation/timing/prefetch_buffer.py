@@ -18,11 +18,12 @@ from adapmoe_lab.simulation.timing.clock_arrays import (
     MEMBER,
     N_ISSUED,
     NOW,
-    ORDER,
+    PRIORITY,
     SECONDS,
 )
 
 needed_at = inlined(prefetch.needed_at)
+priority = inlined(prefetch.priority)
 expected_gain_s = inlined(prefetch.expected_gain_s)
 
 TOKEN, EXPERTS_INPUT = int(HookPoint.TOKEN), int(HookPoint.EXPERTS_INPUT)
@@ -31,16 +32,12 @@ LAYER_OUTPUT, LAST_HIDDEN = int(HookPoint.LAYER_OUTPUT), int(HookPoint.LAST_HIDD
 
 @inlined
 def next_in_line(entries):
-    """Return the entry whose next chunk goes first, or -1: nearest layer first, then oldest."""
+    """Return the entry whose next chunk goes first, or -1."""
     at = -1
     for entry in range(len(entries)):
-        if entries[entry, LAYER] >= 0 and entries[entry, BEGUN] < N_CHUNKS:
-            is_older = (
-                entries[entry, LAYER] == entries[at, LAYER]
-                and entries[entry, ORDER] < entries[at, ORDER]
-            )
-            if at < 0 or entries[entry, LAYER] < entries[at, LAYER] or is_older:
-                at = entry
+        is_waiting = entries[entry, LAYER] >= 0 and entries[entry, BEGUN] < N_CHUNKS
+        if is_waiting and (at < 0 or entries[entry, PRIORITY] < entries[at, PRIORITY]):
+            at = entry
     return at
 
 
@@ -134,7 +131,8 @@ def _issue_prefetches(
         chance = probability[j, p, target, c]
         if expected_gain_s(chance, starts_at, needed_at_s, load_s, chunk_s) > 0:
             entries[at, LAYER], entries[at, MEMBER], entries[at, BEGUN] = target, expert, 0
-            entries[at, ISSUED_AT], entries[at, ORDER] = clock[NOW], clock[N_ISSUED]
+            entries[at, ISSUED_AT] = clock[NOW]
+            entries[at, PRIORITY] = priority(target, clock[N_ISSUED])
             clock[N_ISSUED] += 1
 
 

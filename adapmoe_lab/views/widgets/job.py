@@ -157,8 +157,10 @@ class Job(OwningBox):
         if self.error is None:
             self.message.value = _line(state, elapsed_s)
         else:
-            told = "".join(traceback.format_exception_only(self.error)).strip()
-            self.message.value = f'<b style="color: var(--jp-error-color1)">{html.escape(told)}</b>'
+            reason = "".join(traceback.format_exception_only(self.error)).strip()
+            self.message.value = (
+                f'<b style="color: var(--jp-error-color1)">{html.escape(reason)}</b>'
+            )
             trace = html.escape("".join(traceback.format_exception(self.error)))
             self.details.value = f"<details><summary>details</summary><pre>{trace}</pre></details>"
         self.run_button.disabled, self.cancel_button.disabled = False, True

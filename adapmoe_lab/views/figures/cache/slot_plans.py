@@ -107,13 +107,13 @@ def _slots(info: SlotPlansInfo) -> list[go.Bar]:
 def _totals(info: SlotPlansInfo) -> list[go.Bar]:
     totals = info.loads.sum(axis=1)
     ratios = totals / totals[0] - 1 if totals[0] else np.zeros(len(totals))
-    told = [f"{totals[0]:.2f}"]
-    told += [f"{t:.2f}<br>{r:+.1%}" for t, r in zip(totals[1:], ratios[1:], strict=True)]
+    labels = [f"{totals[0]:.2f}"]
+    labels += [f"{t:.2f}<br>{r:+.1%}" for t, r in zip(totals[1:], ratios[1:], strict=True)]
     return [
         go.Bar(
             x=[i],
             y=[totals[i]],
-            text=[told[i]],
+            text=[labels[i]],
             textposition="outside",
             cliponaxis=False,
             name=name,

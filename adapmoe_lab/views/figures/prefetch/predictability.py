@@ -90,7 +90,7 @@ def plot_predictability(info: PredictabilityInfo) -> go.Figure:
     labels = [
         f"{name}  {mean:.2f}" for name, mean in zip(info.names, info.mean_recall, strict=True)
     ]
-    told = "what the gating would keep" if info.n_candidates is None else info.n_candidates
+    kept = "what the gating would keep" if info.n_candidates is None else info.n_candidates
     cells = go.Heatmap(
         z=info.recall,
         y=labels,
@@ -106,7 +106,7 @@ def plot_predictability(info: PredictabilityInfo) -> go.Figure:
     return theme.draw(
         [cells],
         title="Which experts a layer will need, predicted",
-        subtitle=f"recall by layer, and its mean beside each name; candidates: {told}; "
+        subtitle=f"recall by layer, and its mean beside each name; candidates: {kept}; "
         f"{info.n_tokens:,} tokens of {info.n_texts} texts",
         height=theme.heatmap_height(n_rows),
         xaxis=theme.layer_axis(n_layers),

@@ -200,7 +200,7 @@ def plot_prefetch_gain(info: PrefetchGainInfo) -> go.Figure:
 
 def _lines(info: PrefetchGainInfo, r: int) -> list[go.Scatter]:
     colour = sample_colorscale(WARM_IS_SLOW, [r / max(1, len(info.ratios) - 1)])[0]
-    told = np.stack([info.best[r], info.ms[NO_SOURCES][r]], axis=1, dtype=object)
+    details = np.stack([info.best[r], info.ms[NO_SOURCES][r]], axis=1, dtype=object)
     looks = {"x": info.shares, "legendgroup": str(r), "showlegend": False}
     dotted = {"mode": "lines", "line": {**DOTTED, "color": colour}, **looks}
     solid = {"mode": "lines+markers", "line": {"width": 2, "color": colour}, **looks}
@@ -216,7 +216,7 @@ def _lines(info: PrefetchGainInfo, r: int) -> list[go.Scatter]:
             **{**solid, "showlegend": True},
             y=info.saved[r],
             name=name,
-            customdata=told,
+            customdata=details,
             hovertemplate=f"{name}, %{{x:.1%}} of memory<br><b>%{{y:.1%}} saved</b> of "
             "%{customdata[1]:.1f} ms<br>followed: %{customdata[0]}<extra></extra>",
         ),

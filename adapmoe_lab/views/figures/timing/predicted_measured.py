@@ -84,9 +84,9 @@ def plot_predicted_measured(info: PredictedMeasuredInfo) -> go.Figure:
     ends = np.array([max(0.0, both.min() - margin), both.max() + margin])
     kinds = dict.fromkeys(info.kinds)
     error = np.abs(info.error)
-    told = f"median error {np.median(error):.0%}, worst {error.max():.0%}"
+    summary = f"median error {np.median(error):.0%}, worst {error.max():.0%}"
     if len(error) > 2:
-        told += f", rank correlation {rank_correlation(info.predicted_ms, info.measured_ms):.2f}"
+        summary += f", rank correlation {rank_correlation(info.predicted_ms, info.measured_ms):.2f}"
     return theme.draw(
         [
             theme.band(
@@ -106,7 +106,7 @@ def plot_predicted_measured(info: PredictedMeasuredInfo) -> go.Figure:
             ),
         ],
         title="Predicted and measured time per token",
-        subtitle=f"{len(error)} configurations; {told}; bars: quartiles of the runs",
+        subtitle=f"{len(error)} configurations; {summary}; bars: quartiles of the runs",
         height=460,
         margin={"t": 100},
         legend={**theme.KEY_ROW, "y": 0.88},
