@@ -72,16 +72,18 @@ class CapturedStep:
 
         A rehearsal writes keys and values where the step itself will write them.
         """
-        aside = torch.cuda.Stream()
+        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
         self.served.rehearse(True)
-        with self._capturing(), torch.cuda.stream(aside):
-            for _ in range(N_REHEARSALS):
-                self.run(self._token[0])
-                rewind(self.cache, n_before)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with self._capturing(), torch.cuda.graph(graph):
-            self._logits = self.run(self._token[0])
-        self.served.rehearse(False)
+        try:
+            with self._capturing(), torch.cuda.stream(aside):
+                for _ in range(N_REHEARSALS):
+                    self.run(self._token[0])
+                    rewind(self.cache, n_before)
+            torch.cuda.current_stream().wait_stream(aside)
+            with self._capturing(), torch.cuda.graph(graph):
+                self._logits = self.run(self._token[0])
+        finally:
+            rewind(self.cache, n_before)
+            self.served.rehearse(False)
         self._graph = graph

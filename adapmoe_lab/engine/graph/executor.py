@@ -6,7 +6,7 @@ Residency has one owner at a time: the host's cache or the device's tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,10 +18,12 @@ from adapmoe_lab.engine.graph.captured_step import CapturedStep
 from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_experts
 from adapmoe_lab.engine.graph.served_step import ServedStep
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
+from adapmoe_lab.engine.prefetch.predictors import Predictor
 from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.models.hooks.observing import Callback
-from adapmoe_lab.records import CachePlan, GatingTable, Surrogates, Traffic
+from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogates, Traffic
 from adapmoe_lab.records.hook_points import HookPoint
+from adapmoe_lab.records.step_costs import StepCosts
 
 
 class GraphExecutor:
@@ -64,11 +66,13 @@ class GraphExecutor:
         plan: CachePlan,
         eviction: str = "lru",
         surrogates: Surrogates | None = None,
-        *others: Any,
+        prefetch: PrefetchTable | None = None,
+        predictors: Sequence[Predictor] = (),
+        step_costs: StepCosts | None = None,
     ) -> None:
         """Start afresh with empty slots of a plan; what was captured for other slots is dropped."""
         self._forget_step()
-        self._host.configure(gating, plan, eviction, surrogates, *others)
+        self._host.configure(gating, plan, eviction, surrogates, prefetch, predictors, step_costs)
 
     def release(self) -> None:
         """Give up all slots; experts then only stream."""
@@ -98,7 +102,7 @@ class GraphExecutor:
             self._is_capturing = False
 
     def gives_residency_to_device(self) -> bool:
-        """Let a step be replayed, and count it; return False where it must run layer by layer.
+        """Let a step be replayed; return False where it must run layer by layer.
 
         It must where something is observed, or served from elsewhere.
         """
@@ -107,8 +111,11 @@ class GraphExecutor:
         if not self._is_device_owner:
             self._captured.served.take_over(self._host.cached_experts.state)
             self._is_device_owner = True
-        self._n_steps += 1
         return True
+
+    def count_replay(self) -> None:
+        """Count a step that was replayed."""
+        self._n_steps += 1
 
     def run_layer(self, layer: int, *arguments: Any) -> torch.Tensor:
         """Return the summed outputs [T, D] of a layer's experts, see `ExpertsExecutor`."""
@@ -224,7 +231,7 @@ class GraphDecoder:
         """Run a prompt, int64 [T]; return the logits [V] of what follows it."""
         self._check(len(token_ids))
         logits = self._step.run(token_ids.to(self._executor.device))
-        self._n_tokens = len(token_ids)
+        self._n_tokens += len(token_ids)
         return logits
 
     def step(self, token: int) -> torch.Tensor:
@@ -232,6 +239,7 @@ class GraphDecoder:
         self._check(1)
         if self._executor.gives_residency_to_device():
             logits = self._step.replay(token, self._n_tokens)
+            self._executor.count_replay()
         else:
             logits = self._step.run(torch.tensor([token], device=self._executor.device))
         self._n_tokens += 1
