@@ -35,7 +35,7 @@ def round_to_nearest(model: LabModel, plain: LabModel) -> None:
     """Store the plain model's experts in a packed model anew, without a solver."""
     store, source = model.store, plain.store
     for layer, expert in store.numbers():
-        exact = source.views(layer, expert, source.row(layer, expert))
+        exact = source.views(layer, expert, source.buffer(layer, expert))
         packed = store.views(layer, expert, store.buffer(layer, expert))
         for name, matrix in packed.items():
             if isinstance(matrix, PackedMatrix):

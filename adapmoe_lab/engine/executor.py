@@ -2,7 +2,7 @@
 
 An executor serves the experts of one model whose experts function calls `run_layer`, under one
 configuration at a time, and decodes token by token. Whoever uses it configures it, runs the model
-or a decoder, and reads counters; what it keeps inside is nobody else's.
+or a decoder, and reads counters; what it keeps inside is its own.
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ from adapmoe_lab.records.step_costs import StepCosts
 
 
 class Decoder(Protocol):
-    """One sequence on its way through a model, its keys and values kept."""
+    """One sequence on its way through a model, its keys and values kept.
+
+    After a pass that was interrupted the sequence cannot go on: some layers know of its tokens and
+    others do not. Using it then raises RuntimeError.
+    """
 
     def prefill(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Run a prompt, int64 [T]; return the logits [V] of what follows it."""
+        """Run a prompt, int64 [T], or more of one; return the logits [V] of what follows it."""
         ...
 
     def step(self, token: int) -> torch.Tensor:
@@ -52,19 +56,19 @@ class Capabilities:
         name: what `load` calls the executor.
         precisions: precisions that experts may be stored in; None for all.
         evictions: names of eviction policies; None for all.
-        is_gated: whether experts may be skipped.
+        has_shared_pool: whether layers may share their slots.
+        is_gated: whether a configuration may skip experts.
         has_surrogates: whether surrogates may take a skipped expert's place.
         has_prefetch: whether experts are fetched before they are needed.
-        has_gradients: whether gradients reach the input of the experts.
     """
 
     name: str
     precisions: Collection[str] | None = None
     evictions: Collection[str] | None = None
+    has_shared_pool: bool = True
     is_gated: bool = True
     has_surrogates: bool = True
     has_prefetch: bool = True
-    has_gradients: bool = True
 
     def check(self, config: TunedConfig, precision: PrecisionPlan) -> None:
         """Refuse a config, on experts that are stored so, by the name of what cannot be run.
@@ -72,21 +76,55 @@ class Capabilities:
         Raises:
             ValueError: the executor cannot run it; the text says what, and which one can.
         """
-        unable = [
-            reason
-            for reason, is_able in (
-                (f"eviction {config.eviction!r}", _allows(self.evictions, config.eviction)),
-                ("a shared pool of slots", self.evictions is None or not _is_global(config)),
-                ("gating", self.is_gated or config.gating is None),
-                ("surrogates", self.has_surrogates or config.compensation is None),
-                ("prefetch", self.has_prefetch or config.prefetch is None),
-                *(
-                    (f"experts in {name}", _allows(self.precisions, name))
-                    for name in precision.counts
-                ),
-            )
-            if not is_able
-        ]
+        others = [name for name in precision.counts if not _allows(self.precisions, name)]
+        unable = self._unable(
+            config.eviction, config.plan, config.gating, config.compensation, config.prefetch
+        )
+        self._refuse([*unable, *(f"experts in {name}" for name in others)])
+
+    def check_gated(self) -> None:
+        """Refuse work that needs a gating in force.
+
+        Raises:
+            ValueError: no configuration may skip experts.
+        """
+        self._refuse([] if self.is_gated else ["gating"])
+
+    def check_parts(
+        self,
+        eviction: str,
+        plan: CachePlan | None,
+        gating: GatingTable | None,
+        surrogates: Surrogates | None,
+        prefetch: PrefetchTable | None,
+    ) -> None:
+        """Refuse what `Executor.configure` is given, by the name of what cannot be run.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self._refuse(self._unable(eviction, plan, gating, surrogates, prefetch))
+
+    def _unable(
+        self,
+        eviction: str,
+        plan: CachePlan | None,
+        gating: GatingTable | None,
+        surrogates: Surrogates | None,
+        prefetch: PrefetchTable | None,
+    ) -> list[str]:
+        """Return the names of what cannot be run."""
+        is_shared = plan is not None and plan.is_global
+        is_able = {
+            f"eviction {eviction!r}": _allows(self.evictions, eviction),
+            "a shared pool of slots": self.has_shared_pool or not is_shared,
+            "gating": self.is_gated or gating is None,
+            "surrogates": self.has_surrogates or surrogates is None,
+            "prefetch": self.has_prefetch or prefetch is None,
+        }
+        return [name for name, able in is_able.items() if not able]
+
+    def _refuse(self, unable: Sequence[str]) -> None:
         if unable:
             raise ValueError(
                 f"executor={self.name!r} does not run {', '.join(unable)}. It runs experts in "
@@ -101,10 +139,6 @@ def _allows(names: Collection[str] | None, name: str) -> bool:
 
 def _listed(names: Collection[str] | None) -> str:
     return "any" if names is None else ", ".join(names)
-
-
-def _is_global(config: TunedConfig) -> bool:
-    return config.plan is not None and config.plan.is_global
 
 
 class Executor(ExpertsExecutor, Protocol):
@@ -199,9 +233,10 @@ class Executor(ExpertsExecutor, Protocol):
         ...
 
     def unconfigured(self) -> AbstractContextManager[None]:
-        """Run everything straight from the store, whatever is configured, and count and show none.
+        """Run everything straight from the store, whatever is configured, and count none of it.
 
-        What is configured and counted is as before afterwards.
+        Nothing is called back at the hook points inside the experts. What is configured and counted
+        is as before afterwards.
         """
         ...
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -44,6 +45,19 @@ def generate_tokens(
         yield token
         if n_left:
             logits = decoder.step(token)
+
+
+def one_by_one(
+    tokens: Iterator[int], in_use: AbstractContextManager[object], check: Callable[[], None]
+) -> Iterator[int]:
+    """Yield tokens, each decoded within a lock after a check, whichever thread wants it."""
+    while True:
+        with in_use:
+            check()
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token
 
 
 def text_of_tokens(tokenizer: Any, ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ import torch
 from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.executor import Decoder, Executor
-from adapmoe_lab.engine.generation import generate_tokens, text_of_tokens
+from adapmoe_lab.engine.generation import generate_tokens, one_by_one, text_of_tokens
 from adapmoe_lab.engine.link_emulation import emulate, emulated
 from adapmoe_lab.engine.memory_plan import MemoryPlan
 from adapmoe_lab.engine.prefetch.predictors import Predictor, predictors_of
@@ -38,7 +39,7 @@ class LabModel:
     `close` frees what it holds; so does the end of a `with` block, and the last reference to it.
 
     Attributes:
-        hf: the transformers model, usable as it is; its experts run through the engine.
+        hf: the transformers model, usable as it is.
         tokenizer: the model's tokenizer.
         spec: shape and identity of the model.
         engine: what serves the experts.
@@ -83,8 +84,7 @@ class LabModel:
 
     def __repr__(self) -> str:
         """Describe the model, where it runs, and what crosses which link."""
-        spec = self.spec
-        slots = (self.config.plan or self.memory.slots).n_slots
+        spec, slots = self.spec, (self.config.plan or self.memory.slots).n_slots
         return (
             f"{spec.model_id}: {spec.family}, {spec.n_layers} layers x {spec.n_experts} experts, "
             f"top-{spec.top_k}, {spec.all_experts_bytes / 2**20:.1f} MiB of experts "
@@ -128,7 +128,7 @@ class LabModel:
         self.engine.capabilities.check(config, self.spec.precision)
 
     def put_in_force(self, config: TunedConfig) -> None:
-        """Run under a config that is known to be this model's; `apply` asks that first."""
+        """Run under a config that is known to be this model's; `apply` checks that first."""
         plan = config.plan if config.plan is not None else self.memory.slots
         with self._in_use:
             predictors = ()
@@ -270,18 +270,31 @@ class LabModel:
             ValueError: the prompt is empty or not one text, or a number is out of range.
         """
         ids, tokens = self._tokens(prompt, max_new_tokens, temperature, seed)
-        return self.tokenizer.decode([*ids.tolist(), *tokens], skip_special_tokens=True)
+        with self._in_use:
+            return self.tokenizer.decode([*ids.tolist(), *tokens], skip_special_tokens=True)
 
     def stream(
         self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[str]:
         """Yield the text that `generate` adds to a prompt, as it comes.
 
-        Other threads that want to run the model wait from the first part to the last, or until the
-        iterator is closed. Arguments and errors are those of `generate`.
+        Between two parts other threads may run the model, but not under another config. Arguments
+        and errors are those of `generate`.
+
+        Raises:
+            RuntimeError: another config came into force, or the model was closed, meanwhile.
         """
         ids, tokens = self._tokens(prompt, max_new_tokens, temperature, seed)
-        return text_of_tokens(self.tokenizer, ids.tolist(), tokens)
+        decoded = one_by_one(tokens, self._in_use, partial(self._check_unchanged, self.config))
+        return text_of_tokens(self.tokenizer, ids.tolist(), decoded)
+
+    def _check_unchanged(self, config: TunedConfig) -> None:
+        """Refuse to go on with what was begun under another config."""
+        self.engine.check_open()
+        if self.config is not config:
+            raise RuntimeError(
+                "Another config came into force while a text was streamed; begin anew."
+            )
 
     def _tokens(
         self, prompt: str, max_new_tokens: int, temperature: float, seed: int
@@ -296,14 +309,10 @@ class LabModel:
         stop = self.hf.generation_config.eos_token_id
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         generator = torch.Generator().manual_seed(seed)
-
-        def tokens() -> Iterator[int]:
-            with self._in_use:
-                yield from generate_tokens(
-                    self.decoder(), ids, max_new_tokens, temperature, generator, stop_ids
-                )
-
-        return ids, tokens()
+        tokens = generate_tokens(
+            self.decoder(), ids, max_new_tokens, temperature, generator, stop_ids
+        )
+        return ids, tokens
 
     def save_experts(self, folder: str | Path) -> None:
         """Write the experts as they are stored, for `load(..., store=folder)` to reopen at once."""

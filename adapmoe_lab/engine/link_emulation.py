@@ -50,6 +50,6 @@ def emulate(
     if not layer_s:
         raise ValueError(
             f"{target.name!r} keeps a ratio to the time of a layer, and on a virtual clock that "
-            "nothing was told a layer takes none. Set engine.step_costs, or load with link='none'."
+            "has no step costs a layer takes none. Load the model with link='none'."
         )
     link.emulate(f"emulated:{target.name}", expert_bytes / (layer_s * target.load_ratio))

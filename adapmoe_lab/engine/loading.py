@@ -12,7 +12,7 @@ import torch
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.executor import Executor
-from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_device
+from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_computing
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.load_arguments import (
@@ -156,7 +156,7 @@ def _planned(wanted: LoadRequest) -> _Planned:
     if config is not None:
         check_precision(config, spec)
     if wanted.executor == "graph":
-        check_device(wanted.device)
+        check_computing(wanted.device, checkpoint.model.dtype)
         CAPABILITIES.check(config or TunedConfig.untuned(spec), spec.precision)
     needs = memory_needs(
         checkpoint.model, spec.top_k, wanted.device, wanted.max_context_tokens, wanted.batch_size

@@ -14,7 +14,7 @@ class HookPoint(IntEnum):
     """
 
     TOKEN = 0
-    """A forward pass begins: its token ids int64 [T]."""
+    """A forward pass begins: its token ids; to observers [B, T], to predictors [T]."""
     EXPERTS_INPUT = 1
     """A layer's router has chosen: hidden states [T, D] as router and experts get them."""
     LAYER_OUTPUT = 2

@@ -56,7 +56,7 @@ class SensitivityProfile:
 
     Attributes:
         model_fingerprint: the model it was measured on.
-        estimator: name of the estimator, see `profiling.estimators`.
+        estimator: name of the estimator, see `profiling.sensitivity.estimators`.
         stand_in: what took the place of a skipped expert: `nothing`, `renormalised`, or the
             fingerprint of the surrogates.
         n_tokens: tokens used.

@@ -1,4 +1,4 @@
-"""What stands in for a skipped expert: a low-rank affine map per expert, and a gain per layer."""
+"""Surrogates of skipped experts: a low-rank affine map per expert, and a gain per layer."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Surrogates(TensorRecord):
 
     @classmethod
     def scaling(cls, spec: MoESpec, gain: ArrayLike) -> Surrogates:
-        """Stand in with nothing but scaled kept experts, by one gain or one per layer [L]."""
+        """Return what only scales the kept experts, by one gain or one per layer [L]."""
         layers, n_experts, width = range(spec.n_layers), spec.n_experts, spec.hidden_size
         return cls(
             model_fingerprint=spec.fingerprint(),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import warnings
 from pathlib import Path
 
-OWN = (str(Path(__file__).parents[1]), contextlib.__file__)
+OWN = (str(Path(__file__).parents[1]) + os.sep, contextlib.__file__)
 """Where frames lie that are passed over: this package, and what enters its `with` blocks."""
 
 

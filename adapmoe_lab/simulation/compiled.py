@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import update_wrapper
 from pathlib import Path
 from threading import Lock
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import numba
@@ -39,18 +39,31 @@ _inlined: Callable[..., Any] = numba.njit(forceinline=True, **_UNWRAPPED)
 def inlined(function: Callable[..., Any]) -> Any:
     """Make a function that compiled ones may call, and that becomes part of them.
 
-    So do the plain functions that it calls by a global name, and those that they call.
+    So do the plain functions that it calls by a global name or closes over, and those that they
+    call.
     """
     names = function.__globals__
     called_ones = {
         name: inlined(names[name])
         for name in global_names(function.__code__)
-        if isinstance(names.get(name), FunctionType) and not is_known_by_version(names[name])
+        if _is_plain(names.get(name))
     }
-    if called_ones:
-        own = function.__name__, function.__defaults__, function.__closure__
+    cells = function.__closure__ or ()
+    if called_ones or any(_is_plain(cell.cell_contents) for cell in cells):
+        closure = tuple(
+            CellType(inlined(cell.cell_contents)) if _is_plain(cell.cell_contents) else cell
+            for cell in cells
+        )
+        own = function.__name__, function.__defaults__, closure
+        defaults = function.__kwdefaults__
         function = FunctionType(function.__code__, {**names, **called_ones}, *own)
+        function.__kwdefaults__ = defaults
     return _inlined(function)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a function that numba must be given in compiled form."""
+    return isinstance(value, FunctionType) and not is_known_by_version(value)
 
 
 called: Callable[..., Any] = numba.njit(**_UNWRAPPED)

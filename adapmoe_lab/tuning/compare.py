@@ -136,7 +136,7 @@ def run_bench(
     rounds = whole_number("rounds", rounds, at_least=1)
     links = _links(model, targets)
     check_method(method)
-    check_skippable(model.spec)
+    _check_can_skip(model)
     fractions = _fractions(model, skipped_fractions)
     fit, held = calibration_split(calibration_texts())
     texts = held if texts is None else as_texts(texts)
@@ -210,6 +210,12 @@ def _skipping(
 def _over(model: LabModel, target: LinkTarget | None) -> AbstractContextManager[object]:
     """Return a context in which loads cross a target's link; a GPU has its own."""
     return nullcontext() if model.engine.device.type == "cuda" else model.linked(target)
+
+
+def _check_can_skip(model: LabModel) -> None:
+    """Refuse a model whose router chooses one expert, and an executor that skips none."""
+    check_skippable(model.spec)
+    model.engine.capabilities.check_gated()
 
 
 def _links(model: LabModel, names: str | Iterable[str] | None) -> list[LinkTarget | None]:

@@ -18,10 +18,11 @@ from adapmoe_lab.workbench.session import Cache, Candidate, Session
 BY_HAND = "by hand"
 BUDGET_STEP = 0.005
 RULE_NAMES = {
-    "one cut for all layers": "uniform",
-    "AdapMoE's sensitivity rule": "adapmoe",
-    "least predicted loss": "curve",
+    "uniform": "one cut for all layers",
+    "adapmoe": "AdapMoE's sensitivity rule",
+    "curve": "least predicted loss",
 }
+"""What rules are called on screen; others by their own name."""
 
 
 class Controls(OwningBox):
@@ -44,7 +45,10 @@ class Controls(OwningBox):
             0.0, min=0.0, max=spec.max_skipped_fraction, step=BUDGET_STEP,
             description="Experts skipped", readout_format=".1%", **wide,
         )  # fmt: skip
-        self.rule = ipywidgets.Dropdown(options=RULE_NAMES, description="Chosen by", **wide)
+        self.rule = ipywidgets.Dropdown(
+            options=[(RULE_NAMES.get(name, name), name) for name in session.rules],
+            description="Chosen by", **wide,
+        )  # fmt: skip
         self.slots = ipywidgets.IntSlider(
             max(1, spec.n_experts // 2), min=1, max=spec.n_experts,
             description="Experts kept", **wide,

@@ -91,7 +91,7 @@ class Session:
         self.hardware = hardware
         self.compensation = compensation
         self._quick = trace.first(N_QUICK_TOKENS)
-        self._rules = {name: rule(self.trace, sensitivity) for name, rule in RULES.items()}
+        self.rules = {name: rule(self.trace, sensitivity) for name, rule in RULES.items()}
         self._baselines: dict[Cache, Simulation] = {}
         self._tradeoffs: dict[tuple[str, Cache], list[Simulation]] = {}
         self._prefetch: dict[Cache, PrefetchTable | None] = {}
@@ -104,7 +104,7 @@ class Session:
     def suggestion(self, method: str, cache: Cache) -> Candidate:
         """Return the candidate that skips most within `SUGGESTED_LOSS_NATS` of predicted loss."""
         fraction = largest_skipped_fraction(
-            self._rules[method], self.sensitivity, self.trace.spec.top_k, SUGGESTED_LOSS_NATS
+            self.rules[method], self.sensitivity, self.trace.spec.top_k, SUGGESTED_LOSS_NATS
         )
         return self.candidate(method, fraction, cache)
 
@@ -113,7 +113,7 @@ class Session:
         if skipped_fraction <= 0:
             cuts = np.full(self.trace.spec.n_layers, OFF)
         else:
-            table = self._rules[method].table(skipped_fraction)
+            table = self.rules[method].table(skipped_fraction)
             cuts = table.cuts[:, 0].astype(np.float64)
         return Candidate(cuts, cache, method)
 

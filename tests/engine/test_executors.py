@@ -1,5 +1,6 @@
 """What every executor promises, and what is refused where one cannot."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -9,14 +10,17 @@ from runs import PROMPT, decode
 
 from adapmoe_lab.engine.executor import Capabilities
 from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.graph import requirements
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.loading import load
+from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.policies.allocation.slots import shared
 from adapmoe_lab.records import GatingTable, PrecisionPlan
+from adapmoe_lab.records.hook_points import HookPoint
 
 NARROW = Capabilities(
-    "narrow", precisions=("bfloat16",), evictions=("lru",), is_gated=False, has_surrogates=False,
-    has_prefetch=False,
+    "narrow", precisions=("bfloat16",), evictions=("lru",), has_shared_pool=False,
+    is_gated=False, has_surrogates=False, has_prefetch=False,
 )  # fmt: skip
 PLAIN = PrecisionPlan.uniform("bfloat16", (3, 4), 1000)
 
@@ -125,3 +129,57 @@ def test_a_stream_that_is_closed_lets_others_run_the_model(load_tiny):
     next(stream)
     stream.close()
     assert model.generate(PROMPT, 4) == model.generate(PROMPT, 4)
+
+
+def test_a_stream_may_be_read_by_any_thread(load_tiny):
+    model = load_tiny()
+    stream = model.stream(PROMPT, 12, 1.5)
+    first = next(stream)
+    with ThreadPoolExecutor(1) as thread:
+        rest = thread.submit(lambda: list(stream)).result(timeout=60)
+        thread.submit(model.generate, PROMPT, 2).result(timeout=60)
+    assert first + "".join(rest) == "".join(model.stream(PROMPT, 12, 1.5))
+
+
+def test_a_stream_ends_where_another_config_comes_into_force(load_tiny):
+    model = load_tiny()
+    stream = model.stream(PROMPT, 12, 1.5)
+    next(stream)
+    with model.running(replace(model.config, gating=GatingTable.per_layer(np.zeros(3), 2))):
+        pass
+    next(stream)  # the config is what it was
+    model.apply(replace(model.config, gating=GatingTable.per_layer(np.zeros(3), 2)))
+    with pytest.raises(RuntimeError, match="Another config came into force"):
+        next(stream)
+
+
+def test_a_sequence_whose_pass_was_interrupted_cannot_go_on(load_tiny):
+    model = load_tiny()
+    decoder = model.decoder()
+    decoder.prefill(model.encode(PROMPT))
+
+    def interrupt(layer, _):
+        if layer == 1:
+            raise KeyboardInterrupt
+
+    with observing(model, {HookPoint.LAYER_OUTPUT: interrupt}), pytest.raises(KeyboardInterrupt):
+        decoder.step(1)
+    with pytest.raises(RuntimeError, match=r"was interrupted: .* Begin again"):
+        decoder.step(1)
+
+
+def test_a_closed_model_has_no_tokens(load_tiny):
+    model = load_tiny()
+    decoder = model.decoder()
+    decoder.prefill(model.encode(PROMPT))
+    stream = model.stream(PROMPT, 4)
+    model.close()
+    for use in (lambda: decoder.step(1), lambda: next(stream), lambda: model.generate(PROMPT, 2)):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
+
+
+def test_graph_refuses_to_compute_in_another_precision(monkeypatch):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="computes in bfloat16, not in float32"):
+        requirements.check_computing(torch.device("cuda"), "float32")

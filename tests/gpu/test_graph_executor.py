@@ -121,6 +121,17 @@ def test_what_it_cannot_run_is_refused_by_name():
         model.apply(replace(model.config, eviction="lfu_aged"))
     with pytest.raises(ValueError, match="does not run experts in int4"):
         loaded("demo", expert_dtype="int4")
+    with pytest.raises(ValueError, match="does not run gating"):
+        model.engine.configure(gating, model.engine.plan)
+    with pytest.raises(ValueError, match="computes in bfloat16, not in float32"):
+        load("demo", device="cuda", dtype="float32", expert_dtype="bfloat16", executor="graph")
+    decoder = model.decoder()
     model.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        model.apply(model.config)
+    uses = (
+        lambda: model.apply(model.config),
+        lambda: model.generate(PROMPT, 2),
+        lambda: decoder.prefill(torch.arange(4)),
+    )
+    for use in uses:
+        with pytest.raises(RuntimeError, match=r"closed|slots have changed"):
+            use()

@@ -119,7 +119,7 @@ def test_a_token_like_the_average_is_chosen():
 
 def test_a_timeline_needs_something_fetched_ahead_and_a_token():
     trace = make_trace()
-    with pytest.raises(ValueError, match="fetches nothing ahead, so there is nothing to compare"):
+    with pytest.raises(ValueError, match="prefetches nothing, so there is nothing to compare"):
         figures.timeline_info(trace, TunedConfig.untuned(trace.spec), HARDWARE)
     with pytest.raises(ValueError, match=r"has tokens 0\.\.199; got 200"):
         figures.timeline_info(trace, following(trace.spec, 3), HARDWARE, 200)
@@ -160,7 +160,7 @@ def test_the_gain_is_that_of_configs_in_the_same_memory():
     least = min(on_demand.ms_per_token, ahead.ms_per_token)
     assert info.saved[1, 0] == pytest.approx(1 - least / on_demand.ms_per_token)
     assert info.idle[1, 0] == pytest.approx(on_demand.link_idle_share)
-    assert (info.saved_by_foresight >= info.saved).all()
+    assert (info.saved_if_perfect >= info.saved).all()
 
 
 def test_foresight_is_what_right_guesses_bring():

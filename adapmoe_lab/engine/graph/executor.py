@@ -17,6 +17,7 @@ from torch import nn
 from adapmoe_lab.engine.graph.captured_step import CapturedStep
 from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_experts
 from adapmoe_lab.engine.graph.served_step import ServedStep
+from adapmoe_lab.engine.host_driven.decoder import UnbrokenPasses
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.prefetch.predictors import Predictor
 from adapmoe_lab.engine.store.expert_store import ExpertStore
@@ -70,7 +71,12 @@ class GraphExecutor:
         predictors: Sequence[Predictor] = (),
         step_costs: StepCosts | None = None,
     ) -> None:
-        """Start afresh with empty slots of a plan; what was captured for other slots is dropped."""
+        """Start afresh with empty slots of a plan; what was captured for other slots is dropped.
+
+        Raises:
+            ValueError: a captured step cannot run it.
+        """
+        self.capabilities.check_parts(eviction, plan, gating, surrogates, prefetch)
         self._forget_step()
         self._host.configure(gating, plan, eviction, surrogates, prefetch, predictors, step_costs)
 
@@ -85,12 +91,17 @@ class GraphExecutor:
 
     def captured_step(self, hf: nn.Module) -> CapturedStep:
         """Return the step of the present slots, captured when it is first replayed."""
+        self.check_open()
         if self._captured is None:
             served = ServedStep(
                 self._store, self._host.cached_experts.slots, self._top_k, self.device
             )
             self._captured = CapturedStep(hf, served, self._context_tokens, self.capturing)
         return self._captured
+
+    def has_captured(self, step: CapturedStep) -> bool:
+        """Whether a step is that of the present slots."""
+        return self._captured is step
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -222,33 +233,34 @@ class GraphDecoder:
     def __init__(self, executor: GraphExecutor, hf: nn.Module) -> None:
         """Begin a sequence, which ends the one before it."""
         self._executor = executor
-        self._hf = hf
         self._step = executor.captured_step(hf)
         self._sequence = self._step.begin()
         self._n_tokens = 0
+        self._unbroken = UnbrokenPasses()
 
     def prefill(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Run a prompt, int64 [T]; return the logits [V] of what follows it."""
         self._check(len(token_ids))
-        logits = self._step.run(token_ids.to(self._executor.device))
+        with self._unbroken.passing():
+            logits = self._step.run(token_ids.to(self._executor.device))
         self._n_tokens += len(token_ids)
         return logits
 
     def step(self, token: int) -> torch.Tensor:
         """Run one token more; return the logits [V] of what follows it, valid until the next."""
         self._check(1)
-        if self._executor.gives_residency_to_device():
-            logits = self._step.replay(token, self._n_tokens)
-            self._executor.count_replay()
-        else:
-            logits = self._step.run(torch.tensor([token], device=self._executor.device))
+        with self._unbroken.passing():
+            if self._executor.gives_residency_to_device():
+                logits = self._step.replay(token, self._n_tokens)
+                self._executor.count_replay()
+            else:
+                logits = self._step.run(torch.tensor([token], device=self._executor.device))
         self._n_tokens += 1
         return logits
 
     def _check(self, n_more: int) -> None:
         """Refuse to go on with a sequence that has ended, or past the cache's end."""
-        is_present = self._executor.captured_step(self._hf) is self._step
-        if not is_present or self._step.sequence != self._sequence:
+        if not self._executor.has_captured(self._step) or self._step.sequence != self._sequence:
             raise RuntimeError(
                 "Another sequence has begun, or the slots have changed, since this one did; "
                 "executor='graph' decodes one at a time. Begin again with model.decoder()."

@@ -13,6 +13,7 @@ CAPABILITIES = Capabilities(
     "graph",
     precisions=("bfloat16",),
     evictions=("lru",),
+    has_shared_pool=False,
     is_gated=False,
     has_surrogates=False,
     has_prefetch=False,
@@ -24,16 +25,21 @@ MATRICES = ("gate_up_proj", "down_proj")
 REMEDY = "Load the model with executor='host', which runs everything."
 
 
-def check_device(device: torch.device) -> None:
-    """Refuse a device on which no step can be captured.
+def check_computing(device: torch.device, dtype: str) -> None:
+    """Refuse a device on which no step can be captured, and another precision than the kernels'.
 
     Raises:
-        ValueError: it is no CUDA device, or triton is not there.
+        ValueError: it is no CUDA device, triton is not there, or it is not to compute in bfloat16.
     """
     if device.type != "cuda":
         raise ValueError(f"executor='graph' needs a CUDA device; this is {device}. {REMEDY}")
     if find_spec("triton") is None:
         raise ValueError(f"executor='graph' needs triton, which is not installed. {REMEDY}")
+    if dtype != "bfloat16":
+        raise ValueError(
+            f"executor='graph' computes in bfloat16, not in {dtype}; give dtype='bfloat16'. "
+            f"{REMEDY}"
+        )
 
 
 def check_experts(store: ExpertStore) -> None:

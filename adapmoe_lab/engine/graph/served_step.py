@@ -37,7 +37,7 @@ class ServedStep:
         n_layers, n_experts = store.expert_bytes.shape
         self._n_slots = [len(layer) for layer in slots]
         self._store = store
-        width = max(1, *self._n_slots)
+        width = max([1, *self._n_slots])
         places = np.zeros((n_layers, width), dtype=np.int64)
         for layer, buffers in enumerate(slots):
             places[layer, : len(buffers)] = [buffer.data_ptr() for buffer in buffers]
@@ -130,7 +130,7 @@ class ServedStep:
         out = torch.empty((top_k, n_rows), dtype=x.dtype, device=x.device)
         grid = triton.cdiv(n_rows, ROWS_AT_ONCE), top_k
         served_product_kernel[grid](
-            self._reads, self._writes, self._columns, field.offset // x.element_size(), x,
+            self._reads, self._writes, self._columns, field.offset // torch.bfloat16.itemsize, x,
             x_stride, out, n_rows, n_columns, ROWS_AT_ONCE,
             min(COLUMNS_AT_ONCE, triton.next_power_of_2(n_columns)), num_warps=4,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,30 @@ decoding has one (https://github.com/pytorch/pytorch/pull/155958).
 """
 
 
+class UnbrokenPasses:
+    """Remembers whether a pass of a sequence was interrupted."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._was_interrupted = False
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Run a pass.
+
+        Raises:
+            RuntimeError: one before was interrupted.
+        """
+        if self._was_interrupted:
+            raise RuntimeError(
+                "A pass of this sequence was interrupted: some layers know of its tokens, others "
+                "do not. Begin again with model.decoder()."
+            )
+        self._was_interrupted = True
+        yield
+        self._was_interrupted = False
+
+
 class TransformersDecoder:
     """A `Decoder` of any causal language model, whoever runs its experts."""
 
@@ -29,6 +55,7 @@ class TransformersDecoder:
         """Begin a sequence."""
         self._hf = hf
         self._cache: Any = None
+        self._unbroken = UnbrokenPasses()
 
     def prefill(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Run a prompt, int64 [T] on any device; return the logits [V] of what follows it."""
@@ -40,6 +67,6 @@ class TransformersDecoder:
 
     @torch.no_grad()
     def _run(self, token_ids: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(STEADY_ATTENTION):
+        with self._unbroken.passing(), sdpa_kernel(STEADY_ATTENTION):
             logits, self._cache = forward_cached(self._hf, token_ids, self._cache, logits_to_keep=1)
         return logits[0, -1]

@@ -208,10 +208,7 @@ class HostDrivenExecutor:
 
     @contextmanager
     def unconfigured(self) -> Iterator[None]:
-        """Run everything straight from the store, whatever is configured, and count and show none.
-
-        What is configured and counted is as before afterwards.
-        """
+        """Run everything straight from the store, whatever is configured, and count none of it."""
         kept = ("_skipping", "_observers", "_n_steps", "_kept", "_skipped")
         before = {name: getattr(self, name) for name in kept}
         self._skipping, self._observers = Skipping(), Observers()

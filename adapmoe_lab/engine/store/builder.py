@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -29,6 +28,7 @@ from adapmoe_lab.models.checkpoint.checkpoint import Checkpoint
 from adapmoe_lab.models.checkpoint.meta_model import DTYPES, MetaModel
 from adapmoe_lab.records import MoESpec, PartialIdentityWarning, precision_named
 from adapmoe_lab.records.files import digest
+from adapmoe_lab.records.user_warning import warn_user
 
 MOST_THREADS = 4
 WORKING_COPIES = 2
@@ -100,12 +100,11 @@ def store_identity(checkpoint: Checkpoint, spec: MoESpec, stored: StoreIndex) ->
         partial = digest(spec.partial_fingerprint() or "", reader.sample_digest())
     if stored.identity != partial:
         return spec.fingerprint()
-    warnings.warn(
+    warn_user(
         f"{stored.folder} was prepared by a version that told models apart by a part of their "
         f"weights. That part is the same in {spec.model_id!r}; whether the rest is is not known. "
         "Prepare the store again to be sure.",
         PartialIdentityWarning,
-        stacklevel=5,
     )
     return partial
 

@@ -48,9 +48,10 @@ class Use(NamedTuple):
 class EvictionPolicy:
     """An order in which experts leave. It decides; it moves nothing.
 
-    Functions read constants and may call others of their kind. Those that are None have no part
-    in the policy. A step calls `on_new_pass` if it is the pool's first of a pass, `on_new_step`,
-    `on_scores`, and `after_use` for each member of its set, in this order.
+    Functions read constants and may call others of their kind, by a name and not through a module.
+    Those that are None have no part in the policy. A step calls `on_new_pass` if it is the pool's
+    first of a pass, `on_new_step`, `on_scores`, and `after_use` for each member of its set, in this
+    order.
 
     Attributes:
         name: what a config calls it.

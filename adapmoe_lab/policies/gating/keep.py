@@ -5,7 +5,7 @@ Everything that runs evaluates one `GatingTable`; a `Rule` chooses its cuts.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,31 +14,11 @@ from adapmoe_lab.records import OFF, GatingTable, RoutingTrace
 from adapmoe_lab.records.gating_table import CUMULATIVE_SHARE, SHORTFALL
 
 
-class GatingPolicy(Protocol):
-    """Decides which of the router's experts a token keeps.
-
-    At least one expert is kept, the order of the K columns does not matter, and an expert is
-    never dropped while one with a smaller share is kept.
-    """
-
-    def keep(self, layer: int, weights: Any) -> Any:
-        """Return bool [T, K] for the router's weights [T, K] of one layer."""
-
-
-class TableGating:
-    """The gating policy that evaluates a table of cuts."""
-
-    def __init__(self, table: GatingTable) -> None:
-        """Bind the table."""
-        self.table = table
-
-    def keep(self, layer: int, weights: Any) -> Any:
-        """Return bool [T, K] for the router's weights [T, K] of one layer."""
-        return keep_by_cuts(weights, self.table.cuts[layer], self.table.quantity)
-
-
 def keep_by_cuts(weights: Any, cuts: ArrayLike, quantity: str = CUMULATIVE_SHARE) -> Any:
     """Return which experts are kept, bool [T, K], under one layer's cuts [K-1].
+
+    At least one is, the order of the K columns does not matter, and an expert is never dropped
+    while one with a smaller share is kept.
 
     `weights` [T, K] may be a numpy array or a torch tensor; sums are taken column by column, so
     that both give the same answer to the last bit. Ties rank by column.
@@ -99,9 +79,11 @@ def kept_experts(trace: RoutingTrace, table: GatingTable | None) -> NDArray[np.b
     """Return which routed experts of a trace are kept, bool [T, L, K]."""
     if table is None:
         return np.ones(trace.weights.shape, dtype=np.bool_)
-    policy = TableGating(table)
-    layers = range(trace.spec.n_layers)
-    return np.stack([policy.keep(i, trace.weights[:, i]) for i in layers], axis=1)
+    by_layer = [
+        keep_by_cuts(trace.weights[:, layer], cuts, table.quantity)
+        for layer, cuts in enumerate(table.cuts)
+    ]
+    return np.stack(by_layer, axis=1)
 
 
 def top_p(n_layers: int, top_k: int, p: float) -> GatingTable:

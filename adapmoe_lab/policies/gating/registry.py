@@ -1,6 +1,6 @@
 """Gating rules by name. A rule of your own is one file and a call of `register`.
 
-Each is prepared once for a trace and then answers in milliseconds, as a slider asks it.
+Each is prepared once for a trace and then gives a table in milliseconds, for a slider.
 """
 
 from __future__ import annotations

@@ -33,12 +33,12 @@ def priority(layer: int, n_issued: int) -> int:
 def needed_at(
     ready_at: float, distance: int, dense_layer_s: float, layer_experts_s: float
 ) -> float:
-    """Return when a layer is expected to ask for its experts, if nothing stalls before it.
+    """Return when a layer is expected to demand its experts, if nothing stalls before it.
 
     Args:
         ready_at: when the present layer will be done.
         distance: how many layers further the layer is.
-        dense_layer_s: what a layer takes before it asks.
+        dense_layer_s: what a layer takes before it demands them.
         layer_experts_s: what the experts of a layer take.
     """
     return ready_at + distance * dense_layer_s + (distance - 1) * layer_experts_s
@@ -55,7 +55,7 @@ def expected_gain_s(
     Args:
         probability: that the expert will be needed.
         begins_at: when the link can begin.
-        needed_at_s: when its layer will ask.
+        needed_at_s: when its layer will demand it.
         load_s: seconds of a load.
         chunk_s: seconds of each chunk of the same expert, which may together take longer.
     """

@@ -56,6 +56,7 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
 
     Raises:
         UnsupportedModelError: some layers run several times for each token.
+        ValueError: the model runs by another executor than the host-driven one.
     """
     check_each_runs_once(model.layers)
     spec, engine = model.spec, host_driven(model)

@@ -57,9 +57,9 @@ def sensitivity(
     Args:
         model: the model; experts are read from the store, its configuration plays no part.
         texts: calibration texts the model has not memorised, one sequence each.
-        estimator: one of `profiling.estimators`: from gradients, `fisher`, `fisher-change`,
-            `directional` or `second-order`; measured one layer at a time, `ablation` or
-            `divergence`, which take about 6 L forward passes per text.
+        estimator: one of `profiling.sensitivity.estimators`: from gradients, `fisher`,
+            `fisher-change`, `directional` or `second-order`; measured one layer at a time,
+            `ablation` or `divergence`, which take about 6 L forward passes per text.
         renormalise: whether the weights of the experts kept are scaled up for those skipped.
         compensation: surrogates of skipped experts; the surrogates' gain takes the place of
             `renormalise`.

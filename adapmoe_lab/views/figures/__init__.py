@@ -214,6 +214,8 @@ __all__ = [
 ]
 
 MOVED = {
+    "SlotWorthInfo": "figures.MarginalBenefitInfo",
+    "StandInsInfo": "figures.SurrogatesInfo",
     "plot_slot_worth": "figures.plot_marginal_benefit",
     "plot_stand_ins": "figures.plot_surrogates",
     "slot_worth_info": "figures.marginal_benefit_info",

@@ -1,4 +1,4 @@
-"""What slots are worth: loads against slots per layer, and what each further slot saves."""
+"""Marginal benefit of slots: loads against slots per layer, and what each further slot saves."""
 
 from __future__ import annotations
 

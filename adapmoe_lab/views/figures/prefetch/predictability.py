@@ -58,7 +58,7 @@ def predictability_info(
 
     Args:
         trace: recorded routing, with baselines if they are wanted
-            (`simulation.predictability.with_baselines`).
+            (`lab.with_baselines`).
         gating: what of the router's choice is needed; all of it if None.
         candidates: experts that count as predicted; if None the router's K, or under a gating
             those of them that it would keep by the predicted scores.

@@ -46,9 +46,9 @@ class PrefetchGainInfo:
     Attributes:
         ratios: float64 [R], time to load an expert over that of a layer with every expert there.
         shares: float64 [S], memory over that of all experts.
-        ms: by who is followed, float64 [R, S], predicted milliseconds per token; NaN where there
+        ms: by prefetch sources, float64 [R, S], predicted milliseconds per token; NaN where there
             is no room for a buffer.
-        best: [R][S], who should be followed.
+        best: [R][S], the best sources.
         perfect_ms: float64 [R, S], with all sources followed, were every candidate right.
         idle: float64 [R, S], share of the time that the link idles without prefetching.
         idle_after: float64 [R, S], with the best.
@@ -70,7 +70,7 @@ class PrefetchGainInfo:
         return 1 - np.fmin.reduce(list(self.ms.values())) / self.ms[NO_SOURCES]
 
     @property
-    def saved_by_foresight(self) -> NDArray[np.float64]:
+    def saved_if_perfect(self) -> NDArray[np.float64]:
         """Share of the time that would be saved were all candidates right, float64 [R, S]."""
         return 1 - self.perfect_ms / self.ms[NO_SOURCES]
 
@@ -208,7 +208,7 @@ def _lines(info: PrefetchGainInfo, r: int) -> list[go.Scatter]:
     name = f"{info.ratios[r]:g} × a layer"
     return [
         go.Scatter(
-            y=info.saved_by_foresight[r],
+            y=info.saved_if_perfect[r],
             hovertemplate=f"{name}<br>%{{y:.0%}} were every prediction right<extra></extra>",
             **dotted,
         ),

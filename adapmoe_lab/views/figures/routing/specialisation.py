@@ -106,7 +106,7 @@ def plot_specialisation(info: SpecialisationInfo) -> go.Figure:
         [*_information(info), _by_kind(info)],
         title="Specialisation in kinds of text",
         subtitle=f"What one expert of one token tells about the kind of its text; "
-        f"{info.label_bits:.2f} bits would settle it",
+        f"{info.label_bits:.2f} bits would tell it",
         height=380,
         margin={"t": 106},
         annotations=[

@@ -25,8 +25,8 @@ LOOKS = {
     "expert": ("expert", theme.BLUE, ""),
     "waiting": ("waiting", theme.ORANGE, "/"),
     "demand": ("on demand", theme.ORANGE, ""),
-    "ahead": ("ahead, needed", theme.GREEN, ""),
-    "wasted": ("ahead, not needed", theme.GREEN, "/"),
+    "ahead": ("prefetched, needed", theme.GREEN, ""),
+    "wasted": ("prefetched, not needed", theme.GREEN, "/"),
 }
 """Name, colour and hatching of everything that is drawn; the first three compute, or would."""
 COMPUTE = ("dense", "expert", "waiting")
@@ -87,11 +87,11 @@ def timeline_info(
         token: which; one whose times are nearest to the means if None.
 
     Raises:
-        ValueError: the config fetches nothing ahead, or there is no such token.
+        ValueError: the config prefetches nothing, or there is no such token.
     """
     if config.prefetch is None:
         raise ValueError(
-            "The config fetches nothing ahead, so there is nothing to compare; give it a prefetch "
+            "The config prefetches nothing, so there is nothing to compare; give it a prefetch "
             "table, as lab.plan_prefetch returns."
         )
     both = (replace(config, prefetch=None), config)
