@@ -61,10 +61,10 @@ def replayed(trace: RoutingTrace, config: TunedConfig, model: LabModel) -> tuple
     """Return the demands without fetching ahead, and what is used and wasted with it."""
     keep = kept_experts(trace, None)
     candidates = recorded_candidates(trace, config.prefetch)
-    residency = replay(trace, keep, config.plan, config.eviction, candidates)
+    outcome = replay(trace, keep, config.plan, config.eviction, candidates)
     costs = config.hardware.step_costs(model.spec.precision)
-    timeline = run_timeline(residency, costs, candidates, config.prefetch.buffer_slots)
-    return int(residency.misses.sum()), *(
+    timeline = run_timeline(outcome, costs, candidates, config.prefetch.buffer_slots)
+    return int(outcome.misses.sum()), *(
         int(counted.sum()) for counted in (timeline.used, timeline.wasted)
     )
 

@@ -230,7 +230,7 @@ def _surrogate_bytes(config: TunedConfig | None, checkpoint: Checkpoint) -> int:
 
 
 def _prefetch_bytes(config: TunedConfig | None, spec: MoESpec) -> int:
-    """Return the device bytes of what a config fetches ahead."""
+    """Return the device bytes of what a config prefetches."""
     if config is None or config.prefetch is None:
         return 0
     return config.prefetch.n_bytes(spec.stored_expert_bytes)

@@ -102,13 +102,13 @@ def test_weights_written_anew_in_place_are_read(folder):
 
 
 @torch.no_grad()
-def test_another_layout_has_a_ledger_of_its_own(folder):
+def test_another_layout_has_a_manifest_of_its_own(folder):
     load_on_disk(folder).hf(IDS)
     load_on_disk(folder, expert_dtype="bfloat16").hf(IDS)
 
 
 @torch.no_grad()
-def test_a_copy_elsewhere_has_a_ledger_of_its_own(folder, tmp_path):
+def test_a_copy_elsewhere_has_a_manifest_of_its_own(folder, tmp_path):
     load_on_disk(folder).hf(IDS)
     shutil.copytree(folder, tmp_path / "copy")
     flip_a_bit(tmp_path / "copy", layer=1, expert=2)

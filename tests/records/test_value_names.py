@@ -224,7 +224,7 @@ def test_arrays_with_an_unknown_or_missing_value(saved, name, load):
 
 
 @dataclass
-class Pace:
+class Costs:
     """A record whose second value has had two names, and whose third came later."""
 
     layer_s: float
@@ -235,14 +235,14 @@ class Pace:
 RENAMED = {"piece_s": "expert_s", "chunk_s": "expert_s"}
 
 
-def read_pace(values):
-    return Pace(**fields_of(Pace, values, "pace.json", later=("head_s",), renamed=RENAMED))
+def read_costs(values):
+    return Costs(**fields_of(Costs, values, "costs.json", later=("head_s",), renamed=RENAMED))
 
 
 def test_a_renamed_value_is_read_by_its_old_names_and_a_later_one_may_be_missing():
     for name in ("expert_s", *RENAMED):
-        assert read_pace({"layer_s": 1.0, name: 2.0}) == Pace(1.0, 2.0)
-    assert read_pace({"layer_s": 1.0, "expert_s": 2.0, "head_s": 3.0}).head_s == 3.0
+        assert read_costs({"layer_s": 1.0, name: 2.0}) == Costs(1.0, 2.0)
+    assert read_costs({"layer_s": 1.0, "expert_s": 2.0, "head_s": 3.0}).head_s == 3.0
 
 
 @pytest.mark.parametrize(
@@ -258,4 +258,4 @@ def test_a_renamed_value_is_read_by_its_old_names_and_a_later_one_may_be_missing
 )
 def test_what_is_not_the_record_is_refused_in_words(values, message):
     with pytest.raises(RecordError, match=message):
-        read_pace(values)
+        read_costs(values)

@@ -84,7 +84,7 @@ def test_a_step_is_what_it_is_on_paper():
     assert (info.token, info.mean_ms) == (0, pytest.approx((14, 11)))
 
 
-def test_a_wrong_guess_crosses_for_nothing():
+def test_a_wrong_prediction_crosses_for_nothing():
     trace = one_token(predicted=5)
     hardware = replace(HARDWARE, dense_step_s=4e-3)
     _, ahead = figures.timeline_info(trace, following(trace.spec, 4), hardware).steps
@@ -163,7 +163,7 @@ def test_the_gain_is_that_of_configs_in_the_same_memory():
     assert (info.saved_if_perfect >= info.saved).all()
 
 
-def test_foresight_is_what_right_guesses_bring():
+def test_what_right_predictions_would_save():
     trace = predicting(make_trace(n_tokens=600), 0.7)
     right = predicting(make_trace(n_tokens=600), 1.0)
     info = figures.prefetch_gain_info(trace, HARDWARE, (1,), (0.5, 0.75))

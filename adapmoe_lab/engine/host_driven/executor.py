@@ -270,7 +270,7 @@ class HostDrivenExecutor:
 
     @property
     def _prefetcher(self) -> Prefetcher | None:
-        """What fetches ahead now; nothing does while the store is read or gradients are kept."""
+        """What prefetches now; nothing does while the store is read or gradients are kept."""
         is_cached = self._source is self._cached and not torch.is_grad_enabled()
         return self._cached.prefetcher if is_cached else None
 

@@ -76,7 +76,7 @@ class CachedExperts:
             plan: how many slots there are, and who shares them.
             eviction: name of the policy that decides which expert leaves.
             routers: of every layer; used only for policies that read scores.
-            prefetcher: what fetches ahead, if anything does.
+            prefetcher: what prefetches, if anything does.
 
         Raises:
             UnsupportedModelError: the policy reads scores that cannot be had of this model.
@@ -105,7 +105,7 @@ class CachedExperts:
         self._bytes_demanded = 0
 
     def close(self) -> None:
-        """Give up slots, staging buffers and what fetches ahead; nothing can be asked for then."""
+        """Give up slots, staging buffers and prefetcher; no expert can be fetched then."""
         self._slots, self._views, self.prefetcher = [], [], None
         self._staging = self._staging.new_empty(0)
 
@@ -154,7 +154,7 @@ class CachedExperts:
     def fetch_experts(
         self, layer: int, experts: Collection[int], hidden: torch.Tensor
     ) -> Iterator[tuple[int, Weights]]:
-        """Yield the resident experts, then those fetched ahead, then the others as they arrive.
+        """Yield the resident experts, then those prefetched, then the others as they arrive.
 
         Every copy that has room is issued at once; experts without a slot stream through the
         staging buffers, one loading while the other is read. A slot counts as holding an expert

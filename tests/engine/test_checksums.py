@@ -44,14 +44,14 @@ def test_another_process_knows_what_was_recorded(cache):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array at all"])
-def test_a_damaged_ledger_says_what_to_delete(cache, content):
+def test_a_damaged_manifest_says_what_to_delete(cache, content):
     kept_manifest("one", (1, 1), "a model")
     (cache / "one.npy").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"one\.npy, which keeps .* is damaged .*; delete it"):
         kept_manifest("one", (1, 1), "a model")
 
 
-def test_a_file_system_without_hard_links_has_ledgers_too(cache, monkeypatch):
+def test_a_file_system_without_hard_links_has_manifests_too(cache, monkeypatch):
     def unsupported(*_):
         raise PermissionError
 
@@ -70,7 +70,7 @@ def test_a_cache_folder_that_cannot_be_made_costs_the_memory_of_other_runs_only(
     manifest.check(0, 1, torch.ones(4, dtype=torch.uint8))
 
 
-def test_a_ledger_that_cannot_be_written_still_tells_what_changed(cache, monkeypatch):
+def test_a_manifest_that_cannot_be_written_still_tells_what_changed(cache, monkeypatch):
     zeros, ones = torch.zeros(4, dtype=torch.uint8), torch.ones(4, dtype=torch.uint8)
     kept_manifest("one", (1, 2), "a model").check(0, 0, zeros)
     before = (cache / "one.npy").read_bytes()
