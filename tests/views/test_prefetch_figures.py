@@ -131,12 +131,12 @@ def test_bars_are_drawn_in_two_rows_and_named_once():
     figure = figures.plot_timeline(figures.timeline_info(trace, following(trace.spec, 4), hardware))
     bars = figure.data[: 2 * len(LOOKS)]
     assert [bar.name for bar in bars if bar.showlegend] == [
-        "attention, router", "expert", "waiting", "on demand", "ahead, needed",
+        "attention, router", "expert", "waiting", "on demand", "prefetched, needed",
     ]  # fmt: skip
     ends = [max([*(bar.base + bar.x), 0]) for bar in bars]
     assert max(ends[: len(LOOKS)]) == pytest.approx(14)
     assert max(ends[len(LOOKS) :]) == pytest.approx(11)
-    assert [set(bar.y) for bar in bars if bar.name == "ahead, needed"] == [set(), {3.9}]
+    assert [set(bar.y) for bar in bars if bar.name == "prefetched, needed"] == [set(), {3.9}]
     assert "14.0 → 11.0 ms (-21%)" in figure.layout.title.text
     assert [a.text for a in figure.layout.annotations] == [
         "<b>everything on demand</b>, 14.0 ms",

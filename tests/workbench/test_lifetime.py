@@ -83,7 +83,7 @@ def test_nothing_is_left_of_a_closed_workbench(opened, way):
     widgets, threads = open_widgets(), set(threading.enumerate())
     bench, model = opened()
     assert len(open_widgets()) > len(widgets) + 30
-    gone = [weakref.ref(part) for part in (model, model.engine, bench.panel, bench.panel._bench)]
+    gone = [weakref.ref(part) for part in (model, model.engine, bench.panel, bench.panel._session)]
     CLOSINGS[way](bench)
     del model
     if way == "dropped":
