@@ -250,9 +250,9 @@ def test_a_renamed_value_is_read_by_its_old_names_and_a_later_one_may_be_missing
     [
         ({"layer_s": 1.0, "expert_s": 2.0, "piece_s": 3.0}, "'expert_s' and 'piece_s', which are"),
         ({"layer_s": 1.0, "chunk_s": 2.0, "piece_s": 3.0}, "'chunk_s' and 'piece_s', which are"),
-        ({"layer_s": 1.0}, r"pace\.json lacks 'expert_s'\. Restore it, or make it again"),
+        ({"layer_s": 1.0}, r"costs\.json lacks 'expert_s'\. Restore it, or make it again"),
         ({}, "lacks 'layer_s', 'expert_s'"),
-        ([1.0, 2.0], r"pace\.json holds a list where named values are expected"),
+        ([1.0, 2.0], r"costs\.json holds a list where named values are expected"),
         (None, "holds a NoneType where named values are expected"),
     ],
 )
