@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import adapmoe_lab as lab
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.policies.allocation.slots import slots_plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.records import TunedConfig

@@ -160,9 +160,21 @@ def test_tune_refuses_what_it_cannot_keep(idle, arguments, message):
     [
         (
             {"prompt": ["Once", "upon"]},
-            r"prompt must be one string, got \['Once', 'upon'\] \(list\)",
+            r"prompt\[0\] must be a message such as {'role': 'user', .*, got 'Once' \(str\)",
         ),
-        ({"prompt": None}, "prompt must be one string, got None"),
+        ({"prompt": None}, "prompt must be one text or several messages, got None"),
+        ({"prompt": {"role": "user"}}, "prompt must be one text or several messages, got {'role'"),
+        ({"prompt": [{"role": "user"}]}, r"prompt\[0\] must be a message .*, got {'role': 'user'}"),
+        ({"prompt": []}, "The prompt is empty"),
+        (
+            {"prompt": [{"role": "user", "content": "Hello"}]},
+            "has no chat template: .* Give one text to continue, or the template as chat_template",
+        ),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        ({"top_p": 1.5}, r"top_p must be a finite number in 0\.\.1, got 1\.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, .* got 0"),
+        ({"stop": ["end", ""]}, "stop holds an empty string"),
+        ({"stop": 5}, "stop must be a string or several, got 5"),
         ({"prompt": "x\ud800"}, r"prompt holds '\\ud800' at position 1, half of a surrogate pair"),
         ({"prompt": ""}, "The prompt is empty"),
         ({"max_new_tokens": -3}, "max_new_tokens must be a whole number of at least 0, got -3"),

@@ -39,6 +39,11 @@ class Decoder(Protocol):
     others do not. Using it then raises RuntimeError.
     """
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it cannot go on: a pass was interrupted, or another sequence took its place."""
+        ...
+
     def prefill(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Run a prompt, int64 [T], or more of one; return the logits [V] of what follows it."""
         ...

@@ -6,16 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
-
-import torch
 
 from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.device import device_name
 from adapmoe_lab.engine.executor import Decoder, Executor
-from adapmoe_lab.engine.generation import generate_tokens, one_by_one, text_of_tokens
+from adapmoe_lab.engine.generation.text_model import TextModel
 from adapmoe_lab.engine.link_emulation import emulate, emulated
 from adapmoe_lab.engine.memory_plan import MemoryPlan
 from adapmoe_lab.engine.prefetch.predictors import Predictor, predictors_of
@@ -29,11 +26,10 @@ from adapmoe_lab.models.families import MoELayer
 from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
 from adapmoe_lab.models.hooks.observing import observing_model
 from adapmoe_lab.records import LinkTarget, MoESpec, Predictors, TunedConfig
-from adapmoe_lab.records.arguments import finite_number, one_string, whole_number
 from adapmoe_lab.records.step_costs import HostCosts, StepCosts
 
 
-class LabModel:
+class LabModel(TextModel):
     """A Mixture-of-Experts model whose experts live in host memory and are served on demand.
 
     `close` frees what it holds; so does the end of a `with` block, and the last reference to it.
@@ -47,6 +43,7 @@ class LabModel:
         link: what they travel over.
         memory: what was planned to go where.
         config: the configuration in force.
+        in_use: held while the model runs.
     """
 
     def __init__(
@@ -69,7 +66,7 @@ class LabModel:
         self.memory = memory
         self.config = TunedConfig.untuned(spec)
         self._hook = hook
-        self._in_use = threading.RLock()
+        self.in_use = threading.RLock()
         self._predictors: dict[str | None, tuple[Predictor, ...]] = {}
         self._watching = ExitStack()
         self._measured_costs: StepCosts | None = None
@@ -130,7 +127,7 @@ class LabModel:
     def put_in_force(self, config: TunedConfig) -> None:
         """Run under a config that is known to be this model's; `apply` checks that first."""
         plan = config.plan if config.plan is not None else self.memory.slots
-        with self._in_use:
+        with self.in_use:
             predictors = ()
             if config.prefetch is not None:
                 predictors = self._kept_predictors(config.prefetch.fitted)
@@ -159,7 +156,7 @@ class LabModel:
     def _kept_predictors(self, fitted: Predictors | None) -> tuple[Predictor, ...]:
         key = fitted.fingerprint() if fitted is not None else None
         if key not in self._predictors:
-            with self._in_use, self.engine.reading_store():
+            with self.in_use, self.engine.reading_store():
                 found = predictors_of(self.hf, self.layers, fitted)
             self._predictors = {key: found}  # of the last asked for only: they may be large
         return self._predictors[key]
@@ -199,7 +196,7 @@ class LabModel:
         Other threads that want to run the model wait until the block ends. A config other than
         the present one is checked as by `apply`.
         """
-        with self._in_use:
+        with self.in_use:
             self.engine.check_open()
             previous = self.config
             if config is not None and config is not previous:
@@ -225,7 +222,7 @@ class LabModel:
             ValueError: the link is a real one, or decoding takes no time on a virtual clock.
         """
         link = emulated(self.link, target, self.engine.device)
-        with self._in_use:
+        with self.in_use:
             emulate(link, target, self.spec.mean_expert_bytes, self._resident_layer_s)
 
     @contextmanager
@@ -238,81 +235,13 @@ class LabModel:
             ValueError: as `emulate_link`.
         """
         link = emulated(self.link, target, self.engine.device)
-        with self._in_use, link.restored():
+        with self.in_use, link.restored():
             self.emulate_link(target)
             yield self
 
     def decoder(self) -> Decoder:
         """Return what decodes one sequence under the config in force; see `generate_tokens`."""
         return self.engine.decoder(self.hf)
-
-    def encode(self, text: str) -> torch.Tensor:
-        """Return the token ids of a text, int64 [T].
-
-        Raises:
-            ValueError: it is not one text.
-        """
-        ids = self.tokenizer(one_string("text", text))["input_ids"]
-        return torch.tensor(ids, dtype=torch.long)
-
-    def generate(
-        self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
-    ) -> str:
-        """Return the prompt continued by the model.
-
-        Args:
-            prompt: text to continue, one; must not be empty.
-            max_new_tokens: at most this many tokens are added.
-            temperature: 0 takes the likeliest token, higher samples more freely.
-            seed: makes sampling repeatable; any integer of 64 bits.
-
-        Raises:
-            ValueError: the prompt is empty or not one text, or a number is out of range.
-        """
-        ids, tokens = self._tokens(prompt, max_new_tokens, temperature, seed)
-        with self._in_use:
-            return self.tokenizer.decode([*ids.tolist(), *tokens], skip_special_tokens=True)
-
-    def stream(
-        self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[str]:
-        """Yield the text that `generate` adds to a prompt, as it comes.
-
-        Between two parts other threads may run the model, but not under another config. Arguments
-        and errors are those of `generate`.
-
-        Raises:
-            RuntimeError: another config came into force, or the model was closed, meanwhile.
-        """
-        ids, tokens = self._tokens(prompt, max_new_tokens, temperature, seed)
-        decoded = one_by_one(tokens, self._in_use, partial(self._check_unchanged, self.config))
-        return text_of_tokens(self.tokenizer, ids.tolist(), decoded)
-
-    def _check_unchanged(self, config: TunedConfig) -> None:
-        """Refuse to go on with what was begun under another config."""
-        self.engine.check_open()
-        if self.config is not config:
-            raise RuntimeError(
-                "Another config came into force while a text was streamed; begin anew."
-            )
-
-    def _tokens(
-        self, prompt: str, max_new_tokens: int, temperature: float, seed: int
-    ) -> tuple[torch.Tensor, Iterator[int]]:
-        """Return the tokens of a prompt, and those that follow it, decoded as they are wanted."""
-        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, at_least=0)
-        temperature = finite_number("temperature", temperature, at_least=0)
-        seed = whole_number("seed", seed, at_least=-(2**63), at_most=2**64 - 1)
-        ids = self.encode(one_string("prompt", prompt))
-        if not len(ids):
-            raise ValueError("The prompt is empty; give at least one word to continue.")
-        stop = self.hf.generation_config.eos_token_id
-        stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
-        generator = torch.Generator().manual_seed(seed)
-        tokens = generate_tokens(
-            self.decoder(), ids, max_new_tokens, temperature, generator, stop_ids
-        )
-        return ids, tokens
 
     def save_experts(self, folder: str | Path) -> None:
         """Write the experts as they are stored, for `load(..., store=folder)` to reopen at once."""
@@ -324,7 +253,7 @@ class LabModel:
 
         Experts stored in fewer bits come back dequantised.
         """
-        with self._in_use:
+        with self.in_use:
             self.engine.check_open()
             self._watching.close()
             self._hook.detach()
@@ -342,7 +271,7 @@ class LabModel:
         Handle and `hf` are spent then: running either is an error. Waits for a thread that runs
         the model. Closing twice, or after `detach`, does nothing.
         """
-        with self._in_use:
+        with self.in_use:
             if not self.engine.is_closed:
                 self._watching.close()
                 self._predictors = {}

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from adapmoe_lab.engine.executor import Executor
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 
 PROMPT_TOKENS = 8
 

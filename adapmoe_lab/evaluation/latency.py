@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from adapmoe_lab.engine.executor import Executor
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_texts

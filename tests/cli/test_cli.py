@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -187,6 +188,8 @@ def test_an_unknown_task_is_one_line_with_close_names(no_load, capsys):
         (("generate", "demo", "x", "--max-new-tokens", "2.5"), "at least 0, got '2.5'"),
         (("generate", "demo", "x", "--temperature", "nan"), "a number of at least 0, got 'nan'"),
         (("generate", "demo", "x", "--temperature", "-1"), "a number of at least 0, got '-1'"),
+        (("generate", "demo", "x", "--top-k", "0"), "whole number of at least 1, got '0'"),
+        (("generate", "demo", "x", "--top-p", "-1"), "a number of at least 0, got '-1'"),
         (("evaluate", "demo", "--limit", "0"), "whole number of at least 1, got '0'"),
         (("bench", "demo", "--new-tokens", "1"), "whole number of at least 2, got '1'"),
         (("bench", "demo", "--rounds", "x"), "whole number of at least 1, got 'x'"),
@@ -198,6 +201,29 @@ def test_a_number_out_of_range_is_wrong_usage(no_load, arguments, message, capsy
         run(*arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_text_is_sampled_stopped_and_replied_to_as_asked(tiny_checkpoint, capsys):
+    model = lab.load(tiny_checkpoint, link="none", announce=lambda text: None)
+    arguments = ("generate", tiny_checkpoint, "Hello", "--max-new-tokens", 20, "--link", "none")
+    sampled = ("--temperature", 1.5, "--top-k", 9, "--top-p", 0.9, "--repetition-penalty", 1.2)
+    options = {"top_k": 9, "top_p": 0.9, "repetition_penalty": 1.2}
+    whole = model.generate("Hello", 20, 1.5, **options)
+    assert run(*arguments, *sampled) == 0
+    assert capsys.readouterr().out == whole + "\n"
+    stop = whole[8:10]
+    assert run(*arguments, *sampled, "--stop", "\N{SNOWMAN}", "--stop", stop) == 0
+    assert capsys.readouterr().out == whole[: whole.index(stop, 5)] + "\n"
+    assert run(*arguments, "--chat") == 1
+    assert "generate: The tokenizer of this model has no chat template" in capsys.readouterr().err
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    model.tokenizer.chat_template = template
+    folder = tiny_checkpoint.parent / "tiny-chat"
+    shutil.copytree(tiny_checkpoint, folder)
+    model.tokenizer.save_pretrained(folder)
+    assert run("generate", folder, *arguments[2:], "--chat") == 0
+    reply = model.generate([{"role": "user", "content": "Hello"}], 20)
+    assert capsys.readouterr().out == reply + "\n"
 
 
 @pytest.mark.parametrize("content", ["Héllo", "\ufeffHéllo"])

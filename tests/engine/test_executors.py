@@ -9,9 +9,9 @@ import torch
 from runs import PROMPT, decode
 
 from adapmoe_lab.engine.executor import Capabilities
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.sampling import Sampling
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.graph import requirements
-from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.policies.allocation.slots import shared
@@ -72,13 +72,7 @@ def test_sampling_is_repeatable_and_follows_the_temperature(load_tiny):
     model = load_tiny()
 
     def sampled(temperature):
-        generator = torch.Generator().manual_seed(7)
-        decoder = TransformersDecoder(model.hf)
-        return list(
-            generate_tokens(
-                decoder, model.encode(PROMPT), 12, temperature=temperature, generator=generator
-            )
-        )
+        return decode(model.hf, model.encode(PROMPT), 12, sampling=Sampling(temperature, seed=7))
 
     assert sampled(1.0) == sampled(1.0)
     assert sampled(1e-4) == decode(model.hf, model.encode(PROMPT), 12)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from runs import PROMPT, decode, half_cached, reference_text
 
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.host_driven import combine
 
 

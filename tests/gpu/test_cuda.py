@@ -10,7 +10,7 @@ from runs import PROMPT, decode, half_cached
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.cli.doctor import examine
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.transfer.clock import RealClock
 from adapmoe_lab.engine.transfer.link import CudaLink

@@ -11,7 +11,8 @@ from forced_routing import forced_routing, random_choices
 from runs import PROMPT
 from tiny_models import VOCABULARY_SIZE, save_tiny
 
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.sampling import Sampling
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.observing import observing
@@ -76,6 +77,25 @@ def test_the_demo_continues_a_text_as_the_host_does():
     same = sum(a == b for a, b in zip(by_host, by_graph, strict=True))
     assert same >= 16, "bfloat16 may choose another word, but not from the beginning"
     assert model.generate(PROMPT, 32) == model.generate(PROMPT, 32)
+
+
+def test_a_sampled_text_repeats_and_is_the_hosts_to_begin_with():
+    model = loaded("demo", expert_memory="50%")
+    ids, sampling = model.encode(PROMPT), Sampling(0.8, top_k=40, top_p=0.9, seed=5)
+    by_host = list(generate_tokens(TransformersDecoder(model.hf), ids, 16, sampling))
+    by_graph = list(generate_tokens(model.decoder(), ids, 16, sampling))
+    assert by_graph[:4] == by_host[:4]
+    assert by_graph == list(generate_tokens(model.decoder(), ids, 16, sampling))
+
+
+def test_a_conversation_outlives_another_sequence():
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    model = loaded("demo", expert_memory="50%")
+    chat, other = (model.conversation(max_new_tokens=8, chat_template=template) for _ in range(2))
+    said = [chat.say("Once upon a time"), other.say("Once upon a time")]
+    assert said[0] == said[1]
+    assert chat.say("there was") == other.say("there was")
+    assert chat.messages == other.messages
 
 
 def test_what_is_observed_runs_layer_by_layer_and_the_next_step_goes_on():

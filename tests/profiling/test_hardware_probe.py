@@ -8,7 +8,7 @@ import pytest
 from checkpoints import save_tiny_mixtral
 from runs import PROMPT, half_cached
 
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.policies.allocation.slots import slots_plan

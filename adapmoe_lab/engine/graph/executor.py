@@ -238,6 +238,11 @@ class GraphDecoder:
         self._n_tokens = 0
         self._unbroken = UnbrokenPasses()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether a pass was interrupted, another sequence has begun, or the slots have changed."""
+        return self._unbroken.was_interrupted or not self._is_present
+
     def prefill(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Run a prompt, int64 [T]; return the logits [V] of what follows it."""
         self._check(len(token_ids))
@@ -258,9 +263,15 @@ class GraphDecoder:
         self._n_tokens += 1
         return logits
 
+    @property
+    def _is_present(self) -> bool:
+        """Whether this is the last sequence begun, in the present slots."""
+        is_current = self._executor.has_captured(self._step)
+        return is_current and self._step.sequence == self._sequence
+
     def _check(self, n_more: int) -> None:
         """Refuse to go on with a sequence that has ended, or past the cache's end."""
-        if not self._executor.has_captured(self._step) or self._step.sequence != self._sequence:
+        if not self._is_present:
             raise RuntimeError(
                 "Another sequence has begun, or the slots have changed, since this one did; "
                 "executor='graph' decodes one at a time. Begin again with model.decoder()."

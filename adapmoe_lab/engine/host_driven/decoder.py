@@ -25,11 +25,15 @@ decoding has one (https://github.com/pytorch/pytorch/pull/155958).
 
 
 class UnbrokenPasses:
-    """Remembers whether a pass of a sequence was interrupted."""
+    """Remembers whether a pass of a sequence was interrupted.
+
+    Attributes:
+        was_interrupted: whether one was.
+    """
 
     def __init__(self) -> None:
         """Begin with none."""
-        self._was_interrupted = False
+        self.was_interrupted = False
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -38,14 +42,14 @@ class UnbrokenPasses:
         Raises:
             RuntimeError: one before was interrupted.
         """
-        if self._was_interrupted:
+        if self.was_interrupted:
             raise RuntimeError(
                 "A pass of this sequence was interrupted: some layers know of its tokens, others "
                 "do not. Begin again with model.decoder()."
             )
-        self._was_interrupted = True
+        self.was_interrupted = True
         yield
-        self._was_interrupted = False
+        self.was_interrupted = False
 
 
 class TransformersDecoder:
@@ -56,6 +60,11 @@ class TransformersDecoder:
         self._hf = hf
         self._cache: Any = None
         self._unbroken = UnbrokenPasses()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a pass was interrupted."""
+        return self._unbroken.was_interrupted
 
     def prefill(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Run a prompt, int64 [T] on any device; return the logits [V] of what follows it."""

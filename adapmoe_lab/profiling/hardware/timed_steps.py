@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.observing import observing

@@ -1,0 +1,1 @@
+"""Texts from a model: tokens one by one, their text as it comes, conversations."""
