@@ -7,6 +7,9 @@ PIP_ALONE := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP := $(PIP_ALONE) -c constraints.txt
 OLDEST := $(VENV)/oldest-transformers
 NEWEST_PYTHON ?= python3.13
+WORKERS ?= 2
+# Each worker computes in one thread, or they wait for each other.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PLAIN := $(VENV)/plain-install
 
 .PHONY: lab test test-slow test-oldest test-install test-gpu lint chromium clean
@@ -15,7 +18,7 @@ lab: $(VENV)/.installed
 	$(BIN)/adapmoe-lab lab notebooks
 
 test: $(VENV)/.installed-tests chromium lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(SIDE_BY_SIDE) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed-tests chromium
 	$(BIN)/python -m pytest -m "slow and not gpu"
@@ -23,7 +26,7 @@ test-slow: $(VENV)/.installed-tests chromium
 # The oldest transformers that is supported, laid over the tested one.
 test-oldest: $(VENV)/.installed-tests
 	test -d $(OLDEST) || $(PIP_ALONE) --no-deps --target $(OLDEST) transformers==5.17.0 "huggingface-hub<2"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m "not slow and not gpu" tests/models tests/engine
+	PYTHONPATH=$(OLDEST) $(SIDE_BY_SIDE) -m "not slow and not gpu" tests/models tests/engine
 
 # The wheel as anybody installs it on the newest Python: all that it brings is the newest, but torch,
 # whose tested release may be at hand.
