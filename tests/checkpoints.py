@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
@@ -51,3 +51,30 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
     )
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of characters and, for all others, bytes, made as Llama's is.
+
+    A text is given a space that its tokens' text is without, and runs of bytes decode as one.
+    """
+    letters = ["\N{LOWER ONE EIGHTH BLOCK}", "\n", *map(chr, range(33, 127))]
+    names = ["<unk>", "<s>", END, "<|x|>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[], unk_token=names[0], byte_fallback=True)
+    )
+    space = letters[0]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(space, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = {"bos_token": "<s>", "eos_token": END, "extra_special_tokens": ["<|x|>"]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

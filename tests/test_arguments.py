@@ -155,6 +155,10 @@ def test_tune_refuses_what_it_cannot_keep(idle, arguments, message):
         tuned(idle, ["Once upon"], **arguments)
 
 
+SAID = "{{ messages[0].content }}"
+HELLO = {"role": "user", "content": "Hello"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -162,13 +166,23 @@ def test_tune_refuses_what_it_cannot_keep(idle, arguments, message):
             {"prompt": ["Once", "upon"]},
             r"prompt\[0\] must be a message such as {'role': 'user', .*, got 'Once' \(str\)",
         ),
-        ({"prompt": None}, "prompt must be one text or several messages, got None"),
-        ({"prompt": {"role": "user"}}, "prompt must be one text or several messages, got {'role'"),
+        ({"prompt": None}, r"prompt must be one text or messages such as \[{'role': .*, got None"),
+        ({"prompt": {"role": "user"}}, "prompt must be one text or messages .*, got {'role': 'u"),
+        ({"prompt": [HELLO], "chat_template": 5}, "chat_template must be one string, got 5"),
+        ({"prompt": [HELLO], "chat_template": ""}, "The prompt is empty"),
+        (
+            {"prompt": [HELLO], "chat_template": "{{ messages[0].content + 5 }}"},
+            "The chat template does not take these messages: can only concatenate str",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "a\ud800"}], "chat_template": SAID},
+            "holds .* half of a surrogate pair",
+        ),
         ({"prompt": [{"role": "user"}]}, r"prompt\[0\] must be a message .*, got {'role': 'user'}"),
         ({"prompt": []}, "The prompt is empty"),
         (
-            {"prompt": [{"role": "user", "content": "Hello"}]},
-            "has no chat template: .* Give one text to continue, or the template as chat_template",
+            {"prompt": [HELLO]},
+            "has no chat template: .* Give one text to continue, or a template as chat_template",
         ),
         ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
         ({"top_p": 1.5}, r"top_p must be a finite number in 0\.\.1, got 1\.5"),

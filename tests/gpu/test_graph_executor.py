@@ -98,6 +98,19 @@ def test_a_conversation_outlives_another_sequence():
     assert chat.messages == other.messages
 
 
+def test_a_sequence_goes_on_after_replays_with_several_tokens_more():
+    model = loaded("demo", expert_memory="50%")
+    ids = model.encode(PROMPT + " lived in a house by the sea, where he had all that he wanted.")
+    decoder = model.decoder()
+    decoder.prefill(ids[:6])
+    for token in ids[6:10].tolist():
+        decoder.step(token)
+    found = [decoder.prefill(ids[10:15]).clone(), decoder.step(int(ids[15])).clone()]
+    expected = [TransformersDecoder(model.hf).prefill(ids[:n]) for n in (15, 16)]
+    for logits, wanted in zip(found, expected, strict=True):
+        assert (logits - wanted).norm() < 2e-2 * wanted.norm()
+
+
 def test_what_is_observed_runs_layer_by_layer_and_the_next_step_goes_on():
     model = loaded("demo", expert_memory="50%")
     decoder = model.decoder()

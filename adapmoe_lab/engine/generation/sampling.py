@@ -91,13 +91,13 @@ def chosen(logits: torch.Tensor, sampling: Sampling, position: int) -> torch.Ten
     """Return the token [] at a position, by logits [V] that are penalised already."""
     if sampling.temperature == 0:
         return logits.argmax()
-    scores = logits.float() / sampling.temperature
+    scores = (logits.double() - logits.max()) / sampling.temperature
     if sampling.top_k is not None:
         scores = among_top_k(scores, sampling.top_k)
     if sampling.top_p is not None:
         scores = among_top_p(scores, sampling.top_p)
     noise = gumbel_noise(sampling.seed, position, len(scores), scores.device)
-    return (scores.double() + noise).argmax()
+    return (scores + noise).argmax()
 
 
 def penalised(logits: torch.Tensor, is_in_text: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -8,15 +8,13 @@ from typing import Any
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """Stands at the end of a text for a character whose last bytes are still missing."""
 
-N_TOKENS_BEFORE = 8
-"""How many tokens before a new one are turned into text with it, since its text depends on them."""
-
 
 def text_of_tokens(tokenizer: Any, ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
     """Yield what tokens add to a text, each part once no later token can change it.
 
-    Special tokens are left out. A character of several tokens comes with the last of them. A token
-    costs the same however long the text is.
+    Special tokens are left out. A character of several tokens comes with the last of them. What a
+    token adds is seen beside the part before it, so that it costs the same in a long text: decoded
+    alone it may lose a space, and decoded from within a character it is none.
 
     Args:
         tokenizer: turns ids into text.
@@ -27,17 +25,17 @@ def text_of_tokens(tokenizer: Any, ids: Sequence[int], tokens: Iterable[int]) ->
     def decoded(window: Sequence[int]) -> str:
         return tokenizer.decode(window, skip_special_tokens=True)
 
-    window = list(ids[-N_TOKENS_BEFORE:])
-    n_shown = len(window)
+    window, n_shown = list(ids), len(ids)
     shown = text = decoded(window)
     for token in tokens:
         window.append(token)
         text = decoded(window)
         if not text.endswith(INCOMPLETE):
             yield text[len(shown) :]
-            window = window[max(0, n_shown - N_TOKENS_BEFORE) :]
-            n_shown = len(window)
-            shown = text = decoded(window)
+            if decoded(window[n_shown:]):
+                window = window[n_shown:]
+                text = decoded(window)
+            n_shown, shown = len(window), text
     if text != shown:
         yield text[len(shown) :]
 

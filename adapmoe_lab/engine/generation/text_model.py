@@ -44,12 +44,13 @@ class TextModel(Writer):
         top_p: float | None = None,
         repetition_penalty: float = 1.0,
         stop: str | Iterable[str] = (),
+        chat_template: str | None = None,
     ) -> str:
         """Return a text continued by the model, or the reply to messages.
 
         Args:
             prompt: one text to continue; or messages, each with `role` and `content`, as the
-                tokenizer's chat template takes them.
+                chat template takes them.
             max_new_tokens: at most this many tokens are added.
             temperature: 0 takes the likeliest token, higher samples more freely.
             seed: makes sampling repeatable; any integer of 64 bits.
@@ -57,13 +58,15 @@ class TextModel(Writer):
             top_p: sample among the likeliest tokens that have this probability together.
             repetition_penalty: above 1, tokens that the text holds already become less likely.
             stop: the text ends before the first of these strings.
+            chat_template: a Jinja template for messages in place of the tokenizer's.
 
         Raises:
-            ValueError: the prompt is empty or neither text nor messages, the tokenizer has no
-                template for them, or a number is out of range.
+            ValueError: the prompt is empty or neither text nor messages, there is no template for
+                them, or a number is out of range.
         """
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-        wanted, ids = WantedText(max_new_tokens, sampling, stop), prompt_ids(self, prompt)
+        wanted = WantedText(max_new_tokens, sampling, stop)
+        ids = prompt_ids(self, prompt, chat_template)
         with self.in_use:
             text = "".join(written(self, ids, wanted))
         is_text = isinstance(prompt, str)
@@ -80,6 +83,7 @@ class TextModel(Writer):
         top_p: float | None = None,
         repetition_penalty: float = 1.0,
         stop: str | Iterable[str] = (),
+        chat_template: str | None = None,
     ) -> Iterator[str]:
         """Yield the text that `generate` adds to a prompt, as it comes.
 
@@ -87,11 +91,12 @@ class TextModel(Writer):
         and errors are those of `generate`.
 
         Raises:
-            RuntimeError: another config came into force, or the model was closed, meanwhile.
+            RuntimeError: meanwhile another config came into force, the model was closed, or, with
+                `executor="graph"`, another text was begun.
         """
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
         wanted = WantedText(max_new_tokens, sampling, stop)
-        return written(self, prompt_ids(self, prompt), wanted)
+        return written(self, prompt_ids(self, prompt, chat_template), wanted)
 
     def conversation(
         self,
@@ -117,7 +122,7 @@ class TextModel(Writer):
             top_p: see there.
             repetition_penalty: see there.
             stop: see there.
-            chat_template: a Jinja template in place of the tokenizer's.
+            chat_template: see there.
 
         Raises:
             ValueError: as `generate`.

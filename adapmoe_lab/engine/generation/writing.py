@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -46,29 +46,42 @@ class Writer(Protocol):
         ...
 
 
-def prompt_ids(model: Writer, prompt: str | Sequence[Message]) -> list[int]:
+def prompt_ids(
+    model: Writer, prompt: str | Sequence[Message], chat_template: str | None = None
+) -> list[int]:
     """Return the tokens of a text to continue, or of messages to reply to.
 
     Raises:
-        ValueError: it is neither, is empty, or the tokenizer has no template for messages.
+        ValueError: it is neither, is empty, or there is no template for messages.
     """
     if isinstance(prompt, str):
-        ids = model.encode(one_string("prompt", prompt)).tolist()
-    else:
-        messages = checked_messages("prompt", prompt)
-        ids = encoded(model.tokenizer, rendered(model.tokenizer, messages)) if messages else []
+        return not_empty(model.encode(one_string("prompt", prompt)).tolist())
+    messages = checked_messages("prompt", prompt, or_else="one text or ")
+    text = rendered(model.tokenizer, messages, chat_template) if messages else ""
+    return not_empty(encoded(model.tokenizer, text))
+
+
+def not_empty(ids: list[int]) -> list[int]:
+    """Return the tokens of a prompt; raise ValueError if there are none."""
     if not ids:
         raise ValueError("The prompt is empty; give at least one word to continue.")
     return ids
 
 
 def tokens_after(
-    model: Writer, ids: Sequence[int], wanted: WantedText, decoder: Decoder
+    model: Writer, ids: Sequence[int], wanted: WantedText, begin: Callable[[], Decoder]
 ) -> Iterator[int]:
     """Yield the tokens that follow others; between two of them other threads may run the model.
 
+    Args:
+        model: what writes.
+        ids: the tokens before.
+        wanted: what is wanted of the text.
+        begin: returns what decodes it, once the first token is wanted.
+
     Raises:
-        RuntimeError: another config came into force, or the model was closed, meanwhile.
+        RuntimeError: meanwhile another config came into force, the model was closed, or, where an
+            executor decodes one sequence at a time, another was begun.
     """
     config = model.config
 
@@ -79,13 +92,15 @@ def tokens_after(
                 "Another config came into force while a text was streamed; begin anew."
             )
 
-    tokens = generate_tokens(
-        decoder, torch.tensor(ids), wanted.max_new_tokens, wanted.sampling, model.stop_ids
-    )
-    return one_by_one(tokens, model.in_use, check_unchanged)
+    def tokens() -> Iterator[int]:
+        prompt, sampling = torch.tensor(ids), wanted.sampling
+        yield from generate_tokens(begin(), prompt, wanted.max_new_tokens, sampling, model.stop_ids)
+
+    model.engine.check_open()
+    return one_by_one(tokens(), model.in_use, check_unchanged)
 
 
 def written(model: Writer, ids: Sequence[int], wanted: WantedText) -> Iterator[str]:
     """Return the text that follows tokens, part by part; see `tokens_after`."""
-    tokens = tokens_after(model, ids, wanted, model.decoder())
+    tokens = tokens_after(model, ids, wanted, model.decoder)
     return text_before(text_of_tokens(model.tokenizer, ids, tokens), tuple(wanted.stop))

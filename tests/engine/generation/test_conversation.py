@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from checkpoints import byte_tokenizer, sentencepiece_tokenizer
 
 from adapmoe_lab.engine.observing import observing
 from adapmoe_lab.records import GatingTable
@@ -29,6 +30,28 @@ def plain_reply(model, ids, n_tokens):
     """Return what transformers' own generation adds to tokens, its keys and values begun anew."""
     output = model.hf.generate(torch.tensor([ids]), max_new_tokens=n_tokens, do_sample=False)
     return [token for token in output[0, len(ids) :].tolist() if token not in model.stop_ids]
+
+
+def rendered_by(template, messages):
+    return byte_tokenizer().apply_chat_template(
+        list(messages), chat_template=template, tokenize=False
+    )
+
+
+@contextmanager
+def replaced_tokens(model, tokens):
+    """Let the model choose given tokens, one after the other, and read any."""
+    wanted, embed, n_tokens = iter(tokens), model.hf.model.embed_tokens, model.hf.vocab_size
+
+    def choose(module, arguments, logits):
+        chosen = torch.nn.functional.one_hot(torch.tensor(next(wanted)), 2 * n_tokens)
+        return chosen.expand(*logits.shape[:-1], -1)
+
+    with (
+        model.hf.lm_head.register_forward_hook(choose),
+        embed.register_forward_pre_hook(lambda module, arguments: (arguments[0] % n_tokens,)),
+    ):
+        yield
 
 
 class Written:
@@ -163,6 +186,65 @@ def test_a_template_may_forget_what_was_said(model):
     assert chat.say("More") == alone.say("More")
 
 
+SPACED = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}\n{% endif %}{% endfor %}"
+)
+
+
+def test_kept_tokens_are_those_of_the_whole_text(load_tiny):
+    """The template sets the space that a reply begins with; a text alone is given one."""
+    model = load_tiny()
+    model.tokenizer = tokenizer = sentencepiece_tokenizer()
+    model.hf.generation_config.eos_token_id = tokenizer.eos_token_id
+    reply = tokenizer(" Hello there")["input_ids"][1:]
+    with replaced_tokens(model, [*reply, tokenizer.eos_token_id] * 3):
+        chat = model.conversation(max_new_tokens=20, chat_template=SPACED)
+        for said in ("One", "Two", "Three"):
+            with counted(model) as counts:
+                assert chat.say(said) == " Hello there"
+            assert chat.messages[-1]["content"] == "Hello there"
+            turn = ("\n" if said != "One" else " ") + f"[INST] {said} [/INST]"
+            assert sum(counts) == len(turn) + len(reply)
+    whole = rendered_by(SPACED, chat.messages)
+    assert chat._said == (whole.rstrip("\n"), tokenizer(whole.rstrip("\n"))["input_ids"])
+
+
+def test_a_stream_nobody_reads_was_not_said_and_a_bad_text_ends_no_reply(model):
+    chat = model.conversation(max_new_tokens=30, temperature=1.5)
+    chat.stream("Hello")
+    stream = chat.stream("More")
+    first = next(stream)
+    with pytest.raises(ValueError, match="text must be one string, got 5"):
+        chat.stream(5)
+    reply = first + "".join(stream)
+    assert [m["content"] for m in chat.messages] == ["More", reply]
+
+
+def test_two_threads_cannot_take_one_turn(model):
+    chat = model.conversation(max_new_tokens=4)
+    stream, refused = chat.stream("Hello"), []
+
+    def take_another(layer, _):
+        if not refused:
+            with pytest.raises(RuntimeError, match="Another thread is reading a reply") as error:
+                chat.stream("More")
+            refused.append(error)
+
+    with observing(model, {HookPoint.LAYER_OUTPUT: take_another}):
+        reply = "".join(stream)
+    assert refused
+    assert chat.messages[-1]["content"] == reply
+
+
+def test_a_stream_that_is_not_read_begins_nothing(model, monkeypatch):
+    """Where an executor decodes one sequence at a time, beginning one ends another."""
+    begun = []
+    monkeypatch.setattr(model.engine, "decoder", lambda hf: begun.append(hf))
+    model.stream("Once upon a time")
+    assert not begun
+
+
 def test_what_no_template_takes_is_refused(load_tiny, model):
     chat = model.conversation(max_new_tokens=2)
     with pytest.raises(ValueError, match="does not take these messages: the system speaks first"):
@@ -171,6 +253,8 @@ def test_what_no_template_takes_is_refused(load_tiny, model):
         chat.stream(["Hello"])
     with pytest.raises(ValueError, match=r"messages\[0\] must be a message such as"):
         model.conversation(["Hello"])
+    with pytest.raises(ValueError, match=r"messages must be messages such as .*, got 'Be brief'"):
+        model.conversation("Be brief")
     with pytest.raises(ValueError, match="has no chat template"):
         load_tiny().conversation()
     assert chat.messages == ()

@@ -114,6 +114,12 @@ def test_the_least_and_the_most_of_top_p():
     assert among_top_p(logits, 1.0).isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-300])
+def test_the_lower_the_temperature_the_likelier_the_token(temperature):
+    logits = torch.tensor([1.0, 5.0, 9.0, 8.9], dtype=torch.bfloat16)
+    assert int(chosen(logits, Sampling(temperature, top_k=3, top_p=0.99), 3)) == 2
+
+
 def test_positions_differ_and_a_position_repeats():
     logits = torch.zeros(1000)
     sampling = Sampling(1.0, seed=11)
