@@ -77,7 +77,7 @@ def test_every_figure_is_drawn_and_the_question_answered(tmp_path, name, titles,
     home.mkdir()
     with lab_server(notebooks, home) as address, browser_page() as (page, outside):
         open_notebook(page, address, f"{name}.ipynb")
-        run_all(page, timeout_s=400)
+        run_all(page, timeout_s=900)
         drawn = page.locator(f"{PANEL} .js-plotly-plot").all()
         shown = [figure.locator(".gtitle .line").first.text_content() for figure in drawn]
         assert shown == titles

@@ -54,7 +54,7 @@ def test_it_defines_nothing_and_picks_its_model_first(path):
 def test_it_runs_from_top_to_bottom(path, tmp_path):
     """A shared machine may take twice as long as promised."""
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
     start = time.monotonic()
     client.execute()
     assert time.monotonic() - start < 2 * PROMISED_S[path.stem]

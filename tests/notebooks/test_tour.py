@@ -42,7 +42,7 @@ def test_the_tour(tmp_path):
     with lab_server(notebooks, home) as address, browser_page() as (page, outside):
         open_notebook(page, address, TOUR)
         assert page.locator(".jp-toast-button, .jp-Dialog").all_inner_texts() == []  # no news
-        run_all(page, timeout_s=400)
+        run_all(page, timeout_s=900)
         move_a_control_by_keyboard(page)
         drag_the_curve(page)
         measure_and_cancel(page)
