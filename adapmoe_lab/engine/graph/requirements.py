@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
 
 from adapmoe_lab.engine.executor import Capabilities
 from adapmoe_lab.engine.store.expert_store import ExpertStore
+from adapmoe_lab.policies.eviction.registry import POLICIES
 
-CAPABILITIES = Capabilities(
-    "graph",
-    precisions=("bfloat16",),
-    evictions=("lru",),
-    has_shared_pool=False,
-    is_gated=False,
-    has_surrogates=False,
-    has_prefetch=False,
-)
+OLDEST_TRITON = (3, 3)
+"""Named tuples in kernels came with it."""
 
 MATRICES = ("gate_up_proj", "down_proj")
 """What an expert must consist of."""
@@ -25,16 +20,33 @@ MATRICES = ("gate_up_proj", "down_proj")
 REMEDY = "Load the model with executor='host', which runs everything."
 
 
+def capabilities() -> Capabilities:
+    """Return what a captured step is able to run, with every policy that is registered by now."""
+    return Capabilities(
+        "graph",
+        precisions=("bfloat16",),
+        evictions=[name for name, policy in POLICIES.items() if not policy.host_only],
+        has_surrogates=False,
+        has_prefetch=False,
+    )
+
+
 def check_computing(device: torch.device, dtype: str) -> None:
     """Refuse a device on which no step can be captured, and another precision than the kernels'.
 
     Raises:
-        ValueError: it is no CUDA device, triton is not there, or it is not to compute in bfloat16.
+        ValueError: it is no CUDA device, triton is not there or too old, or it is not to compute in
+            bfloat16.
     """
     if device.type != "cuda":
         raise ValueError(f"executor='graph' needs a CUDA device; this is {device}. {REMEDY}")
     if find_spec("triton") is None:
         raise ValueError(f"executor='graph' needs triton, which is not installed. {REMEDY}")
+    if tuple(map(int, version("triton").split(".")[:2])) < OLDEST_TRITON:
+        raise ValueError(
+            f"executor='graph' needs triton {'.'.join(map(str, OLDEST_TRITON))} or newer, as torch "
+            f"2.7 brings it; this is {version('triton')}. {REMEDY}"
+        )
     if dtype != "bfloat16":
         raise ValueError(
             f"executor='graph' computes in bfloat16, not in {dtype}; give dtype='bfloat16'. "
