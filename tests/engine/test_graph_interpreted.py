@@ -14,10 +14,24 @@ from pathlib import Path
 import pytest
 from toy_policies import TOY
 
+from adapmoe_lab.policies.eviction.policy import EvictionPolicy
 from adapmoe_lab.policies.eviction.registry import POLICIES
 
 ROOT = Path(__file__).parents[2]
 ON_DEVICE = [policy for policy in [*POLICIES.values(), TOY] if not policy.host_only]
+
+
+def made_with(step):
+    """Return a policy whose function closes over a constant and a function."""
+
+    def later(clock):
+        return step * clock
+
+    def after_use(priority, state, use):
+        return priority + later(use.clock), state
+
+    return EvictionPolicy("made", after_use)
+
 
 pytest.importorskip("triton", reason="triton, which runs on Linux only, is not installed")
 
@@ -40,15 +54,15 @@ def check_interpreted(*arguments):
     assert "skipped" not in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize(("n_layers", "n_experts", "n_warps"), [(1, 256, 1), (48, 128, 8)])
-@pytest.mark.parametrize("policy", ON_DEVICE, ids=lambda policy: policy.name)
+@pytest.mark.parametrize(("n_layers", "n_experts", "n_warps"), [(1, 256, 1), (58, 256, 16)])
+@pytest.mark.parametrize("policy", [*ON_DEVICE, made_with(3)], ids=lambda policy: policy.name)
 def test_the_step_compiles_for_a_gpu(policy, n_layers, n_experts, n_warps):
     from adapmoe_lab.engine.graph.step_kernel import step_kernel
     from adapmoe_lab.engine.graph.step_tables import device_functions
 
     shape = {
         "n_layers": n_layers, "n_experts": n_experts, "n_places": n_layers * n_experts, "top_k": 8,
-        "experts_padded": n_experts, "all_padded": 8192 if n_layers > 1 else n_experts,
+        "experts_padded": n_experts, "all_padded": 2**14 if n_layers > 1 else n_experts,
         "top_k_padded": 8,
     }  # fmt: skip
     functions = device_functions(policy)

@@ -118,13 +118,14 @@ class StepTables:
         _fill(self._slot_of, state.slot_of)
         _fill(self._priority, state.priorities)
         _fill(self._clocks, np.array(state.clocks))
-        free = np.zeros(self._free_slots.shape, dtype=np.int64)
+        free, n_free = np.zeros(self._free_slots.shape, dtype=np.int64), []
         by_pool = [state.slot_of] if self._is_shared else state.slot_of
         for pool, (n_slots, slots) in enumerate(zip(self._n_slots, by_pool, strict=True)):
             unused = np.setdiff1d(np.arange(n_slots), slots)[::-1]
             free[pool, : len(unused)] = unused
-            self._n_free[pool] = len(unused)
+            n_free.append(len(unused))
         _fill(self._free_slots, free)
+        _fill(self._n_free, np.array(n_free))
 
     def state(self) -> CacheState:
         """Return residency for the host to go on from; waits for the device."""
@@ -178,7 +179,7 @@ def device_functions(policy: EvictionPolicy) -> dict[str, Any]:
 
 def _n_warps(n_experts: int) -> int:
     """Return how many warps look through the experts of a pool."""
-    return min(8, triton.next_power_of_2(triton.cdiv(n_experts, EXPERTS_PER_WARP)))
+    return min(16, triton.next_power_of_2(triton.cdiv(n_experts, EXPERTS_PER_WARP)))
 
 
 def _fill(tensor: torch.Tensor, values: NDArray) -> None:
