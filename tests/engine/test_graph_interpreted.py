@@ -66,7 +66,7 @@ def test_the_step_compiles_for_a_gpu(policy, n_layers, n_experts, n_warps):
         "top_k_padded": 8,
     }  # fmt: skip
     functions = device_functions(policy)
-    floats = dict.fromkeys(("weights", "scores", "cuts", "coefficients"), "*fp32")
+    floats = dict.fromkeys(("weights", "scores", "cuts", "coefficients", "dropped"), "*fp32")
     longs = ("ids", "priority", "clocks", "hits", "misses", "skipped", "reads", "writes")
     addresses = ("host_addresses", "slot_addresses")
     types = {**floats, **dict.fromkeys((*longs, *addresses), "*i64"), "layer": "i32"}

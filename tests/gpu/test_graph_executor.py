@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn_surrogates import random_surrogates
 from interpreted_graph import load_graph
 from runs import PROMPT
 
@@ -67,16 +66,12 @@ def test_one_sequence_at_a_time_and_no_further_than_its_room():
 
 def test_what_it_cannot_run_is_refused_by_name():
     model = load_graph("demo", expert_memory="50%")
-    spec = model.spec
-    surrogates = random_surrogates(spec)
-    with pytest.raises(ValueError, match="does not run surrogates"):
-        model.apply(replace(model.config, compensation=surrogates))
     with pytest.raises(ValueError, match="does not run eviction 'lfu'"):
         model.apply(replace(model.config, eviction="lfu"))
     with pytest.raises(ValueError, match="does not run experts in int4"):
         load_graph("demo", expert_dtype="int4")
-    with pytest.raises(ValueError, match="does not run surrogates"):
-        model.engine.configure(None, model.engine.plan, surrogates=surrogates)
+    with pytest.raises(ValueError, match="does not run eviction 'hobbit'"):
+        model.engine.configure(None, model.engine.plan, "hobbit")
     with pytest.raises(ValueError, match="computes in bfloat16, not in float32"):
         load("demo", device="cuda", dtype="float32", expert_dtype="bfloat16", executor="graph")
     decoder = model.decoder()

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from drawn_surrogates import random_surrogates
 from forced_routing import forced_routing, random_choices
 from interpreted_graph import (
     DEVICE,
@@ -123,6 +124,20 @@ def test_what_is_skipped_is_what_the_host_skips(tmp_path, is_renormalised):
     config = replace(model.config, plan=slots_plan(model.spec, 3), gating=gating)
     traffic = check_against_host(model, config)
     assert 0 < traffic.skipped < traffic.kept
+
+
+def test_surrogates_take_the_place_of_what_is_skipped(tmp_path, captured):
+    model = load_graph(save_tiny("mixtral", tmp_path))
+    gating = GatingTable(np.array([[0.6], [0.75], [2.0]]))
+    surrogates = random_surrogates(model.spec, ranks=[3, 0, 4])
+    config = replace(
+        model.config, plan=slots_plan(model.spec, 3), gating=gating, compensation=surrogates
+    )
+    traffic = check_against_host(model, config)
+    assert 0 < traffic.skipped < traffic.kept
+    model.apply(replace(config, compensation=None))
+    model.decoder().step(1)
+    assert len(captured) == 2, "without them it is another step"
 
 
 def test_cuts_quotas_and_slots_change_without_another_capture(tmp_path, captured):

@@ -87,19 +87,21 @@ class GraphExecutor:
     ) -> None:
         """Start afresh with empty slots of a plan.
 
-        What was captured goes on if the policy is the same, and layers share their slots if they
-        did: slots, quotas and gating are no part of it.
+        What was captured goes on if policy and surrogates are the same, and layers share their
+        slots if they did: slots, quotas and cuts are no part of it.
 
         Raises:
             ValueError: a captured step cannot run it.
         """
         self.capabilities.check_parts(eviction, plan, gating, surrogates, prefetch)
-        captured, before = self._captured, (self._policy, self.plan.is_global)
+        policy, captured = policy_named(eviction), self._captured
+        before = self._policy, self.plan.is_global
+        if before != (policy, plan.is_global) or self.surrogates is not surrogates:
+            captured = None
         self._forget_step()
         self._host.configure(gating, plan, eviction, surrogates, prefetch, predictors, step_costs)
-        self._policy = policy_named(eviction)
-        if captured is not None and before == (self._policy, plan.is_global):
-            self._captured = captured
+        self._policy, self._captured = policy, captured
+        if captured is not None:
             self._begin(captured.served)
 
     def release(self) -> None:
@@ -117,7 +119,7 @@ class GraphExecutor:
         if self._captured is None:
             served = ServedStep(
                 self._store, self._policy, self.plan.is_global, self._top_k, self.device,
-                self._routers,
+                self._routers, self._host.surrogate_outputs,
             )  # fmt: skip
             self._begin(served)
             self._captured = CapturedStep(hf, served, self._context_tokens, self.capturing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -26,7 +25,6 @@ def capabilities() -> Capabilities:
         "graph",
         precisions=("bfloat16",),
         evictions=[name for name, policy in POLICIES.items() if not policy.host_only],
-        has_surrogates=False,
         has_prefetch=False,
     )
 
@@ -42,15 +40,22 @@ def check_computing(device: torch.device, dtype: str) -> None:
         raise ValueError(f"executor='graph' needs a CUDA device; this is {device}. {REMEDY}")
     if find_spec("triton") is None:
         raise ValueError(f"executor='graph' needs triton, which is not installed. {REMEDY}")
-    if tuple(map(int, version("triton").split(".")[:2])) < OLDEST_TRITON:
-        raise ValueError(
-            f"executor='graph' needs triton {'.'.join(map(str, OLDEST_TRITON))} or newer, as torch "
-            f"2.7 brings it; this is {version('triton')}. {REMEDY}"
-        )
+    _check_triton()
     if dtype != "bfloat16":
         raise ValueError(
             f"executor='graph' computes in bfloat16, not in {dtype}; give dtype='bfloat16'. "
             f"{REMEDY}"
+        )
+
+
+def _check_triton() -> None:
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        raise ValueError(
+            f"executor='graph' needs triton {oldest} or newer, as torch 2.7 brings it; this is "
+            f"{triton.__version__}. {REMEDY}"
         )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from adapmoe_lab.engine.graph.product_kernel import served_product_kernel
 from adapmoe_lab.engine.graph.step_tables import StepTables
+from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
 from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.models.families import Router, router_scores
 from adapmoe_lab.policies.eviction.policy import EvictionPolicy
@@ -33,6 +34,7 @@ class ServedStep:
         top_k: int,
         device: torch.device,
         routers: Sequence[Router] = (),
+        surrogates: SurrogateOutputs | None = None,
     ) -> None:
         """Address every expert of a pinned store; `begin` gives it slots.
 
@@ -43,6 +45,7 @@ class ServedStep:
             top_k: experts that a token chooses.
             device: where to compute.
             routers: of every layer; used only for policies that read scores.
+            surrogates: what is computed in the place of skipped experts.
         """
         hosts = [
             [store.buffer(layer, expert).data_ptr() for expert in range(store.n_experts(layer))]
@@ -50,7 +53,7 @@ class ServedStep:
         ]
         self.tables = StepTables(hosts, policy, is_shared, top_k, device)
         self._routers = routers if policy.needs_scores else None
-        self._n_experts = len(hosts[0])
+        self._surrogates = surrogates
         self._fields = {field.name: field for field in store.formats[0][0].fields}
 
     def begin(
@@ -86,8 +89,15 @@ class ServedStep:
         inner = inner.contiguous()
         outputs = self._product("down_proj", inner, len(ids), inner.shape[1])
         coefficients = self.tables.coefficients.to(weights.dtype)[:, None]
-        weighted = torch.where(coefficients != 0, outputs * coefficients, 0)  # [K, D]
-        return weighted.sum(dim=0, keepdim=True).to(hidden.dtype)
+        is_run = coefficients != 0
+        weighted = torch.where(is_run, outputs * coefficients, 0)  # [K, D]
+        output = weighted.sum(dim=0, keepdim=True)
+        if self._surrogates is not None:
+            routing = ids, torch.where(is_run[:, 0], weights.float(), 0)
+            output = self._surrogates.complete_token(
+                layer, hidden, output, routing, self.tables.dropped
+            )
+        return output.to(hidden.dtype)
 
     def _product(self, name: str, x: torch.Tensor, top_k: int, x_stride: int) -> torch.Tensor:
         """Return a matrix of every chosen expert times its vector, bfloat16 [K, N]."""

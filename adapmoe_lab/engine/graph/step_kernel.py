@@ -59,9 +59,8 @@ def kept_by_cuts(weights, cuts, quantity, k, top_k: tl.constexpr):
 
 
 @triton.jit
-def gated_coefficients(weights, keep, is_renormalised, k, top_k: tl.constexpr):
-    """Return what outputs are weighted by, float32 [K], zero for a dropped one."""
-    weight = tl.load(weights + k, mask=k < top_k, other=0.0).to(tl.float32)
+def gated_weight(weight, keep, is_renormalised):
+    """Return what outputs are weighted by [K], zero for a dropped one; see `gated_weights`."""
     if is_renormalised != 0:
         weight *= tl.div_rn(tl.sum(weight, 0), tl.sum(tl.where(keep, weight, 0.0), 0))
     return tl.where(keep, weight, 0.0)
@@ -107,7 +106,8 @@ def keys_elsewhere(
 def step_kernel(
     ids, weights, scores, cuts, gating,
     slot_of, priority, is_pinned, clocks, free_slots, n_free, hits, misses, skipped,
-    host_addresses, slot_addresses, reads, writes, columns, coefficients, is_rehearsal, layer,
+    host_addresses, slot_addresses, reads, writes, columns, coefficients, dropped, is_rehearsal,
+    layer,
     n_layers: tl.constexpr, n_experts: tl.constexpr, n_places: tl.constexpr, top_k: tl.constexpr,
     experts_padded: tl.constexpr, all_padded: tl.constexpr, top_k_padded: tl.constexpr,
     after_use: tl.constexpr, on_new_step: tl.constexpr, on_scores: tl.constexpr,
@@ -139,6 +139,7 @@ def step_kernel(
         writes: int64 [K], filled with the slot it is written through to, 0 for none.
         columns: int32 [K], filled with its place in `ids`.
         coefficients: float32 [K], filled with what outputs are weighted by, zero for no expert.
+        dropped: float32 [K], filled with the weights of experts that are skipped, else zero.
         is_rehearsal: int32 [1], 1 to change nothing.
         layer: whose step.
         n_layers: layers of a pool, 1 or L.
@@ -160,6 +161,7 @@ def step_kernel(
     free_before = tl.load(n_free + pool)
     chosen = tl.load(ids + k, mask=k < top_k, other=n_experts).to(tl.int32)
     keep = kept_by_cuts(weights, cuts + layer * (top_k - 1), tl.load(gating), k, top_k)
+    is_skipped = ~keep & (chosen < n_experts)
     keep &= chosen < n_experts
     chosen = tl.where(keep, chosen, n_experts)
 
@@ -214,7 +216,8 @@ def step_kernel(
     home = tl.load(slot_addresses + pool * n_places + place, mask=place >= 0, other=0)
     away = tl.load(host_addresses + first + chosen, mask=keep, other=0)
     target = tl.load(slot_addresses + pool * n_places + written, mask=written >= 0, other=0)
-    coefficient = gated_coefficients(weights, keep, tl.load(gating + 1), k, top_k)
+    weight = tl.load(weights + k, mask=k < top_k, other=0.0).to(tl.float32)
+    coefficient = gated_weight(weight, keep, tl.load(gating + 1))
     n_skipped = top_k - tl.sum(keep.to(tl.int32), 0)
     hits_before, misses_before = tl.load(hits + layer), tl.load(misses + layer)
     skipped_before = tl.load(skipped + layer)
@@ -223,6 +226,7 @@ def step_kernel(
     tl.store(writes + rank, target, mask=k < top_k)
     tl.store(columns + rank, k, mask=k < top_k)
     tl.store(coefficients + k, coefficient, mask=k < top_k)
+    tl.store(dropped + k, tl.where(is_skipped, weight, 0.0), mask=k < top_k)
     tl.store(slot_of + first + e, slot, mask=e < n_experts * counts)
     tl.store(priority + first + e, prio, mask=e < n_experts * counts)
     tl.store(clocks + pool, now + counts)

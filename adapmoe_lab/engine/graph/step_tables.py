@@ -30,7 +30,8 @@ class StepTables:
         reads: int64 [K], where the last step's experts are read, see `step_kernel`.
         writes: int64 [K], the slots they are written through to.
         columns: int32 [K], their places in the router's choice.
-        coefficients: float32 [K], what their outputs are weighted by.
+        coefficients: float32 [K], what outputs are weighted by, in the order of the choice.
+        dropped: float32 [K], the weights of experts that were skipped, else zero.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class StepTables:
         self._is_rehearsal = filled(0, (1,), torch.int32)
         self.reads, self.writes = filled(0, (2, top_k), torch.int64)
         self.columns = filled(0, (top_k,), torch.int32)
-        self.coefficients = filled(0, (top_k,), torch.float32)
+        self.coefficients, self.dropped = filled(0, (2, top_k), torch.float32)
 
     def begin(
         self, plan: CachePlan, slot_addresses: Sequence[Sequence[int]], gating: GatingTable | None
@@ -158,15 +159,15 @@ class StepTables:
         self._policy.check_scores(scores)
         n_layers, n_experts = self._slot_of.shape
         n_shared = n_layers if self._is_shared else 1
+        n_all, padded = n_shared * n_experts, triton.next_power_of_2
         step_kernel[(1,)](
             ids, weights, weights if scores is None else scores, self._cuts, self._gating,
             self._slot_of, self._priority, self._is_pinned, self._clocks, self._free_slots,
             self._n_free, *self._counters, self._host_addresses, self._slot_addresses,
-            self.reads, self.writes, self.columns, self.coefficients, self._is_rehearsal, layer,
-            n_shared, n_experts, self._slot_addresses.shape[1], self._top_k,
-            triton.next_power_of_2(n_experts), triton.next_power_of_2(n_shared * n_experts),
-            triton.next_power_of_2(self._top_k), **device_functions(self._policy),
-            num_warps=_n_warps(n_shared * n_experts), enable_fp_fusion=False,
+            self.reads, self.writes, self.columns, self.coefficients, self.dropped,
+            self._is_rehearsal, layer, n_shared, n_experts, self._slot_addresses.shape[1],
+            self._top_k, padded(n_experts), padded(n_all), padded(self._top_k),
+            **device_functions(self._policy), num_warps=_n_warps(n_all), enable_fp_fusion=False,
         )  # fmt: skip
 
 
