@@ -148,13 +148,15 @@ def run_table(table, sets, scores=None):
     """Return what a `DeviceTable` does with the same steps, with no slot taken twice."""
     done = []
     for layer, members, given in _steps(sets, scores):
-        ids, before = np.array(sorted(members)), table.slot_of[layer].copy()
+        ids, before = np.array(sorted(members)), table.slot_of.copy()
         step = table.step(layer, ids, given)
-        slots = table.slot_of[layer]
-        assert step.slot.tolist() == slots[ids].tolist()
-        taken = slots[slots >= 0].tolist()
-        assert sorted(taken) == list(range(len(taken)))
-        left = {before[e]: (layer, int(e)) for e in np.flatnonzero((before >= 0) & (slots < 0))}
+        assert step.slot.tolist() == table.slot_of[layer, ids].tolist()
+        pools = [table.slot_of] if len(table.clock) == 1 else table.slot_of
+        for slots in pools:
+            taken = slots[slots >= 0].tolist()
+            assert sorted(taken) == list(range(len(taken)))
+        gone = np.argwhere((before >= 0) & (table.slot_of < 0)).tolist()
+        left = {before[at, expert]: (at, expert) for at, expert in gone}
         is_placed = ~step.is_hit & (step.slot >= 0)
         done.append(
             Done(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.executor import Executor
-from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_computing
+from adapmoe_lab.engine.graph.requirements import capabilities, check_computing
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.load_arguments import (
@@ -34,7 +34,7 @@ from adapmoe_lab.models.checkpoint.checkpoint import (
     routed_weights,
 )
 from adapmoe_lab.models.checkpoint.meta_model import DTYPES, MetaModel, describe
-from adapmoe_lab.models.families import served_layers
+from adapmoe_lab.models.families import Router, served_layers
 from adapmoe_lab.models.hooks.experts_hook import ExpertsHook
 from adapmoe_lab.records import LinkTarget, MoESpec, TunedConfig, load_targets
 
@@ -157,7 +157,7 @@ def _planned(wanted: LoadRequest) -> _Planned:
         check_precision(config, spec)
     if wanted.executor == "graph":
         check_computing(wanted.device, checkpoint.model.dtype)
-        CAPABILITIES.check(config or TunedConfig.untuned(spec), spec.precision)
+        capabilities().check(config or TunedConfig.untuned(spec), spec.precision)
     needs = memory_needs(
         checkpoint.model, spec.top_k, wanted.device, wanted.max_context_tokens, wanted.batch_size
     )
@@ -192,7 +192,7 @@ def _assembled(
         hook, routers = ExpertsHook(hf, layers), [layer.router for layer in layers]
         link = _real_or_free_link(wanted.device, clock)
         host = HostDrivenExecutor(store, link, clock, wanted.device, hf.dtype, routers)
-        engine = _graph(host, store, spec, memory) if wanted.executor == "graph" else host
+        engine = _graph(host, store, spec, memory, routers) if wanted.executor == "graph" else host
         hook.attach(engine)
         model = LabModel(planned.tokenizer, spec, hook, engine, store, link, memory)
         if target is not None:
@@ -207,12 +207,16 @@ def _assembled(
 
 
 def _graph(
-    host: HostDrivenExecutor, store: ExpertStore, spec: MoESpec, memory: MemoryPlan
+    host: HostDrivenExecutor,
+    store: ExpertStore,
+    spec: MoESpec,
+    memory: MemoryPlan,
+    routers: Sequence[Router],
 ) -> Executor:
     """Return the graph-captured executor; only it needs triton."""
     from adapmoe_lab.engine.graph.executor import GraphExecutor
 
-    return GraphExecutor(host, store, spec.top_k, memory.needs.context_tokens)
+    return GraphExecutor(host, store, spec.top_k, memory.needs.context_tokens, routers)
 
 
 def _check_shape(config: TunedConfig, model: MetaModel) -> None:

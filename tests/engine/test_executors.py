@@ -1,7 +1,9 @@
 """What every executor promises, and what is refused where one cannot."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,5 +177,13 @@ def test_a_closed_model_has_no_tokens(load_tiny):
 
 def test_graph_refuses_to_compute_in_another_precision(monkeypatch):
     monkeypatch.setattr(requirements, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.10.1"))
     with pytest.raises(ValueError, match="computes in bfloat16, not in float32"):
         requirements.check_computing(torch.device("cuda"), "float32")
+
+
+def test_graph_refuses_a_triton_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.2.0+git1"))
+    with pytest.raises(ValueError, match=r"needs triton 3\.3 or newer, .*; this is 3\.2\.0"):
+        requirements.check_computing(torch.device("cuda"), "bfloat16")

@@ -1,124 +1,226 @@
-"""Kernels of a captured step against what they are written after: the device table, and torch."""
+"""Kernels of a captured step against what they are written after: the device table, and torch.
+
+On a GPU; without one in Triton's interpreter, as `tests/engine/test_graph_interpreted.py` does.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from interpreted_graph import DEVICE, IS_INTERPRETED, NEEDS_DEVICE
+from toy_policies import TOY
 
 from adapmoe_lab.policies.eviction.device_table import DeviceTable
+from adapmoe_lab.policies.eviction.fixed_point import FIXED_SCORES, mean_score, token_weight
 from adapmoe_lab.policies.eviction.registry import POLICIES
-from adapmoe_lab.records import CachePlan
+from adapmoe_lab.policies.gating.keep import gated_weights, keep_by_cuts
+from adapmoe_lab.records import CachePlan, GatingTable
+from adapmoe_lab.records.gating_table import QUANTITIES
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-]
+pytestmark = NEEDS_DEVICE
 
-N_LAYERS, N_EXPERTS, TOP_K = 2, 24, 5
+ON_DEVICE = [policy for policy in [*POLICIES.values(), TOY] if not policy.host_only]
+SLOTS = [(0, 1, 5)] if IS_INTERPRETED else [(0, 1, 5), (0, 0, 0), (9, 11, 12)]
+SHAPES = [(24, 64), (7, 1000), *([] if IS_INTERPRETED else [(96, 40), (2048, 1536)])]
+LENGTH = 1 if IS_INTERPRETED else 12
+"""How much longer than in the interpreter, where a step takes long, runs are."""
+
 HOST, SLOT = 10**6, 2 * 10**6
 """Where the made-up addresses of experts and slots begin."""
 
 
-def on_gpu(values, dtype=torch.int64):
-    return torch.as_tensor(np.asarray(values), dtype=dtype, device="cuda")
+def on_device(values, dtype=torch.int64):
+    return torch.as_tensor(np.asarray(values), dtype=dtype, device=DEVICE)
 
 
-class Tables:
-    """The tensors of `lru_step_kernel` for made-up addresses."""
+class Steps:
+    """Steps by the kernel and by the device table, at made-up addresses."""
 
-    def __init__(self, n_slots):
-        self.width = max(1, *n_slots)
-        shape = (N_LAYERS, self.width)
-        self.owner = torch.full(shape, -1, dtype=torch.int32, device="cuda")
-        self.priority = on_gpu(np.zeros(shape))
-        self.clocks, self.hits, self.misses = on_gpu(np.zeros((3, N_LAYERS)))
-        self.n_slots = on_gpu(n_slots, torch.int32)
-        self.experts = on_gpu(HOST + np.arange(N_LAYERS * N_EXPERTS).reshape(N_LAYERS, -1))
-        self.slots = on_gpu(SLOT + np.arange(N_LAYERS * self.width).reshape(N_LAYERS, -1))
-        self.reads, self.writes = on_gpu(np.zeros((2, TOP_K)))
-        self.columns = on_gpu(np.zeros(TOP_K), torch.int32)
-        self.is_rehearsal = on_gpu([0], torch.int32)
+    def __init__(self, policy, slots, shape, top_k, is_global=False, gating=None, seed=4):
+        from adapmoe_lab.engine.graph.step_tables import StepTables
 
-    def step(self, layer, ids):
-        import triton
-
-        from adapmoe_lab.engine.graph.kernels import lru_step_kernel
-
-        lru_step_kernel[(1,)](
-            on_gpu(ids), self.owner, self.priority, self.clocks, self.hits, self.misses,
-            self.n_slots, self.experts, self.slots, self.reads, self.writes, self.columns,
-            self.is_rehearsal, layer, N_EXPERTS, self.width, triton.next_power_of_2(self.width),
-            TOP_K, triton.next_power_of_2(TOP_K), num_warps=1,
+        self.rng = np.random.default_rng(seed)
+        self.n_layers, self.n_experts = shape
+        self.top_k, self.policy, self.gating = top_k, policy, gating
+        pins = [{layer + 1, layer + 3} if n > 1 else () for layer, n in enumerate(slots)]
+        self.plan = CachePlan(
+            np.array(slots), None, None, "test", is_global=is_global,
+            pinned=pins if policy.pins else None,
         )  # fmt: skip
-        return [tensor.tolist() for tensor in (self.reads, self.writes, self.columns)]
+        self.table = DeviceTable(self.plan, self.n_experts, policy)
+        self.hosts = HOST + np.arange(self.n_layers * self.n_experts).reshape(shape)
+        counts = [self.plan.pool_slots(pool) for pool in range(self.plan.n_pools)]
+        self.width = max(counts)
+        self.slots = [
+            [SLOT + pool * self.width + slot for slot in range(n)] for pool, n in enumerate(counts)
+        ]
+        self.found = StepTables(self.hosts, policy, is_global, top_k, torch.device(DEVICE))
+        self.found.begin(self.plan, self.slots, gating)
+        self.counts = np.zeros((3, self.n_layers), dtype=np.int64)
+
+    def routing(self, has_none=False):
+        """Return drawn ids, weights and scores of one step."""
+        scores = self.rng.dirichlet(np.full(self.n_experts, 0.3)).astype(np.float32)
+        ids = self.rng.choice(self.n_experts, self.top_k, replace=False)
+        weights = scores[ids] + np.float32(1e-3)
+        if has_none:
+            ids[self.rng.integers(self.top_k)] = self.n_experts
+        return ids, weights, scores
+
+    def kept(self, layer, ids, weights):
+        keep = ids < self.n_experts
+        if self.gating is not None:
+            cuts, quantity = self.gating.cuts[layer], self.gating.quantity
+            keep &= keep_by_cuts(weights[None], cuts, quantity)[0]
+        return keep
+
+    def step(self, layer, has_none=False):
+        """Run a step in both; check what is to be read, and where it is to be written."""
+        ids, weights, scores = self.routing(has_none)
+        keep = self.kept(layer, ids, weights)
+        real, before = np.sort(ids[keep]), self.table.slot_of[layer].copy()
+        expected = self.table.step(layer, real, scores[None])
+        self.found.decide(
+            layer, on_device(ids), on_device(weights, torch.float32),
+            on_device(scores, torch.float32),
+        )  # fmt: skip
+        addresses = self.slots[0 if self.plan.is_global else layer]
+        reads = [
+            addresses[before[e]] if is_hit else self.hosts[layer, e]
+            for e, is_hit in zip(real, expected.is_hit, strict=True)
+        ]
+        writes = [
+            addresses[slot] if slot >= 0 and not is_hit else 0
+            for slot, is_hit in zip(expected.slot, expected.is_hit, strict=True)
+        ]
+        none = [0] * int((~keep).sum())
+        assert self.found.reads.tolist() == [*reads, *none]
+        assert self.found.writes.tolist() == [*writes, *none]
+        columns = self.found.columns.tolist()
+        assert sorted(columns) == list(range(self.top_k))
+        assert ids[columns[: len(real)]].tolist() == real.tolist()
+        self.check_coefficients(weights, keep)
+        n_hits = expected.is_hit.sum()
+        self.counts[:, layer] += n_hits, len(real) - n_hits, len(none)
+
+    def check_coefficients(self, weights, keep):
+        coefficients = self.found.coefficients.cpu().numpy()
+        if self.gating is not None and self.gating.renormalise:
+            wanted = gated_weights(weights[None], keep[None], renormalise=True)[0]
+            np.testing.assert_allclose(coefficients, wanted, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(coefficients, weights * keep)
+
+    def check_tables(self):
+        state = self.found.state()
+        np.testing.assert_array_equal(state.slot_of, self.table.slot_of)
+        np.testing.assert_array_equal(state.priorities, self.table.priority)
+        assert list(state.clocks) == self.table.clock.tolist()
+        np.testing.assert_array_equal(self.found.counts, self.counts)
 
 
-@pytest.mark.parametrize("n_slots", [(0, 0), (1, 3), (4, 5), (9, 16), (24, 20)])
-def test_residency_is_that_of_the_device_table(n_slots):
-    rng = np.random.default_rng(4)
-    found = Tables(n_slots)
-    plan = CachePlan(np.array(n_slots), None, None, "test")
-    table = DeviceTable(plan, N_EXPERTS, POLICIES["lru"])
-    hits = misses = 0
-    for number in range(400):
-        layer = number % N_LAYERS
-        ids = rng.choice(N_EXPERTS, TOP_K, replace=False)
-        if number % 7 == 0:
-            ids[rng.integers(TOP_K)] = N_EXPERTS  # no expert
-        before = table.slot_of[layer].copy()
-        real = np.sort(ids[ids < N_EXPERTS])
-        expected = table.step(layer, real)
-        reads, writes, columns = found.step(layer, ids)
-        for rank, expert in enumerate(real.tolist()):
-            slot, first = int(expected.slot[rank]), SLOT + layer * found.width
-            if expected.is_hit[rank]:
-                assert (reads[rank], writes[rank]) == (first + before[expert], 0)
-            else:
-                assert reads[rank] == HOST + layer * N_EXPERTS + expert
-                assert writes[rank] == (first + slot if slot >= 0 else 0)
-            assert ids[columns[rank]] == expert
-        assert reads[len(real) :] == [0] * (TOP_K - len(real))
-        hits, misses = hits + expected.is_hit.sum(), misses + (~expected.is_hit).sum()
-    assert (int(found.hits.sum()), int(found.misses.sum())) == (hits, misses)
-    assert found.clocks.tolist() == table.clock.tolist()
-    owner = found.owner.cpu().numpy()
-    for layer, slot in np.argwhere(owner >= 0):
-        expert = owner[layer, slot]
-        assert table.slot_of[layer, expert] == slot
-        assert table.priority[layer, expert] == int(found.priority[layer, slot])
-    assert (owner >= 0).sum() == (table.slot_of >= 0).sum()
+@pytest.mark.parametrize("is_global", [False, True], ids=["by layer", "shared"])
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("policy", ON_DEVICE, ids=lambda policy: policy.name)
+def test_residency_is_that_of_the_device_table(policy, slots, is_global):
+    steps = Steps(policy, slots, (3, 12), 4, is_global)
+    steps.table.clock[:] = 2**40  # however long it has run
+    steps.found.take_over(steps.table.state)
+    for number in range(9 * LENGTH):
+        steps.step(number % 3, has_none=number % 7 == 0)
+    steps.check_tables()
+    state = steps.found.state()
+    left = np.argwhere(state.slot_of >= 0)[::3]
+    state.slot_of[tuple(left.T)] = -1  # as after a step that was interrupted
+    for one in (steps.table, steps.found):
+        one.take_over(state)
+    for number in range(6 * LENGTH):
+        steps.step(number % 3)
+    steps.check_tables()
+
+
+@pytest.mark.parametrize(("n_experts", "top_k"), [(128, 8), (256, 8), (60, 1)])
+@pytest.mark.parametrize("is_global", [False, True], ids=["by layer", "shared"])
+def test_any_number_of_experts_is_served(n_experts, top_k, is_global):
+    slots = (n_experts // 32, n_experts // 20)
+    steps = Steps(POLICIES["lfu_aged"], slots, (2, n_experts), top_k, is_global)
+    for number in range(4 * LENGTH):
+        steps.step(number % 2)
+    steps.check_tables()
+
+
+@pytest.mark.parametrize("is_renormalised", [False, True])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_what_is_kept_is_what_the_table_of_cuts_keeps(top_k, quantity, is_renormalised):
+    cuts = np.random.default_rng(2).uniform(0.3, 1.1, (2, top_k - 1))
+    gating = GatingTable(cuts, is_renormalised, quantity)
+    steps = Steps(POLICIES["lru"], (6, 9), (2, 20), top_k, gating=gating)
+    for number in range(2 * LENGTH):
+        steps.step(number % 2)
+    steps.found.gate(None)
+    steps.gating = None
+    steps.step(0)
+    steps.check_tables()
+
+
+def test_a_share_just_at_its_cut_is_kept_as_on_the_host():
+    rng = np.random.default_rng(7)
+    for _ in range(6 * LENGTH):
+        weights = rng.dirichlet(np.ones(6)).astype(np.float32)
+        ranked = -np.sort(-(weights / sum(weights, np.float32(0))))
+        together = ranked[0]
+        for share in ranked[1:3]:
+            together = together + share
+        cuts = np.full((1, 5), together)
+        cuts[0, 3] = np.nextafter(together, np.float32(0))
+        steps = Steps(POLICIES["lru"], (3,), (1, 20), 6, gating=GatingTable(cuts))
+        steps.routing = lambda has_none, weights=weights: (np.arange(6), weights, weights)
+        steps.step(0)
+
+
+def test_scores_are_rounded_as_a_trace_keeps_them():
+    bits = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    steps = Steps(POLICIES["router_average"], (0,) * 16, (16, 2**12), 1)
+    for layer, scores in enumerate(bits.reshape(16, -1)):
+        one = on_device([1.0], torch.float32)
+        steps.found.decide(layer, on_device([0]), one, on_device(scores, torch.float32))
+    wanted = mean_score(FIXED_SCORES.astype(np.int64), token_weight(1))
+    np.testing.assert_array_equal(steps.found.state().priorities.ravel(), wanted)
 
 
 def test_a_rehearsal_changes_nothing():
-    found = Tables((3, 3))
-    found.step(0, [1, 2, 3, 4, 5])
-    before = [t.clone() for t in (found.owner, found.priority, found.clocks, found.hits)]
-    found.is_rehearsal.fill_(1)
-    reads, writes, _ = found.step(0, [1, 7, 8, 9, 10])
-    assert writes == [0] * TOP_K
-    assert reads[0] == SLOT
-    after = [found.owner, found.priority, found.clocks, found.hits]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    steps = Steps(POLICIES["lfu_aged"], (3, 3), (2, 20), 5)
+    steps.step(0)
+    before, ids = steps.found.state(), on_device([1, 7, 8, 9, 10])
+    steps.found.rehearse(True)
+    steps.found.decide(0, ids, on_device(np.ones(5), torch.float32))
+    assert steps.found.writes.tolist() == [0] * 5
+    after = steps.found.state()
+    assert (before.slot_of == after.slot_of).all()
+    assert (before.priorities == after.priorities).all()
+    assert before.clocks == after.clocks
+    steps.check_tables()
 
 
-@pytest.mark.parametrize(("n_rows", "n_columns"), [(64, 64), (96, 40), (7, 1000), (2048, 1536)])
+@pytest.mark.parametrize(("n_rows", "n_columns"), SHAPES)
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_products_equal_torchs_and_are_written_through(n_rows, n_columns, is_shared):
     import triton
 
-    from adapmoe_lab.engine.graph.kernels import served_product_kernel
+    from adapmoe_lab.engine.graph.product_kernel import served_product_kernel
 
     torch.manual_seed(2)
     offset = 16
     size = offset + n_rows * n_columns
-    experts = torch.randn((3, size), device="cuda").bfloat16()
-    slots = torch.zeros((3, size), dtype=torch.bfloat16, device="cuda")
-    x = torch.randn((1 if is_shared else 4, n_columns), device="cuda").bfloat16()
-    reads = on_gpu([experts[0].data_ptr(), experts[1].data_ptr(), experts[2].data_ptr(), 0])
-    writes = on_gpu([0, slots[1].data_ptr(), slots[2].data_ptr(), 0])
-    columns = on_gpu([2, 0, 1, 3], torch.int32)
-    out = torch.full((4, n_rows), 7.0, dtype=torch.bfloat16, device="cuda")
+    experts = torch.randn((3, size), device=DEVICE).bfloat16()
+    slots = torch.zeros((3, size), dtype=torch.bfloat16, device=DEVICE)
+    x = torch.randn((1 if is_shared else 4, n_columns), device=DEVICE).bfloat16()
+    reads = on_device([experts[0].data_ptr(), experts[1].data_ptr(), experts[2].data_ptr(), 0])
+    writes = on_device([0, slots[1].data_ptr(), slots[2].data_ptr(), 0])
+    columns = on_device([2, 0, 1, 3], torch.int32)
+    out = torch.full((4, n_rows), 7.0, dtype=torch.bfloat16, device=DEVICE)
     served_product_kernel[(triton.cdiv(n_rows, 4), 4)](
         reads, writes, columns, offset, x, 0 if is_shared else n_columns, out, n_rows, n_columns,
         4, min(1024, triton.next_power_of_2(n_columns)), num_warps=4,

@@ -83,14 +83,14 @@ def by_replay(policy, case):
 
 def by_table(policy, case, n_before=0):
     table = DeviceTable(case.plan(policy), N_EXPERTS, policy)
-    table.clock[:] = n_before
+    table.clock[:] = n_before * (len(case.slots) if case.is_global else 1)
     return run_table(table, case.sets, case.scores)
 
 
 RUN_BY_CACHE = [
     (by_cache, p, is_global) for p in HELD if not p.needs_future for is_global in (0, 1)
 ]
-RUN_BY_TABLE = [(by_table, policy, 0) for policy in HELD if not policy.host_only]
+RUN_BY_TABLE = [(by_table, p, is_global) for p in HELD if not p.host_only for is_global in (0, 1)]
 RUN_BY_REPLAY = [(by_replay, policy, is_global) for policy in HELD for is_global in (0, 1)]
 
 
@@ -170,14 +170,16 @@ def test_long_runs_of_several_tokens_are_alike(policy, is_global, tokens_per_ste
     assert run_tokens(step_of_cache(ExpertCache(plan, 16, policy)), trace, tokens_per_step) == (
         expected
     )
-    if not (policy.host_only or is_global):
+    if not policy.host_only:
         table = DeviceTable(plan, 16, policy)
         assert run_tokens(step_of_table(table), trace, tokens_per_step) == expected
 
 
+@pytest.mark.parametrize("is_global", [False, True])
 @pytest.mark.parametrize("policy", [p for p in HELD if not p.host_only], ids=named)
 @given(case=cases(), parts=st.lists(st.booleans(), min_size=4, max_size=4), data=st.data())
-def test_cache_and_table_go_on_from_each_other(policy, case, parts, data):
+def test_cache_and_table_go_on_from_each_other(policy, is_global, case, parts, data):
+    case.is_global = is_global
     cache = ExpertCache(case.plan(policy), N_EXPERTS, policy)
     table = DeviceTable(case.plan(policy), N_EXPERTS, policy)
     cuts = sorted(data.draw(st.integers(0, len(case.sets))) for _ in parts)

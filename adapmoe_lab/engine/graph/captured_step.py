@@ -74,7 +74,7 @@ class CapturedStep:
         """
         aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
-        self.served.rehearse(True)
+        self.served.tables.rehearse(True)
         try:
             with self._capturing(), torch.cuda.stream(aside):
                 for _ in range(N_REHEARSALS):
@@ -85,5 +85,5 @@ class CapturedStep:
                 self._logits = self.run(self._token[0])
         finally:
             rewind(self.cache, n_before)
-            self.served.rehearse(False)
+            self.served.tables.rehearse(False)
         self._graph = graph

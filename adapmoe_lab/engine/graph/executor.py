@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from adapmoe_lab.engine.executor import Capabilities
 from adapmoe_lab.engine.graph.captured_step import CapturedStep
-from adapmoe_lab.engine.graph.requirements import CAPABILITIES, check_experts
+from adapmoe_lab.engine.graph.requirements import capabilities, check_experts
 from adapmoe_lab.engine.graph.served_step import ServedStep
 from adapmoe_lab.engine.host_driven.decoder import UnbrokenPasses
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.prefetch.predictors import Predictor
 from adapmoe_lab.engine.store.expert_store import ExpertStore
+from adapmoe_lab.models.families import Router
 from adapmoe_lab.models.hooks.observing import Callback
+from adapmoe_lab.policies.eviction.registry import policy_named
 from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogates, Traffic
 from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.step_costs import StepCosts
@@ -35,10 +38,13 @@ class GraphExecutor:
         clock: what time is read from.
     """
 
-    capabilities = CAPABILITIES
-
     def __init__(
-        self, host: HostDrivenExecutor, store: ExpertStore, top_k: int, context_tokens: int
+        self,
+        host: HostDrivenExecutor,
+        store: ExpertStore,
+        top_k: int,
+        context_tokens: int,
+        routers: Sequence[Router] = (),
     ) -> None:
         """Decode beside a host-driven executor of the same model.
 
@@ -47,6 +53,7 @@ class GraphExecutor:
             store: all experts.
             top_k: experts that a token chooses.
             context_tokens: longest text that a captured step has room for.
+            routers: of every layer; used only for eviction policies that read scores.
 
         Raises:
             ValueError: the experts are not what can be served so.
@@ -57,9 +64,16 @@ class GraphExecutor:
         self._store = store
         self._top_k = top_k
         self._context_tokens = context_tokens
+        self._routers = routers
+        self._policy = policy_named("lru")
         self._is_eager = False
         self._is_capturing = False
         self._forget_step()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it is able to run."""
+        return capabilities()
 
     def configure(
         self,
@@ -71,14 +85,24 @@ class GraphExecutor:
         predictors: Sequence[Predictor] = (),
         step_costs: StepCosts | None = None,
     ) -> None:
-        """Start afresh with empty slots of a plan; what was captured for other slots is dropped.
+        """Start afresh with empty slots of a plan.
+
+        What was captured goes on if policy and surrogates are the same, and layers share their
+        slots if they did: slots, quotas and cuts are no part of it.
 
         Raises:
             ValueError: a captured step cannot run it.
         """
         self.capabilities.check_parts(eviction, plan, gating, surrogates, prefetch)
+        policy, captured = policy_named(eviction), self._captured
+        before = self._policy, self.plan.is_global
+        if before != (policy, plan.is_global) or self.surrogates is not surrogates:
+            captured = None
         self._forget_step()
         self._host.configure(gating, plan, eviction, surrogates, prefetch, predictors, step_costs)
+        self._policy, self._captured = policy, captured
+        if captured is not None:
+            self._begin(captured.served)
 
     def release(self) -> None:
         """Give up all slots; experts then only stream."""
@@ -94,10 +118,16 @@ class GraphExecutor:
         self.check_open()
         if self._captured is None:
             served = ServedStep(
-                self._store, self._host.cached_experts.slots, self._top_k, self.device
-            )
+                self._store, self._policy, self.plan.is_global, self._top_k, self.device,
+                self._routers, self._host.surrogate_outputs,
+            )  # fmt: skip
+            self._begin(served)
             self._captured = CapturedStep(hf, served, self._context_tokens, self.capturing)
         return self._captured
+
+    def _begin(self, served: ServedStep) -> None:
+        """Give a step the present slots and gating."""
+        served.begin(self.plan, self._host.cached_experts.slots, self.gating)
 
     def has_captured(self, step: CapturedStep) -> bool:
         """Whether a step is that of the present slots."""
@@ -120,7 +150,7 @@ class GraphExecutor:
         if self._is_eager or self._captured is None:
             return False
         if not self._is_device_owner:
-            self._captured.served.take_over(self._host.cached_experts.state)
+            self._captured.served.tables.take_over(self._host.cached_experts.state)
             self._is_device_owner = True
         return True
 
@@ -133,7 +163,7 @@ class GraphExecutor:
         if self._is_capturing and self._captured is not None:
             return self._captured.served.run_layer(layer, *arguments)
         if self._is_device_owner and self._captured is not None:
-            self._host.cached_experts.adopt(self._captured.served.state())
+            self._host.cached_experts.adopt(self._captured.served.tables.state())
             self._is_device_owner = False
         return self._host.run_layer(layer, *arguments)
 
@@ -148,7 +178,7 @@ class GraphExecutor:
         passed = self._host.traffic
         if self._captured is None or not self._n_steps:
             return passed
-        hits, misses = self._captured.served.counts
+        hits, misses, skipped = self._captured.served.tables.counts
         nothing = np.zeros_like(hits)
         return passed + Traffic(
             hits=hits,
@@ -156,7 +186,7 @@ class GraphExecutor:
             n_steps=self._n_steps,
             bytes_moved=int((misses * self._store.expert_bytes[:, 0]).sum()),
             kept=int(hits.sum() + misses.sum()),
-            skipped=0,
+            skipped=int(skipped.sum()),
             prefetch_used=nothing,
             prefetch_wasted=nothing,
         )

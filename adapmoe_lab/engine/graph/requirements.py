@@ -8,16 +8,10 @@ import torch
 
 from adapmoe_lab.engine.executor import Capabilities
 from adapmoe_lab.engine.store.expert_store import ExpertStore
+from adapmoe_lab.policies.eviction.registry import POLICIES
 
-CAPABILITIES = Capabilities(
-    "graph",
-    precisions=("bfloat16",),
-    evictions=("lru",),
-    has_shared_pool=False,
-    is_gated=False,
-    has_surrogates=False,
-    has_prefetch=False,
-)
+OLDEST_TRITON = (3, 3)
+"""Named tuples in kernels came with it."""
 
 MATRICES = ("gate_up_proj", "down_proj")
 """What an expert must consist of."""
@@ -25,20 +19,43 @@ MATRICES = ("gate_up_proj", "down_proj")
 REMEDY = "Load the model with executor='host', which runs everything."
 
 
+def capabilities() -> Capabilities:
+    """Return what a captured step is able to run, with every policy that is registered by now."""
+    return Capabilities(
+        "graph",
+        precisions=("bfloat16",),
+        evictions=[name for name, policy in POLICIES.items() if not policy.host_only],
+        has_prefetch=False,
+    )
+
+
 def check_computing(device: torch.device, dtype: str) -> None:
     """Refuse a device on which no step can be captured, and another precision than the kernels'.
 
     Raises:
-        ValueError: it is no CUDA device, triton is not there, or it is not to compute in bfloat16.
+        ValueError: it is no CUDA device, triton is not there or too old, or it is not to compute in
+            bfloat16.
     """
     if device.type != "cuda":
         raise ValueError(f"executor='graph' needs a CUDA device; this is {device}. {REMEDY}")
     if find_spec("triton") is None:
         raise ValueError(f"executor='graph' needs triton, which is not installed. {REMEDY}")
+    _check_triton()
     if dtype != "bfloat16":
         raise ValueError(
             f"executor='graph' computes in bfloat16, not in {dtype}; give dtype='bfloat16'. "
             f"{REMEDY}"
+        )
+
+
+def _check_triton() -> None:
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        raise ValueError(
+            f"executor='graph' needs triton {oldest} or newer, as torch 2.7 brings it; this is "
+            f"{triton.__version__}. {REMEDY}"
         )
 
 

@@ -185,8 +185,13 @@ class HostDrivenExecutor:
     @property
     def surrogates(self) -> Surrogates | None:
         """What is computed in a skipped expert's place."""
-        outputs = self._skipping.outputs
+        outputs = self.surrogate_outputs
         return outputs.surrogates if outputs is not None else None
+
+    @property
+    def surrogate_outputs(self) -> SurrogateOutputs | None:
+        """The surrogates on the device, for an executor that runs steps by itself."""
+        return self._skipping.outputs
 
     def decoder(self, hf: nn.Module) -> TransformersDecoder:
         """Return what decodes one sequence with the model whose experts this runs."""
@@ -325,13 +330,9 @@ class HostDrivenExecutor:
         keep, top_k_weights = self._skipping.kept(layer, routing, top_k_weights, n_experts)
         run = LayerRun(layer, experts, indices, keep, self._skipping.outputs)
         if torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad):
+            observers = self._observers.at(HookPoint.EXPERTS_GRADIENT)
             output, parts = StreamedCombine.apply(
-                hidden,
-                top_k_weights,
-                run,
-                self,
-                self._direct,
-                self._observers.at(HookPoint.EXPERTS_GRADIENT),
+                hidden, top_k_weights, run, self, self._direct, observers
             )
         else:
             parts = run.contributions(self, hidden, top_k_weights)

@@ -68,6 +68,36 @@ class SurrogateOutputs:
         instead = torch.addmm(of_dropped @ offset, inner.flatten(1), up)
         return kept_output * on_device[:, -1:] + instead
 
+    def complete_token(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        kept_output: torch.Tensor,
+        routing: tuple[torch.Tensor, torch.Tensor],
+        dropped: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return a layer's output [1, D] of one token, as `complete` does, from the device alone.
+
+        Args:
+            layer: number of the MoE layer.
+            hidden: the experts' input [1, D].
+            kept_output: the weighted sum of the kept experts' outputs [1, D].
+            routing: the router's choice, int64 [K] where E means no expert, and the weights of
+                those that are run, float32 [K], zero for the others.
+            dropped: the weights of those that are skipped, float32 [K], zero for the others.
+        """
+        indices, kept = routing
+        chosen = indices.clamp(max=self.surrogates.n_experts - 1)
+        down, up, offset = (maps[layer][chosen] for maps in (self._down, self._up, self._offset))
+        of_dropped = dropped.to(down.dtype)  # [K]
+        inner = (down @ hidden[0].to(down.dtype)) * of_dropped[:, None]  # [K, R]
+        instead = torch.addmm(
+            of_dropped[None] @ offset[:, 0], inner.flatten()[None], up.flatten(0, 1)
+        )
+        total = kept.sum(0, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)  # [1]
+        ratio = dropped.sum(0, keepdim=True) / total
+        return kept_output * (1 + float(self.surrogates.gain[layer]) * ratio) + instead
+
     def of_each_choice(
         self,
         layer: int,

@@ -33,40 +33,35 @@ class DeviceStep:
 
 
 class DeviceTable:
-    """Which expert of a layer lies in which slot, and which leaves next.
+    """Which expert lies in which slot, and which leaves next.
 
-    Every layer has slots of its own. A step changes the table at once: on the device nothing stops
-    between deciding and loading.
+    The layers of a pool share its slots, as in `ExpertCache`. A step changes the table at once: on
+    the device nothing stops between deciding and loading.
 
     Attributes:
         priority: int64 [L, E], by which experts leave, the smallest first.
-        slot_of: int64 [L, E], each expert's slot in its layer, -1 if it is not resident.
+        slot_of: int64 [L, E], each expert's slot in its pool, -1 if it is not resident.
         protected: int64 [L, E], `PROTECTED` for experts that never leave, 0 for the others.
-        n_slots: int64 [L], slots of each layer.
-        clock: int64 [L], steps of each layer so far.
+        n_slots: int64 [P], slots of each pool.
+        clock: int64 [P], steps of each pool so far.
     """
 
     def __init__(self, plan: CachePlan, n_experts: int, policy: EvictionPolicy) -> None:
         """Start empty.
 
         Raises:
-            ValueError: the policy needs the host, it and the plan disagree on pins, or the layers
-                share their slots.
+            ValueError: the policy needs the host, or it and the plan disagree on pins.
         """
         policy.check_on_device()
         policy.check_plan(plan)
-        if plan.is_global:
-            raise ValueError(
-                "The layers of this plan share their slots; a graph on the device gives every "
-                "layer its own. Use a plan per layer, or the host-driven executor."
-            )
-        self._policy = policy
+        self._policy, self._is_global = policy, plan.is_global
         shape = (len(plan.slots), n_experts)
         self.priority = np.zeros(shape, dtype=np.int64)
         self.slot_of = np.full(shape, -1, dtype=np.int64)
         self.protected = PROTECTED * plan.pinned_mask(n_experts).astype(np.int64)
-        self.n_slots = plan.slots.astype(np.int64)
-        self.clock = np.zeros(shape[0], dtype=np.int64)
+        slots = [plan.pool_slots(pool) for pool in range(plan.n_pools)]
+        self.n_slots = np.array(slots, dtype=np.int64)
+        self.clock = np.zeros(plan.n_pools, dtype=np.int64)
 
     def take_over(self, state: CacheState) -> None:
         """Go on from where an `ExpertCache` of the same plan and policy is."""
@@ -92,31 +87,37 @@ class DeviceTable:
             ValueError: it reads them, and there are none.
         """
         self._policy.check_scores(scores)
-        policy, slot_of, clock = self._policy, self.slot_of[layer], self.clock[layer]
-        priority = self.priority[layer]
+        policy, slot_of, priority = self._policy, self.slot_of[layer], self.priority[layer]
+        pool, layers = self._pool_of(layer)
+        clock, n_layers = self.clock[pool], len(self.slot_of[layers])
         is_hit = slot_of[ids] >= 0
         if policy.on_new_step is not None:
             priority[:] = policy.on_new_step(priority)
         if policy.on_scores is not None and scores is not None:
             mean = mean_score(score_sums(scores), token_weight(len(scores)))
             priority[:] = policy.on_scores(priority, mean)
-        use = Use(is_hit.astype(np.int64), 0, clock, 1, clock)
+        use = Use(is_hit.astype(np.int64), 0, clock, n_layers, clock // n_layers)
         priority[ids], _ = policy.after_use(priority[ids], 0, use)
-        self.clock[layer] += 1
+        self.clock[pool] += 1
         for expert in ids[~is_hit]:
             slot_of[expert] = self._slot_for_one(layer, ids)
         return DeviceStep(is_hit, slot_of[ids].copy())
 
+    def _pool_of(self, layer: int) -> tuple[int, slice]:
+        """Return the number of a layer's pool, and the layers that share it."""
+        return (0, slice(None)) if self._is_global else (layer, slice(layer, layer + 1))
+
     def _slot_for_one(self, layer: int, ids: NDArray[np.int64]) -> int:
         """Return the slot that one miss of a step gets, emptied if it was taken; -1 for none."""
-        slot_of = self.slot_of[layer]
-        is_free = (np.arange(self.n_slots[layer])[:, None] != slot_of).all(axis=1)  # [S]
+        pool, layers = self._pool_of(layer)
+        slot_of = self.slot_of[layers]  # [layers of the pool, E]
+        is_free = ~np.isin(np.arange(self.n_slots[pool]), slot_of)  # [S]
         if is_free.any():
             return int(is_free.argmax())  # the lowest
-        may_leave = (slot_of >= 0) & (self.protected[layer] == 0)
-        may_leave[ids] = False
-        key = np.where(may_leave, self.priority[layer], PROTECTED)
-        victim = int(key.argmin())  # the first of equals, so the lowest id
+        may_leave = (self.slot_of >= 0) & (self.protected == 0)
+        may_leave[layer, ids] = False
+        key = np.where(may_leave, self.priority, PROTECTED)[layers]
+        victim = np.unravel_index(key.argmin(), key.shape)  # the first of equals: the lowest
         if key[victim] == PROTECTED:
             return -1
         slot = int(slot_of[victim])

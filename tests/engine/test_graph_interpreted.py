@@ -1,0 +1,100 @@
+"""Kernels of a captured step without a GPU: what they compute, and that they compile for one.
+
+Triton's interpreter runs the tests that a GPU would run too, its programs one after the other: what
+takes several at once, or the order of threads, it cannot show.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy_policies import TOY
+
+from adapmoe_lab.policies.eviction.policy import EvictionPolicy
+from adapmoe_lab.policies.eviction.registry import POLICIES
+
+ROOT = Path(__file__).parents[2]
+ON_DEVICE = [policy for policy in [*POLICIES.values(), TOY] if not policy.host_only]
+
+
+def made_with(step):
+    """Return a policy whose function closes over a constant and a function."""
+
+    def later(clock):
+        return step * clock
+
+    def after_use(priority, state, use):
+        return priority + later(use.clock), state
+
+    return EvictionPolicy("made", after_use)
+
+
+pytest.importorskip("triton", reason="triton, which runs on Linux only, is not installed")
+
+
+def test_in_tritons_interpreter_the_kernels_pass_their_tests():
+    check_interpreted("tests/gpu/test_graph_kernels.py", "--noconftest")
+
+
+@pytest.mark.slow
+def test_in_tritons_interpreter_the_executor_passes_its_tests():
+    check_interpreted("tests/gpu/test_graph_serving.py")
+
+
+def check_interpreted(*arguments):
+    """Run tests in a process of their own: the setting is read when triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(("n_layers", "n_experts", "n_warps"), [(1, 256, 1), (58, 256, 16)])
+@pytest.mark.parametrize("policy", [*ON_DEVICE, made_with(3)], ids=lambda policy: policy.name)
+def test_the_step_compiles_for_a_gpu(policy, n_layers, n_experts, n_warps):
+    from adapmoe_lab.engine.graph.step_kernel import step_kernel
+    from adapmoe_lab.engine.graph.step_tables import device_functions
+
+    shape = {
+        "n_layers": n_layers, "n_experts": n_experts, "n_places": n_layers * n_experts, "top_k": 8,
+        "experts_padded": n_experts, "all_padded": 2**14 if n_layers > 1 else n_experts,
+        "top_k_padded": 8,
+    }  # fmt: skip
+    functions = device_functions(policy)
+    floats = dict.fromkeys(("weights", "scores", "cuts", "coefficients", "dropped"), "*fp32")
+    longs = ("ids", "priority", "clocks", "hits", "misses", "skipped", "reads", "writes")
+    addresses = ("host_addresses", "slot_addresses")
+    types = {**floats, **dict.fromkeys((*longs, *addresses), "*i64"), "layer": "i32"}
+    assert_compiles(step_kernel, types, {**shape, **functions}, n_warps)
+
+
+@pytest.mark.parametrize("x_stride", [0, 1024])
+def test_the_products_compile_for_a_gpu(x_stride):
+    from adapmoe_lab.engine.graph.product_kernel import served_product_kernel
+
+    types = dict.fromkeys(("offset", "x_stride", "n_rows", "n_columns"), "i32")
+    types |= {"x": "*bf16", "out": "*bf16", "reads": "*i64", "writes": "*i64"}
+    shape = {"rows_at_once": 4, "columns_at_once": 1024}
+    assert_compiles(served_product_kernel, types, shape, 4)
+
+
+def assert_compiles(kernel, types, constants, n_warps):
+    """Compile for a GPU of compute capability 9.0; arguments without a type are *i32."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*i32") for name in names
+    }
+    by_place = {(names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": n_warps, "enable_fp_fusion": False}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=by_place)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.asm["cubin"]

@@ -1,0 +1,86 @@
+"""The graph executor's tests on a GPU, or without one: in Triton's interpreter.
+
+There `TRITON_INTERPRET=1` must be set before triton is imported, so in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+
+NEEDS_DEVICE = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (IS_INTERPRETED or torch.cuda.is_available()), reason="torch sees no CUDA device"
+    ),
+]
+"""Marks of tests that run in both."""
+
+ROWS_AT_ONCE = 256
+"""Rows of a program: in the interpreter, programs take long and rows do not."""
+
+
+def load_graph(name, **arguments):
+    """Load a model in bfloat16 under the graph executor."""
+    from adapmoe_lab.engine.loading import load
+
+    link = {"link": "none"} if IS_INTERPRETED else {}
+    quiet = {"device": DEVICE, "dtype": "bfloat16", "announce": lambda text: None, **link}
+    return load(name, executor="graph", max_context_tokens=128, **quiet, **arguments)
+
+
+@contextmanager
+def capturing_on_the_cpu():
+    """Let the graph executor run in the interpreter; yield the steps that were captured.
+
+    A step that would be replayed is run again instead, its experts by the same kernels.
+    """
+    from adapmoe_lab.models.hooks.key_value_cache import rewind
+
+    captured = []
+
+    def capture(step, n_before):
+        def run_again():
+            with step._capturing():
+                step._logits = step.run(step._token[0])
+
+        step.served.tables.rehearse(True)
+        run_again()
+        rewind(step.cache, n_before)
+        step.served.tables.rehearse(False)
+        step._graph = SimpleNamespace(replay=run_again)
+        captured.append(step)
+
+    graph = "adapmoe_lab.engine.graph"
+    with ExitStack() as patches:
+        for target, instead in (
+            ("adapmoe_lab.engine.loading.check_computing", lambda *_: None),
+            (f"{graph}.executor.check_experts", lambda _: None),  # they are not pinned
+            (f"{graph}.captured_step.CapturedStep._capture", capture),
+            (f"{graph}.served_step.ROWS_AT_ONCE", ROWS_AT_ONCE),
+        ):
+            patches.enter_context(patch(target, instead))
+        yield captured
+
+
+@contextmanager
+def counting_captures():
+    """Yield the steps that a GPU captured."""
+    from adapmoe_lab.engine.graph.captured_step import CapturedStep
+
+    captured, capture = [], CapturedStep._capture
+
+    def counted(step, n_before):
+        captured.append(step)
+        capture(step, n_before)
+
+    with patch.object(CapturedStep, "_capture", counted):
+        yield captured
