@@ -28,12 +28,12 @@ ROWS_AT_ONCE = 256
 """Rows of a program: in the interpreter, programs take long and rows do not."""
 
 
-def load_graph(name, **arguments):
-    """Load a model in bfloat16 under the graph executor."""
+def load_graph(name, dtype="bfloat16", **arguments):
+    """Load a model under the graph executor."""
     from adapmoe_lab.engine.loading import load
 
     link = {"link": "none"} if IS_INTERPRETED else {}
-    quiet = {"device": DEVICE, "dtype": "bfloat16", "announce": lambda text: None, **link}
+    quiet = {"device": DEVICE, "dtype": dtype, "announce": lambda text: None, **link}
     return load(name, executor="graph", max_context_tokens=128, **quiet, **arguments)
 
 

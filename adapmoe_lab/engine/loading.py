@@ -157,7 +157,8 @@ def _planned(wanted: LoadRequest) -> _Planned:
         check_precision(config, spec)
     if wanted.executor == "graph":
         check_computing(wanted.device, checkpoint.model.dtype)
-        capabilities().check(config or TunedConfig.untuned(spec), spec.precision)
+        able = capabilities(checkpoint.model.dtype)
+        able.check(config or TunedConfig.untuned(spec), spec.precision)
     needs = memory_needs(
         checkpoint.model, spec.top_k, wanted.device, wanted.max_context_tokens, wanted.batch_size
     )

@@ -178,7 +178,7 @@ def test_a_closed_model_has_no_tokens(load_tiny):
 def test_graph_refuses_to_compute_in_another_precision(monkeypatch):
     monkeypatch.setattr(requirements, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.10.1"))
-    with pytest.raises(ValueError, match="computes in bfloat16, not in float32"):
+    with pytest.raises(ValueError, match="computes in bfloat16 or float16, not in float32"):
         requirements.check_computing(torch.device("cuda"), "float32")
 
 

@@ -58,27 +58,33 @@ def check_interpreted(*arguments):
 @pytest.mark.parametrize("policy", [*ON_DEVICE, made_with(3)], ids=lambda policy: policy.name)
 def test_the_step_compiles_for_a_gpu(policy, n_layers, n_experts, n_warps):
     from adapmoe_lab.engine.graph.step_kernel import step_kernel
-    from adapmoe_lab.engine.graph.step_tables import device_functions
+    from adapmoe_lab.engine.graph.step_tables import policy_arguments
 
     shape = {
         "n_layers": n_layers, "n_experts": n_experts, "n_places": n_layers * n_experts, "top_k": 8,
         "experts_padded": n_experts, "all_padded": 2**14 if n_layers > 1 else n_experts,
         "top_k_padded": 8,
     }  # fmt: skip
-    functions = device_functions(policy)
     floats = dict.fromkeys(("weights", "scores", "cuts", "coefficients", "dropped"), "*fp32")
     longs = ("ids", "priority", "clocks", "hits", "misses", "skipped", "reads", "writes")
     addresses = ("host_addresses", "slot_addresses")
     types = {**floats, **dict.fromkeys((*longs, *addresses), "*i64"), "layer": "i32"}
-    assert_compiles(step_kernel, types, {**shape, **functions}, n_warps)
+    assert_compiles(step_kernel, types, {**shape, **policy_arguments(policy)}, n_warps)
 
 
-@pytest.mark.parametrize("x_stride", [0, 1024])
-def test_the_products_compile_for_a_gpu(x_stride):
+def test_policies_of_one_text_are_told_apart_by_their_constants():
+    from adapmoe_lab.engine.graph.step_tables import policy_arguments
+
+    codes = {policy_arguments(made_with(step))["code"] for step in (3, 5, 3)}
+    assert len(codes) == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_products_compile_for_a_gpu(precision):
     from adapmoe_lab.engine.graph.product_kernel import served_product_kernel
 
     types = dict.fromkeys(("offset", "x_stride", "n_rows", "n_columns"), "i32")
-    types |= {"x": "*bf16", "out": "*bf16", "reads": "*i64", "writes": "*i64"}
+    types |= {"x": f"*{precision}", "out": f"*{precision}", "reads": "*i64", "writes": "*i64"}
     shape = {"rows_at_once": 4, "columns_at_once": 1024}
     assert_compiles(served_product_kernel, types, shape, 4)
 

@@ -101,11 +101,13 @@ def test_what_it_cannot_run_is_refused_by_name():
     model = load_graph("demo", expert_memory="50%")
     with pytest.raises(ValueError, match="does not run eviction 'lfu'"):
         model.apply(replace(model.config, eviction="lfu"))
+    with pytest.raises(ValueError, match=r"experts in bfloat16\. It runs experts in float16"):
+        load_graph("demo", dtype="float16", expert_dtype="bfloat16")
     with pytest.raises(ValueError, match="does not run experts in int4"):
         load_graph("demo", expert_dtype="int4")
     with pytest.raises(ValueError, match="does not run eviction 'hobbit'"):
         model.engine.configure(None, model.engine.plan, "hobbit")
-    with pytest.raises(ValueError, match="computes in bfloat16, not in float32"):
+    with pytest.raises(ValueError, match="computes in bfloat16 or float16, not in float32"):
         load("demo", device="cuda", dtype="float32", expert_dtype="bfloat16", executor="graph")
     decoder = model.decoder()
     model.close()

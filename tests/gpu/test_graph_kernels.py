@@ -206,7 +206,8 @@ def test_a_rehearsal_changes_nothing():
 
 @pytest.mark.parametrize(("n_rows", "n_columns"), SHAPES)
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_products_equal_torchs_and_are_written_through(n_rows, n_columns, is_shared):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_equal_torchs_and_are_written_through(n_rows, n_columns, is_shared, dtype):
     import triton
 
     from adapmoe_lab.engine.graph.product_kernel import served_product_kernel
@@ -214,13 +215,13 @@ def test_products_equal_torchs_and_are_written_through(n_rows, n_columns, is_sha
     torch.manual_seed(2)
     offset = 16
     size = offset + n_rows * n_columns
-    experts = torch.randn((3, size), device=DEVICE).bfloat16()
-    slots = torch.zeros((3, size), dtype=torch.bfloat16, device=DEVICE)
-    x = torch.randn((1 if is_shared else 4, n_columns), device=DEVICE).bfloat16()
+    experts = torch.randn((3, size), device=DEVICE).to(dtype)
+    slots = torch.zeros((3, size), dtype=dtype, device=DEVICE)
+    x = torch.randn((1 if is_shared else 4, n_columns), device=DEVICE).to(dtype)
     reads = on_device([experts[0].data_ptr(), experts[1].data_ptr(), experts[2].data_ptr(), 0])
     writes = on_device([0, slots[1].data_ptr(), slots[2].data_ptr(), 0])
     columns = on_device([2, 0, 1, 3], torch.int32)
-    out = torch.full((4, n_rows), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    out = torch.full((4, n_rows), 7.0, dtype=dtype, device=DEVICE)
     served_product_kernel[(triton.cdiv(n_rows, 4), 4)](
         reads, writes, columns, offset, x, 0 if is_shared else n_columns, out, n_rows, n_columns,
         4, min(1024, triton.next_power_of_2(n_columns)), num_warps=4,

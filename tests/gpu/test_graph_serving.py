@@ -108,6 +108,11 @@ def test_steps_equal_those_of_the_host_in_counters_and_nearly_in_logits(tmp_path
     check_against_host(model, config, is_again=True)
 
 
+def test_experts_in_float16_are_served_too(tmp_path):
+    model = load_graph(save_tiny("mixtral", tmp_path), dtype="float16", expert_dtype="float16")
+    check_against_host(model, replace(model.config, plan=slots_plan(model.spec, 3)), is_again=True)
+
+
 @pytest.mark.usefixtures("toy_policy")
 @pytest.mark.parametrize(("policy", "is_global"), IN_TURN if IS_INTERPRETED else POOLS)
 def test_every_policy_of_the_device_decides_as_on_the_host(tmp_path, policy, is_global):

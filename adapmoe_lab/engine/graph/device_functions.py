@@ -20,17 +20,19 @@ def device_function(function: Callable[..., Any]) -> Any:
     Constants that it reads or closes over become part of the code. Triton's interpreter calls it as
     it stands.
     """
-    names = function.__globals__
-    is_read = {name for name in global_names(function.__code__) if name in names}
+    code, names = function.__code__, function.__globals__
+    is_read = {name for name in global_names(code) if name in names}
     # compiling reads annotations too, of which only constants may be global
     bound = {
         name: _bound(value)
         for name, value in names.items()
         if name in is_read or not (name.startswith("__") or isinstance(value, FunctionType))
     }
-    closure = tuple(CellType(_bound(cell.cell_contents)) for cell in function.__closure__ or ())
-    own = function.__name__, function.__defaults__, closure
-    compiled = triton.jit(FunctionType(function.__code__, {**names, **bound}, *own))
+    closed_over = [_bound(cell.cell_contents) for cell in function.__closure__ or ()]
+    # what is closed over, older tritons look for among the globals
+    everything = {**names, **bound, **dict(zip(code.co_freevars, closed_over, strict=True))}
+    own = function.__name__, function.__defaults__, tuple(map(CellType, closed_over))
+    compiled = triton.jit(FunctionType(code, everything, *own))
     return compiled if isinstance(compiled, triton.JITFunction) else function
 
 

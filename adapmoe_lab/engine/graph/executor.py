@@ -73,7 +73,7 @@ class GraphExecutor:
     @property
     def capabilities(self) -> Capabilities:
         """What it is able to run."""
-        return capabilities()
+        return capabilities(self._store.formats[0][0].fields[0].precision.name)
 
     def configure(
         self,

@@ -24,9 +24,9 @@ def served_product_kernel(
         writes: see there.
         columns: see there; where an expert's vector and product go.
         offset: numbers before the matrix in an expert's buffer.
-        x: bfloat16, vector of column k at k * x_stride.
+        x: vector of column k at k * x_stride, in the precision of the experts.
         x_stride: 0 where all experts share one vector.
-        out: bfloat16 [K, N].
+        out: [K, N], the same.
         n_rows: rows of the matrix.
         n_columns: columns of the matrix.
         rows_at_once: rows of a program.
@@ -37,9 +37,10 @@ def served_product_kernel(
     if address != 0:
         target = tl.load(writes + rank)
         column = tl.load(columns + rank)
+        kind: tl.constexpr = x.dtype.element_ty
         # the hint must follow the cast, else every load is two bytes wide
-        weights = tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 16) + offset
-        copies = tl.multiple_of(target.to(tl.pointer_type(tl.bfloat16)), 16) + offset
+        weights = tl.multiple_of(address.to(tl.pointer_type(kind)), 16) + offset
+        copies = tl.multiple_of(target.to(tl.pointer_type(kind)), 16) + offset
         rows = tl.program_id(0) * rows_at_once + tl.arange(0, rows_at_once)
         total = tl.zeros([rows_at_once, columns_at_once], tl.float32)
         for begin in range(0, n_columns, columns_at_once):
@@ -51,4 +52,4 @@ def served_product_kernel(
             total += part.to(tl.float32) * vector.to(tl.float32)[None, :]
             if target != 0:
                 tl.store(copies + places, part, mask=is_there)
-        tl.store(out + column * n_rows + rows, tl.sum(total, 1).to(tl.bfloat16), mask=rows < n_rows)
+        tl.store(out + column * n_rows + rows, tl.sum(total, 1).to(kind), mask=rows < n_rows)

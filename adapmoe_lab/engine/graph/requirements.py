@@ -13,17 +13,23 @@ from adapmoe_lab.policies.eviction.registry import POLICIES
 OLDEST_TRITON = (3, 3)
 """Named tuples in kernels came with it."""
 
+PRECISIONS = ("bfloat16", "float16")
+"""What it computes in."""
+
 MATRICES = ("gate_up_proj", "down_proj")
 """What an expert must consist of."""
 
 REMEDY = "Load the model with executor='host', which runs everything."
 
 
-def capabilities() -> Capabilities:
-    """Return what a captured step is able to run, with every policy that is registered by now."""
+def capabilities(dtype: str) -> Capabilities:
+    """Return what a captured step is able to run, with every policy that is registered by now.
+
+    Experts are to be stored in `dtype`, which the model computes in.
+    """
     return Capabilities(
         "graph",
-        precisions=("bfloat16",),
+        precisions=(dtype,),
         evictions=[name for name, policy in POLICIES.items() if not policy.host_only],
         has_prefetch=False,
     )
@@ -33,18 +39,18 @@ def check_computing(device: torch.device, dtype: str) -> None:
     """Refuse a device on which no step can be captured, and another precision than the kernels'.
 
     Raises:
-        ValueError: it is no CUDA device, triton is not there or too old, or it is not to compute in
-            bfloat16.
+        ValueError: it is no CUDA device, triton is not there or too old, or it is to compute in
+            another precision.
     """
     if device.type != "cuda":
         raise ValueError(f"executor='graph' needs a CUDA device; this is {device}. {REMEDY}")
     if find_spec("triton") is None:
         raise ValueError(f"executor='graph' needs triton, which is not installed. {REMEDY}")
     _check_triton()
-    if dtype != "bfloat16":
+    if dtype not in PRECISIONS:
         raise ValueError(
-            f"executor='graph' computes in bfloat16, not in {dtype}; give dtype='bfloat16'. "
-            f"{REMEDY}"
+            f"executor='graph' computes in {' or '.join(PRECISIONS)}, not in {dtype}; give "
+            f"dtype='bfloat16'. {REMEDY}"
         )
 
 

@@ -39,7 +39,7 @@ class ServedStep:
         """Address every expert of a pinned store; `begin` gives it slots.
 
         Args:
-            store: all experts, in bfloat16 and in pinned memory.
+            store: all experts, in pinned memory and in the precision that is computed in.
             policy: who leaves first.
             is_shared: whether the layers share their slots.
             top_k: experts that a token chooses.
@@ -76,7 +76,7 @@ class ServedStep:
         Args:
             layer: number of the MoE layer.
             experts: the transformers experts module, for its activation.
-            hidden: bfloat16 [1, D].
+            hidden: [1, D].
             top_k_index: int64 [1, K]; E means no expert.
             top_k_weights: [1, K].
         """
@@ -100,13 +100,13 @@ class ServedStep:
         return output.to(hidden.dtype)
 
     def _product(self, name: str, x: torch.Tensor, top_k: int, x_stride: int) -> torch.Tensor:
-        """Return a matrix of every chosen expert times its vector, bfloat16 [K, N]."""
+        """Return a matrix of every chosen expert times its vector, [K, N]."""
         field, tables = self._fields[name], self.tables
         n_rows, n_columns = field.matrix_shape
         out = torch.empty((top_k, n_rows), dtype=x.dtype, device=x.device)
         grid = triton.cdiv(n_rows, ROWS_AT_ONCE), top_k
         served_product_kernel[grid](
-            tables.reads, tables.writes, tables.columns, field.offset // torch.bfloat16.itemsize, x,
+            tables.reads, tables.writes, tables.columns, field.offset // x.element_size(), x,
             x_stride, out, n_rows, n_columns, ROWS_AT_ONCE,
             min(COLUMNS_AT_ONCE, triton.next_power_of_2(n_columns)), num_warps=4,
         )  # fmt: skip

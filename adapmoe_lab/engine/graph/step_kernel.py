@@ -111,6 +111,7 @@ def step_kernel(
     n_layers: tl.constexpr, n_experts: tl.constexpr, n_places: tl.constexpr, top_k: tl.constexpr,
     experts_padded: tl.constexpr, all_padded: tl.constexpr, top_k_padded: tl.constexpr,
     after_use: tl.constexpr, on_new_step: tl.constexpr, on_scores: tl.constexpr,
+    code: tl.constexpr,
 ):  # fmt: skip
     """Decide a one-token step of a layer by the step rules, in one program.
 
@@ -152,6 +153,7 @@ def step_kernel(
         after_use: the policy's, as a device function.
         on_new_step: the same; None where it has none.
         on_scores: the same.
+        code: what identifies the policy's functions, for a cache of compiled kernels.
     """
     # Long: one program whose every value the last stores need.
     is_shared: tl.constexpr = n_layers > 1

@@ -15,6 +15,8 @@ from adapmoe_lab.engine.graph.step_kernel import QUANTITIES, step_kernel
 from adapmoe_lab.policies.eviction.expert_cache import CacheState
 from adapmoe_lab.policies.eviction.policy import EvictionPolicy
 from adapmoe_lab.records import OFF, CachePlan, GatingTable
+from adapmoe_lab.records.files import digest
+from adapmoe_lab.simulation.code_digest import code_digest
 
 EXPERTS_PER_WARP = 1024
 """How many experts of a pool a warp looks through."""
@@ -63,6 +65,7 @@ class StepTables:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         self._policy, self._is_shared = policy, is_shared
+        self._of_policy = policy_arguments(policy)
         self._host_addresses = torch.from_numpy(hosts).to(device)
         self._slot_of = filled(-1, hosts.shape, torch.int32)
         self._priority = filled(0, hosts.shape, torch.int64)
@@ -167,15 +170,21 @@ class StepTables:
             self.reads, self.writes, self.columns, self.coefficients, self.dropped,
             self._is_rehearsal, layer, n_shared, n_experts, self._slot_addresses.shape[1],
             self._top_k, padded(n_experts), padded(n_all), padded(self._top_k),
-            **device_functions(self._policy), num_warps=_n_warps(n_all), enable_fp_fusion=False,
+            **self._of_policy, num_warps=_n_warps(n_all), enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def device_functions(policy: EvictionPolicy) -> dict[str, Any]:
-    """Return a policy's functions by name, as `step_kernel` calls them; None where it has none."""
+def policy_arguments(policy: EvictionPolicy) -> dict[str, Any]:
+    """Return the arguments of `step_kernel` that make it a policy's.
+
+    Triton until 3.6 tells functions apart by their text alone, not by the constants that they read,
+    and keeps compiled kernels on the disk; their digest tells them apart.
+    """
     names = ("after_use", "on_new_step", "on_scores")
-    functions = {name: getattr(policy, name) for name in names}
-    return {name: device_function(f) if f is not None else None for name, f in functions.items()}
+    present = {name: getattr(policy, name) for name in names if getattr(policy, name) is not None}
+    compiled = {name: device_function(function) for name, function in present.items()}
+    code = digest(*(f"{name} {code_digest(function)}" for name, function in present.items()))
+    return {**dict.fromkeys(names), **compiled, "code": code}
 
 
 def _n_warps(n_experts: int) -> int:
