@@ -43,28 +43,23 @@ def capturing_on_the_cpu():
 
     A step that would be replayed is run again instead, its experts by the same kernels.
     """
-    from adapmoe_lab.models.hooks.key_value_cache import rewind
-
     captured = []
 
-    def capture(step, n_before):
+    def recorded(step, n_before):
         def run_again():
             with step._capturing():
                 step._logits = step.run(step._token[0])
 
-        step.served.tables.rehearse(True)
         run_again()
-        rewind(step.cache, n_before)
-        step.served.tables.rehearse(False)
-        step._graph = SimpleNamespace(replay=run_again)
         captured.append(step)
+        return SimpleNamespace(replay=run_again)
 
     graph = "adapmoe_lab.engine.graph"
     with ExitStack() as patches:
         for target, instead in (
             ("adapmoe_lab.engine.loading.check_computing", lambda *_: None),
             (f"{graph}.executor.check_experts", lambda _: None),  # they are not pinned
-            (f"{graph}.captured_step.CapturedStep._capture", capture),
+            (f"{graph}.captured_step.CapturedStep._recorded", recorded),
             (f"{graph}.served_step.ROWS_AT_ONCE", ROWS_AT_ONCE),
         ):
             patches.enter_context(patch(target, instead))
@@ -76,11 +71,11 @@ def counting_captures():
     """Yield the steps that a GPU captured."""
     from adapmoe_lab.engine.graph.captured_step import CapturedStep
 
-    captured, capture = [], CapturedStep._capture
+    captured, record = [], CapturedStep._recorded
 
     def counted(step, n_before):
         captured.append(step)
-        capture(step, n_before)
+        return record(step, n_before)
 
-    with patch.object(CapturedStep, "_capture", counted):
+    with patch.object(CapturedStep, "_recorded", counted):
         yield captured

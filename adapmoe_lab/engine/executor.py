@@ -155,15 +155,23 @@ class Executor(ExpertsExecutor, Protocol):
         device: where it computes.
         clock: what its time is read from.
         is_closed: whether everything was given up.
+        why_not_replayed: why steps are driven by the host, where a captured graph was asked for;
+            None where they are replayed, or nobody asked.
     """
 
     device: torch.device
     clock: Clock
     is_closed: bool
+    why_not_replayed: str | None
 
     @property
     def capabilities(self) -> Capabilities:
         """What it is able to run."""
+        ...
+
+    @property
+    def runs_steps_by(self) -> str:
+        """What runs a decode step under the present configuration: `"host"` or `"graph"`."""
         ...
 
     def configure(

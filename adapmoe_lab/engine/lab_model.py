@@ -87,8 +87,14 @@ class LabModel(TextModel):
             f"top-{spec.top_k}, {spec.all_experts_bytes / 2**20:.1f} MiB of experts "
             f"in {spec.dtype}\n"
             f"on {device_name(self.engine.device)}, link {self.link.name}, "
-            f"room for {slots} of {spec.n_layers * spec.n_experts} experts"
+            f"room for {slots} of {spec.n_layers * spec.n_experts} experts" + self._why_not_replayed
         )
+
+    @property
+    def _why_not_replayed(self) -> str:
+        """Say why steps are driven by the host, where a captured graph was asked for."""
+        why = self.engine.why_not_replayed
+        return "" if why is None else f"\nsteps are driven by the host: {why}"
 
     @property
     def layers(self) -> list[MoELayer]:

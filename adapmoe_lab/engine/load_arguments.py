@@ -19,8 +19,9 @@ from adapmoe_lab.records.arguments import described, whole_number
 ExpertDtype = str | Sequence[Sequence[str]]
 """A precision for all experts, or one for each, [L][E]."""
 
-EXECUTORS = ("host", "graph")
-"""What may run the experts: the host layer by layer, or a captured CUDA graph per token."""
+EXECUTORS = ("host", "graph", "auto")
+"""What may run the experts: the host layer by layer, a captured CUDA graph per token, or that where
+it can."""
 
 
 @dataclass(frozen=True, eq=False)

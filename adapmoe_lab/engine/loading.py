@@ -12,7 +12,7 @@ import torch
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.executor import Executor
-from adapmoe_lab.engine.graph.requirements import capabilities, check_computing
+from adapmoe_lab.engine.graph.requirements import capabilities, check_computing, reason_of
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.load_arguments import (
@@ -82,9 +82,10 @@ def load(
         link: on the CPU, the named target whose link is emulated (`data/targets.json`), `"none"`
             for no emulation, None for the default target. A GPU always uses its real link.
         clock: what time is read from; a `VirtualClock` makes runs exactly repeatable.
-        executor: what runs the experts: `"host"`, which runs everything, or `"graph"`, which
-            replays one captured CUDA graph per token: experts in bfloat16 and in pinned memory,
-            LRU, nothing skipped or prefetched.
+        executor: what runs the experts: `"host"`, which runs everything; `"graph"`, which replays
+            one captured CUDA graph per token, of experts as they are computed in, in pinned memory
+            and not prefetched; or `"auto"`, a graph where that can run, else the host, and says
+            why.
         announce: is told the memory plan.
 
     Raises:
@@ -115,7 +116,10 @@ def load(
     check_function("announce", announce)
     planned = _planned(wanted)
     announce(f"{planned.spec.model_id} {planned.memory}")
-    return _assembled(wanted, planned, target, clock if clock is not None else RealClock())
+    model = _assembled(wanted, planned, target, clock if clock is not None else RealClock())
+    if model.engine.why_not_replayed is not None:
+        announce(f"steps are driven by the host: {model.engine.why_not_replayed}")
+    return model
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +197,7 @@ def _assembled(
         hook, routers = ExpertsHook(hf, layers), [layer.router for layer in layers]
         link = _real_or_free_link(wanted.device, clock)
         host = HostDrivenExecutor(store, link, clock, wanted.device, hf.dtype, routers)
-        engine = _graph(host, store, spec, memory, routers) if wanted.executor == "graph" else host
+        engine = _engine(wanted, planned, host, store, routers)
         hook.attach(engine)
         model = LabModel(planned.tokenizer, spec, hook, engine, store, link, memory)
         if target is not None:
@@ -207,17 +211,33 @@ def _assembled(
     return model
 
 
-def _graph(
+def _engine(
+    wanted: LoadRequest,
+    planned: _Planned,
     host: HostDrivenExecutor,
     store: ExpertStore,
-    spec: MoESpec,
-    memory: MemoryPlan,
     routers: Sequence[Router],
 ) -> Executor:
-    """Return the graph-captured executor; only it needs triton."""
-    from adapmoe_lab.engine.graph.executor import GraphExecutor
+    """Return what is to run the experts: the host, or captured steps beside it.
 
-    return GraphExecutor(host, store, spec.top_k, memory.needs.context_tokens, routers)
+    Raises:
+        ValueError: captured steps were asked for and cannot serve the model.
+    """
+    if wanted.executor == "host":
+        return host
+    spec, dtype, is_auto = planned.spec, planned.checkpoint.model.dtype, wanted.executor == "auto"
+    try:
+        check_computing(wanted.device, dtype)
+        capabilities(dtype).check(TunedConfig.untuned(spec), spec.precision)
+        from adapmoe_lab.engine.graph.executor import GraphExecutor  # only it needs triton
+
+        context_tokens = planned.memory.needs.context_tokens
+        return GraphExecutor(host, store, spec.top_k, context_tokens, routers, falls_back=is_auto)
+    except ValueError as error:
+        if not is_auto:
+            raise
+        host.why_not_replayed = reason_of(error)
+        return host
 
 
 def _check_shape(config: TunedConfig, model: MetaModel) -> None:

@@ -22,6 +22,7 @@ def measurement_conditions(model: LabModel) -> dict[str, Any]:
         "experts_by_precision": model.spec.precision.counts,
         "device": device_name(model.engine.device),
         "link": model.link.name,
+        "executor": model.engine.runs_steps_by,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

@@ -33,7 +33,7 @@ def test_the_demo_continues_a_text_as_the_host_does():
 
 
 def test_a_sampled_text_repeats_and_is_the_hosts_to_begin_with():
-    model = loaded("demo", expert_memory="50%")
+    model = load_graph("demo", expert_memory="50%")
     ids, sampling = model.encode(PROMPT), Sampling(0.8, top_k=40, top_p=0.9, seed=5)
     by_host = list(generate_tokens(TransformersDecoder(model.hf), ids, 16, sampling))
     by_graph = list(generate_tokens(model.decoder(), ids, 16, sampling))
@@ -43,7 +43,7 @@ def test_a_sampled_text_repeats_and_is_the_hosts_to_begin_with():
 
 def test_a_conversation_outlives_another_sequence():
     template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    model = loaded("demo", expert_memory="50%")
+    model = load_graph("demo", expert_memory="50%")
     chat, other = (model.conversation(max_new_tokens=8, chat_template=template) for _ in range(2))
     said = [chat.say("Once upon a time"), other.say("Once upon a time")]
     assert said[0] == said[1]
@@ -52,7 +52,7 @@ def test_a_conversation_outlives_another_sequence():
 
 
 def test_a_sequence_goes_on_after_replays_with_several_tokens_more():
-    model = loaded("demo", expert_memory="50%")
+    model = load_graph("demo", expert_memory="50%")
     ids = model.encode(PROMPT + " lived in a house by the sea, where he had all that he wanted.")
     decoder = model.decoder()
     decoder.prefill(ids[:6])

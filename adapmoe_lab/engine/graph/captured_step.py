@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,6 +16,22 @@ from adapmoe_lab.models.hooks.key_value_cache import forward_cached, rewind, sta
 
 N_REHEARSALS = 2
 """Steps before the capture: kernels compile, and libraries set up their workspaces."""
+N_PROVED = 3
+"""Steps that are compared with plain ones before a graph is trusted."""
+N_ROUNDINGS = 8
+"""Largest error of a replayed step, in what its precision rounds off of one."""
+
+
+class Graph(Protocol):
+    """What was captured."""
+
+    def replay(self) -> None:
+        """Run it again, on what its tensors hold now."""
+        ...
+
+
+class CaptureError(RuntimeError):
+    """The model's forward pass cannot be captured, or a replay does something else."""
 
 
 class CapturedStep:
@@ -42,7 +58,7 @@ class CapturedStep:
         self.sequence = 0
         self._hf = hf
         self._capturing = capturing
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Graph | None = None
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=hf.device)  # pyright: ignore
 
     def begin(self) -> int:
@@ -58,23 +74,37 @@ class CapturedStep:
             logits, _ = forward_cached(self._hf, token_ids[None], self.cache, logits_to_keep=1)
         return logits[0, -1]
 
-    def replay(self, token: int, n_before: int) -> torch.Tensor:
-        """Run a token after `n_before` others; return the logits [V], overwritten by the next."""
+    def replay(self, token: int) -> torch.Tensor:
+        """Run a token by the graph; return the logits [V], overwritten by the next."""
+        assert self._graph is not None  # noqa: S101 `capture` was called before
         self._token.fill_(token)
-        if self._graph is None:
-            self._capture(n_before)
-        assert self._graph is not None  # noqa: S101 it was captured
         self._graph.replay()
         return self._logits
 
-    def _capture(self, n_before: int) -> None:
-        """Capture the step, and leave residency, counters and the cache as they were.
+    def capture(self, n_before: int) -> None:
+        """Capture the step behind `n_before` tokens, if it is not, and prove it.
 
-        A rehearsal writes keys and values where the step itself will write them.
+        Residency, counters and the cache are as before. What rehearses writes keys and values where
+        steps themselves will write them.
+
+        Raises:
+            CaptureError: the model's forward cannot be captured, or replays something else.
         """
+        if self._graph is not None:
+            return
+        self.served.tables.rehearse(True)
+        try:
+            graph = self._recorded(n_before)
+            self._prove(graph, n_before)
+        finally:
+            rewind(self.cache, n_before)
+            self.served.tables.rehearse(False)
+        self._graph = graph
+
+    def _recorded(self, n_before: int) -> Graph:
+        """Return the step as a graph."""
         aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
-        self.served.tables.rehearse(True)
         try:
             with self._capturing(), torch.cuda.stream(aside):
                 for _ in range(N_REHEARSALS):
@@ -83,7 +113,41 @@ class CapturedStep:
             torch.cuda.current_stream().wait_stream(aside)
             with self._capturing(), torch.cuda.graph(graph):
                 self._logits = self.run(self._token[0])
-        finally:
+        except RuntimeError as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise CaptureError(
+                f"The forward of this model cannot be captured as a CUDA graph: {first_line}"
+            ) from error
+        return graph
+
+    def _prove(self, graph: Graph, n_before: int) -> None:
+        """Compare replays with plain steps of the same kernels, over several positions.
+
+        A capture that runs is not yet right: what a forward keeps in Python, such as a length, is
+        replayed as it was.
+        """
+        n_steps = min(N_PROVED, self.context_tokens - n_before)
+
+        def logits_of(run: Callable[[], torch.Tensor]) -> torch.Tensor:
             rewind(self.cache, n_before)
-            self.served.tables.rehearse(False)
-        self._graph = graph
+            found = []
+            for token in range(n_steps):
+                self._token.fill_(token)
+                found.append(run().float().clone())
+            return torch.stack(found)
+
+        def replayed() -> torch.Tensor:
+            graph.replay()
+            return self._logits
+
+        with self._capturing():
+            expected = logits_of(lambda: self.run(self._token[0]))
+        found = logits_of(replayed)
+        error = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
+        bound = N_ROUNDINGS * torch.finfo(self._logits.dtype).eps / 2
+        if not error <= bound:
+            raise CaptureError(
+                f"The captured step gives other logits than a plain one, by {error:.1e} where "
+                f"{bound:.1e} is rounding: the forward of this model depends on what a graph does "
+                "not see"
+            )

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from adapmoe_lab.engine.executor import Capabilities
-from adapmoe_lab.engine.graph.captured_step import CapturedStep
-from adapmoe_lab.engine.graph.requirements import capabilities, check_experts
+from adapmoe_lab.engine.executor import Capabilities, Decoder
+from adapmoe_lab.engine.graph.captured_step import CapturedStep, CaptureError
+from adapmoe_lab.engine.graph.decoder import GraphDecoder
+from adapmoe_lab.engine.graph.requirements import capabilities, check_experts, reason_of
 from adapmoe_lab.engine.graph.served_step import ServedStep
-from adapmoe_lab.engine.host_driven.decoder import UnbrokenPasses
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.prefetch.predictors import Predictor
 from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.models.families import Router
 from adapmoe_lab.models.hooks.observing import Callback
+from adapmoe_lab.models.support import UnsupportedModelError
 from adapmoe_lab.policies.eviction.registry import policy_named
 from adapmoe_lab.records import CachePlan, GatingTable, PrefetchTable, Surrogates, Traffic
 from adapmoe_lab.records.hook_points import HookPoint
@@ -36,6 +37,7 @@ class GraphExecutor:
     Attributes:
         device: where it computes.
         clock: what time is read from.
+        why_not_replayed: why steps run by the host; None where they are replayed.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class GraphExecutor:
         top_k: int,
         context_tokens: int,
         routers: Sequence[Router] = (),
+        falls_back: bool = False,
     ) -> None:
         """Decode beside a host-driven executor of the same model.
 
@@ -54,6 +57,7 @@ class GraphExecutor:
             top_k: experts that a token chooses.
             context_tokens: longest text that a captured step has room for.
             routers: of every layer; used only for eviction policies that read scores.
+            falls_back: whether the host runs what cannot be captured, instead of an error.
 
         Raises:
             ValueError: the experts are not what can be served so.
@@ -66,6 +70,9 @@ class GraphExecutor:
         self._context_tokens = context_tokens
         self._routers = routers
         self._policy = policy_named("lru")
+        self._falls_back = falls_back
+        self._why_never: str | None = None
+        self.why_not_replayed: str | None = None
         self._is_eager = False
         self._is_capturing = False
         self._forget_step()
@@ -73,6 +80,16 @@ class GraphExecutor:
     @property
     def capabilities(self) -> Capabilities:
         """What it is able to run."""
+        return self._host.capabilities if self._falls_back else self._of_steps
+
+    @property
+    def runs_steps_by(self) -> str:
+        """What runs a decode step under the present configuration."""
+        return "graph" if self.why_not_replayed is None else self._host.runs_steps_by
+
+    @property
+    def _of_steps(self) -> Capabilities:
+        """What a captured step is able to run."""
         return capabilities(self._store.formats[0][0].fields[0].precision.name)
 
     def configure(
@@ -93,14 +110,21 @@ class GraphExecutor:
         Raises:
             ValueError: a captured step cannot run it.
         """
-        self.capabilities.check_parts(eviction, plan, gating, surrogates, prefetch)
+        why_not = self._why_never
+        try:
+            self._of_steps.check_parts(eviction, plan, gating, surrogates, prefetch)
+        except ValueError as error:
+            if not self._falls_back:
+                raise
+            why_not = reason_of(error)
         policy, captured = policy_named(eviction), self._captured
         before = self._policy, self.plan.is_global
-        if before != (policy, plan.is_global) or self.surrogates is not surrogates:
+        is_other = before != (policy, plan.is_global) or self.surrogates is not surrogates
+        if is_other or why_not is not None:
             captured = None
         self._forget_step()
         self._host.configure(gating, plan, eviction, surrogates, prefetch, predictors, step_costs)
-        self._policy, self._captured = policy, captured
+        self._policy, self._captured, self.why_not_replayed = policy, captured, why_not
         if captured is not None:
             self._begin(captured.served)
 
@@ -109,9 +133,20 @@ class GraphExecutor:
         self._forget_step()
         self._host.release()
 
-    def decoder(self, hf: nn.Module) -> GraphDecoder:
+    def decoder(self, hf: nn.Module) -> Decoder:
         """Return what decodes one sequence, the last one begun; others end with it."""
-        return GraphDecoder(self, hf)
+        if self.why_not_replayed is None:
+            try:
+                return GraphDecoder(self, self.captured_step(hf))
+            except UnsupportedModelError as error:
+                self._fall_back(error)
+        return self._host.decoder(hf)
+
+    def _fall_back(self, error: Exception) -> None:
+        """Leave steps to the host from now on, or raise why they cannot be captured."""
+        if not self._falls_back:
+            raise error
+        self._why_never = self.why_not_replayed = reason_of(error)
 
     def captured_step(self, hf: nn.Module) -> CapturedStep:
         """Return the step of the present slots, captured when it is first replayed."""
@@ -142,16 +177,25 @@ class GraphExecutor:
         finally:
             self._is_capturing = False
 
-    def gives_residency_to_device(self) -> bool:
-        """Let a step be replayed; return False where it must run layer by layer.
+    def lets_replay(self, n_before: int) -> bool:
+        """Let the step behind `n_before` tokens be replayed; False where the host must run it.
 
-        It must where something is observed, or served from elsewhere.
+        It must where something is observed or served from elsewhere, and where the step cannot be
+        captured.
+
+        Raises:
+            CaptureError: it cannot, and the host is not to run it instead.
         """
-        if self._is_eager or self._captured is None:
+        if self._is_eager or self._captured is None or self.why_not_replayed is not None:
             return False
         if not self._is_device_owner:
             self._captured.served.tables.take_over(self._host.cached_experts.state)
             self._is_device_owner = True
+        try:
+            self._captured.capture(n_before)
+        except CaptureError as error:
+            self._fall_back(error)
+            return False
         return True
 
     def count_replay(self) -> None:
@@ -169,8 +213,8 @@ class GraphExecutor:
 
     @property
     def callbacks(self) -> Mapping[HookPoint, Callback]:
-        """Nothing: it fetches nothing before it is needed."""
-        return {}
+        """What the host wants to be shown, where it runs the steps."""
+        return self._host.callbacks
 
     @property
     def traffic(self) -> Traffic:
@@ -255,60 +299,3 @@ class GraphExecutor:
         self._captured: CapturedStep | None = None
         self._is_device_owner = False
         self._n_steps = 0
-
-
-class GraphDecoder:
-    """A `Decoder` whose steps are replayed."""
-
-    def __init__(self, executor: GraphExecutor, hf: nn.Module) -> None:
-        """Begin a sequence, which ends the one before it."""
-        self._executor = executor
-        self._step = executor.captured_step(hf)
-        self._sequence = self._step.begin()
-        self._n_tokens = 0
-        self._unbroken = UnbrokenPasses()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether a pass was interrupted, another sequence has begun, or the slots have changed."""
-        return self._unbroken.was_interrupted or not self._is_present
-
-    def prefill(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Run a prompt, int64 [T]; return the logits [V] of what follows it."""
-        self._check(len(token_ids))
-        with self._unbroken.passing():
-            logits = self._step.run(token_ids.to(self._executor.device))
-        self._n_tokens += len(token_ids)
-        return logits
-
-    def step(self, token: int) -> torch.Tensor:
-        """Run one token more; return the logits [V] of what follows it, valid until the next."""
-        self._check(1)
-        with self._unbroken.passing():
-            if self._executor.gives_residency_to_device():
-                logits = self._step.replay(token, self._n_tokens)
-                self._executor.count_replay()
-            else:
-                logits = self._step.run(torch.tensor([token], device=self._executor.device))
-        self._n_tokens += 1
-        return logits
-
-    @property
-    def _is_present(self) -> bool:
-        """Whether this is the last sequence begun, in the present slots."""
-        is_current = self._executor.has_captured(self._step)
-        return is_current and self._step.sequence == self._sequence
-
-    def _check(self, n_more: int) -> None:
-        """Refuse to go on with a sequence that has ended, or past the cache's end."""
-        if not self._is_present:
-            raise RuntimeError(
-                "Another sequence has begun, or the slots have changed, since this one did; "
-                "executor='graph' decodes one at a time. Begin again with model.decoder()."
-            )
-        n_tokens, room = self._n_tokens + n_more, self._step.context_tokens
-        if n_tokens > room:
-            raise ValueError(
-                f"A text of {n_tokens} tokens does not fit the {room} that executor='graph' has "
-                f"room for; load the model with max_context_tokens={n_tokens} or more."
-            )

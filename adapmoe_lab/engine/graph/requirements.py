@@ -35,6 +35,11 @@ def capabilities(dtype: str) -> Capabilities:
     )
 
 
+def reason_of(error: Exception) -> str:
+    """Return what an error says is not possible, without what to do about it."""
+    return str(error).split(". ")[0].removesuffix(".")
+
+
 def check_computing(device: torch.device, dtype: str) -> None:
     """Refuse a device on which no step can be captured, and another precision than the kernels'.
 

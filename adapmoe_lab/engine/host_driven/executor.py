@@ -41,9 +41,11 @@ class HostDrivenExecutor:
         step_costs: what the parts of a step are expected to take; on a virtual clock, whose user
             sets them, they take just that.
         is_closed: whether everything was given up.
+        why_not_replayed: why no captured graph runs in its place, if one was asked for.
     """
 
     capabilities = Capabilities("host")
+    runs_steps_by = "host"
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class HostDrivenExecutor:
         self._skipping = Skipping()
         self._observers = Observers()
         self.is_closed = False
+        self.why_not_replayed: str | None = None
         self._n_sequences = 1
         self._routers = routers
         self._direct = StoredExperts(store, device)

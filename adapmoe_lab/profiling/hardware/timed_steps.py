@@ -125,8 +125,8 @@ def host_driven(model: LabModel) -> HostDrivenExecutor:
     """
     if not isinstance(model.engine, HostDrivenExecutor):
         raise ValueError(
-            f"The parts of a step are timed with executor='host'; this model was loaded with "
-            f"executor={model.engine.capabilities.name!r}. Load it again without it to probe."
+            "The parts of a step are timed where the host drives them, and this model was loaded "
+            "for captured graphs. Load it again with executor='host' to probe."
         )
     return model.engine
 
