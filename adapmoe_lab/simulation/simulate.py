@@ -100,7 +100,7 @@ def simulate(
     used = wasted = np.zeros(trace.spec.n_layers)
     stall_ms = idle = ms_per_token = None
     sizes = trace.spec.sizes_in(config.precision)
-    bytes_per_token = float(_bytes_missed(replayed, sizes)[counted].mean())
+    bytes_per_token = float(bytes_missed(replayed, sizes)[counted].mean())
     if timeline is not None:
         step_s = timeline.step_s[counted]
         used, wasted = timeline.used[counted].mean(axis=0), timeline.wasted[counted].mean(axis=0)
@@ -151,7 +151,7 @@ def replayed_and_timed(
     return replayed, run_timeline(replayed, costs, candidates, room, n_events)
 
 
-def _bytes_missed(replayed: Replay, precision: PrecisionPlan) -> NDArray[np.int64]:
+def bytes_missed(replayed: Replay, precision: PrecisionPlan) -> NDArray[np.int64]:
     """Return the bytes of all experts that each step lacked, int64 [N]."""
     sizes = precision.expert_bytes
     assert sizes is not None, "a spec knows its bytes"  # noqa: S101
