@@ -21,12 +21,15 @@ def check_executor(name: str, decoded: Decoded) -> Check:
 
     What is prefetched depends on when it is, so experts that are not resident count as one,
     whether they were prefetched or demanded, and bytes are compared where nothing is prefetched.
+    What is recorded is observed, so that a graph-captured executor runs it layer by layer: its
+    captured steps are not seen here.
     """
     counted, replayed = _counted(decoded), _replayed(decoded)
     unlike = [key for key in counted if counted[key] != replayed[key]]
     hits, misses = sum(counted["hits"]), sum(counted["misses"])
+    how = "" if name == "host" else ", observed layer by layer"
     found = (
-        f"{name}: {hits:,} hits, {misses:,} misses, "
+        f"{name}{how}: {hits:,} hits, {misses:,} misses, "
         f"{in_words(decoded.traffic.bytes_moved)} in {decoded.traffic.n_steps} steps"
     )
     if unlike:

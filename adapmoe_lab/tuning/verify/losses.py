@@ -43,14 +43,14 @@ def check_loss(
         "plain": plain.to_json(),
     }
     in_words = (
-        f"{found.nats_per_token:.4f} nats per token, {increase:+.4f} "
-        f"{error_text(error, '.4f')} over nothing skipped, {found.skipped_fraction:.1%} skipped"
+        f"{found.nats_per_token:.4f} nats per token, {increase:+.4f} {error_text(error, '.4f')} "
+        f"for {found.skipped_fraction:.1%} of experts skipped"
     )
     if config.gating is None:
-        return Check(LOSS, "passed", in_words, "nothing is skipped", values)
+        return Check(LOSS, "passed", in_words, "+0.0000", values)
     if promise is None:
         return Check(LOSS, "measured", in_words, values=values)
-    bound = f"{promise['increase_nats']:+.4f} {error_text(promise['increase_se'], '.4f')}"
+    bound = f"promised {promise['increase_nats']:+.4f} {error_text(promise['increase_se'], '.4f')}"
     excess = increase - promise["increase_nats"]
     if excess <= AGREEING_SHARE * abs(promise["increase_nats"]):
         return Check(LOSS, "passed", in_words, bound, values)

@@ -12,9 +12,10 @@ from adapmoe_lab.evaluation.exactness import compare_with_plain
 from adapmoe_lab.evaluation.latency import N_DEFAULT_PROMPTS, PROMPT_TOKENS, measure_latency
 from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_split, calibration_texts
+from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.models.support import UnsupportedModelError
 from adapmoe_lab.profiling.hardware.probe import probe_hardware
-from adapmoe_lab.records import HardwareProfile, TunedConfig
+from adapmoe_lab.records import HardwareProfile, RecordError, TunedConfig
 from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.progress import Progress
 from adapmoe_lab.records.verify_report import Check, VerifyReport
@@ -145,7 +146,7 @@ class _Work:
             )
             after = self._probed(1)
             assert not isinstance(after, str), "it was probed before"  # noqa: S101
-            return check_prediction(decoded.trace, self.config, report, [before, after])
+            return check_prediction(decoded.trace, self.config, report, (before, after))
 
         return speed, _judged(PREDICTION, prediction)
 
@@ -166,11 +167,11 @@ def _judged(name: str, check: Callable[[], Check]) -> Check:
     """Return a check, or what it is where it came to no numbers.
 
     It is not known where something does not fit or is not done for the model's family, and has
-    failed where what was read or computed is refused.
+    failed where what was read is damaged or what was computed is not finite.
     """
     try:
         return check()
     except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError) as error:
         return Check(name, "not known", str(error))
-    except ValueError as error:
+    except (CheckpointError, RecordError) as error:
         return Check(name, "failed", str(error))
