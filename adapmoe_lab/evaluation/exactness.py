@@ -98,7 +98,7 @@ def compare_with_plain(
 
     errors, device = [], model.engine.device
     with (
-        plain_model(model) as (plain, reference),
+        _loaded_plain(model) as (plain, reference),
         model.running(replace(config, gating=None, compensation=None)),
         model.link.without_link_delay(),
     ):
@@ -131,7 +131,7 @@ def error_bound(dtype: torch.dtype, device: torch.device) -> tuple[float, float]
 
 
 @contextmanager
-def plain_model(model: LabModel) -> Iterator[tuple[HFModel, str]]:
+def _loaded_plain(model: LabModel) -> Iterator[tuple[HFModel, str]]:
     """Load the plain model beside a served one, on the same device; it is freed afterwards.
 
     Yields it and what it is.
@@ -140,7 +140,7 @@ def plain_model(model: LabModel) -> Iterator[tuple[HFModel, str]]:
         MemoryError: there is no room for it; the text has the numbers.
         UnsupportedModelError: transformers cannot load it.
     """
-    check_plain_fits(model)
+    _check_plain_fits(model)
     folder, dtype = Path(model.hf.name_or_path), model.hf.dtype
     name = str(dtype).removeprefix("torch.")
     if model.spec.precision.name == name and not is_quantised(folder):
@@ -150,7 +150,7 @@ def plain_model(model: LabModel) -> Iterator[tuple[HFModel, str]]:
     yield hf.to(model.engine.device), reference  # pyright: ignore[reportArgumentType]
 
 
-def check_plain_fits(model: LabModel) -> None:
+def _check_plain_fits(model: LabModel) -> None:
     """Raise MemoryError unless the plain model fits beside the served one."""
     spec, device = model.spec, model.engine.device
     expert_bytes = spec.expert_bytes[str(model.hf.dtype).removeprefix("torch.")]
@@ -159,7 +159,9 @@ def check_plain_fits(model: LabModel) -> None:
     for place, n_bytes in ((str(device), free.device_bytes), ("the host", free.host_bytes)):
         if needed > HEADROOM * n_bytes:
             raise MemoryError(
-                f"the plain model takes {in_words(needed)}, {place} has {in_words(n_bytes)} free"
+                f"the plain model takes {in_words(needed)} beside this one, {place} has "
+                f"{in_words(n_bytes)} free; give a smaller expert_memory, or compare on a larger "
+                "machine"
             )
 
 

@@ -139,8 +139,13 @@ class VerifyReport:
         if isinstance(document, dict):
             check_version(document, KIND, SCHEMA_VERSION, path)
         document = known_values(document, str(path), names)
-        checks = [
-            Check.from_json(values, f"{path}, check {number},")
-            for number, values in enumerate(document["checks"])
-        ]
-        return cls(tuple(checks), document["conditions"])
+        try:
+            checks = [
+                Check.from_json(values, f"{path}, check {number},")
+                for number, values in enumerate(document["checks"])
+            ]
+            return cls(tuple(checks), document["conditions"])
+        except (TypeError, ValueError) as error:
+            if isinstance(error, RecordError):
+                raise
+            raise RecordError(f"{path} has a part of the wrong form: {error!r}.") from error

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
+from checkpoints import save_tiny_mixtral
 from quantised_checkpoints import save_fp8_deepseek, save_mxfp4_gpt_oss
 from runs import half_cached
 from tiny_models import save_tiny
@@ -15,7 +16,6 @@ import adapmoe_lab as lab
 from adapmoe_lab.engine.memory_plan import FreeMemory
 from adapmoe_lab.engine.transfer.clock import VirtualClock
 from adapmoe_lab.evaluation import exactness
-from adapmoe_lab.evaluation.exactness import Exactness, error_bound
 from adapmoe_lab.models.support import causal_families
 from adapmoe_lab.policies.allocation.slots import shared, slots_plan
 from adapmoe_lab.records import (
@@ -27,11 +27,10 @@ from adapmoe_lab.records import (
     RecordError,
     TunedConfig,
 )
-from adapmoe_lab.records.verify_report import Check, VerifyReport
+from adapmoe_lab.records.verify_report import VerifyReport
 from adapmoe_lab.tuning.verify import timing, verify
 from adapmoe_lab.tuning.verify.counters import check_executor
 from adapmoe_lab.tuning.verify.decoded import record_decode
-from adapmoe_lab.tuning.verify.exactness import check_exactness
 from adapmoe_lab.tuning.verify.timing import check_prediction
 
 CHECKS = ["exactness", "executor", "speed", "prediction", "loss"]
@@ -122,7 +121,7 @@ def test_an_expert_that_is_not_finite_fails_and_can_be_saved(load_tiny, texts, t
         weights.fill_(torch.nan)
     report = lab.verify(model, None, texts, **QUICKLY)
     assert {"exactness", "loss"} <= set(report.failed)
-    assert "largest error of logits not finite" in report["exactness"].found
+    assert "largest error not finite" in report["exactness"].found
     assert "The loss of 3 of 3 texts is not finite" in report["loss"].found
     report.save(tmp_path / "verify.json")
     assert None in strict_json(tmp_path / "verify.json")["checks"][0]["values"]["errors"]
@@ -151,8 +150,20 @@ def test_what_does_not_fit_is_not_known(load_tiny, texts, monkeypatch, unprobed)
     check = report["exactness"]
     assert (check.verdict, dict(check.values)) == ("not known", {})
     assert check.found.startswith("the plain model takes 0.")
-    assert check.found.endswith("the host has 0.0MiB free")
+    assert (
+        "MiB beside this one, the host has 0.0MiB free; give a smaller expert_memory" in check.found
+    )
     assert "exactness" not in report.failed
+
+
+def test_a_checkpoint_that_is_gone_cannot_be_compared_with(tmp_path, texts, unprobed):
+    folder = save_tiny_mixtral(tmp_path / "there")
+    model = lab.load(folder, device="cpu", link="none")
+    folder.rename(tmp_path / "gone")
+    report = lab.verify(model, None, texts[:1], **QUICKLY)
+    assert report["exactness"].verdict == "not known"
+    assert "No such file or directory" in report["exactness"].found
+    assert not report.failed
 
 
 def test_a_family_that_cannot_be_profiled_is_compared_and_timed(tmp_path, texts):
@@ -216,7 +227,7 @@ def test_what_is_prefetched_is_counted_as_missing(load_tiny, texts, unprobed, is
     config = replace(config, plan=shared(config.plan)) if is_global else config
     report = lab.verify(model, config, texts, **QUICKLY)
     assert (report["exactness"].verdict, report["executor"].verdict) == ("passed", "passed")
-    assert report["executor"].bound == "hits, misses, kept, skipped of a replay, equal"
+    assert report["executor"].bound == "a replay's hits, misses, kept, skipped"
     assert report["prediction"].values["predicted_ms_per_token"] > 0
 
 
@@ -244,14 +255,14 @@ def test_recording_holds_up_no_emulated_link(load_tiny, texts):
     ("predicted", "measured", "verdict"),
     [
         ((1.09, 1.09), (1.0, 1.0), "passed"),
-        ((1.0, 1.18), (1.0, 1.0), "passed"),
+        ((1.05, 1.13), (1.0, 1.0), "passed"),
+        ((0.8, 1.2), (1.0, 1.0), "not known"),
         ((1.11, 1.11), (1.0, 1.0), "failed"),
         ((0.89, 0.89), (1.0, 1.0), "failed"),
         ((1.0, 1.3), (1.0, 1.0), "not known"),
         ((1.5, 1.5), (1.0, 1.2), "not known"),
         ((1.0, 1.0), (0.0, 0.0), "not known"),
-        ((1.05, 1.05), (1.0,), "passed"),
-        ((1.5, 1.5), (1.0,), "not known"),
+        ((1.05, 1.05), (1.0,), "not known"),
     ],
 )
 def test_a_prediction_is_held_to_its_bound_where_the_machine_held_still(
@@ -276,21 +287,6 @@ def test_predicted_is_what_the_costs_add_up_to(load_tiny, texts):
     expected = 3 * costs.host.dense_layer_s + 6 * costs.expert_s.mean() + costs.host.head_s
     found = timing.predicted_s(trace, model.effective_config, hardware)
     np.testing.assert_allclose(found, [expected] * 3)
-
-
-def test_a_tie_is_no_other_token_and_rerouted_positions_are_let_pass_on_a_gpu_only():
-    cpu = error_bound(torch.float32, torch.device("cpu"))
-    gpu = error_bound(torch.bfloat16, torch.device("cuda"))
-    assert (cpu, gpu) == ((1e-5, 1.0), (8 * 2**-8, 0.9))
-    errors, gaps = np.zeros(20), np.zeros(20)
-    errors[:2], gaps[0] = 1.0, 1e-6
-    assert not Exactness(errors, gaps, *cpu, "x").is_exact
-    assert Exactness(errors, gaps, *gpu, "x").is_exact
-    tied = check_exactness(Exactness(np.zeros(20), gaps, *cpu, "x"))
-    assert tied.verdict == "passed"
-    assert "19 of 20 tokens decoded the same, 1 tied" in tied.found
-    gaps[0] = 1e-4
-    assert not Exactness(np.zeros(20), gaps, *cpu, "x").is_exact
 
 
 def test_one_short_text_is_enough(load_tiny, tmp_path, unprobed):
@@ -324,31 +320,3 @@ def test_a_config_of_another_model_is_refused_before_the_work(load_tiny, texts):
     other = replace(config, model={**config.model, "fingerprint": "0", "partial_fingerprint": "0"})
     with pytest.raises(RecordError, match="tuned for"):
         lab.verify(model, other, texts, progress=lambda *_: pytest.fail("the work had begun"))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"kind": "verify-', r"is not a complete JSON file .* Verify again"),
-        ("[]", "holds a list where named values are expected"),
-        ('{"kind": "x"}', "holds a 'x'; expected a 'verify-report'"),
-        ('{"kind": "verify-report", "schema_version": 2}', "has schema version 2; .* version 1"),
-        ('{"kind": "verify-report", "schema_version": 1}', "lacks 'conditions', 'checks'"),
-        (
-            '{"kind": "verify-report", "schema_version": 1, "conditions": {}, "checks": [{}]}',
-            "check 0, lacks 'name', 'verdict'",
-        ),
-    ],
-)
-def test_a_file_that_is_no_report_is_refused(tmp_path, content, message):
-    path = tmp_path / "verify.json"
-    path.write_text(content)
-    with pytest.raises(RecordError, match=message):
-        VerifyReport.load(path)
-
-
-def test_a_missing_report_and_an_unknown_verdict_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No verify-report at .*; give a file that"):
-        VerifyReport.load(tmp_path / "none.json")
-    with pytest.raises(RecordError, match="check 'speed' is 'fine'; expected one of passed, fail"):
-        Check("speed", "fine", "")

@@ -38,7 +38,7 @@ def check_executor(name: str, decoded: Decoded) -> Check:
         EXECUTOR,
         "failed" if unlike else "passed",
         found,
-        f"{', '.join(counted)} of a replay, equal",
+        f"a replay's {', '.join(counted)}",
         {"name": name, "counted": counted, "replayed": replayed},
     )
 

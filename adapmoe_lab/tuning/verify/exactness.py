@@ -17,13 +17,13 @@ def check_exactness(found: Exactness) -> Check:
     n_alike, n_ties = (int((values <= found.bound).sum()) for values in (errors, gaps))
     n_same = int((gaps == 0).sum())
     largest = f"{errors.max():.1e}" if np.isfinite(errors).all() else "not finite"
-    tokens = f"{n_same} of {len(gaps)} tokens decoded the same"
+    tokens = f"{n_same} of {len(gaps)} decoded tokens the same"
     if n_ties > n_same:
         tokens += f", {n_ties - n_same} tied"
     return Check(
         EXACTNESS,
         "passed" if found.is_exact else "failed",
-        f"largest error of logits {largest} at {len(errors):,} positions, {n_alike:,} within the "
+        f"logits: largest error {largest}, {n_alike:,} of {len(errors):,} positions within the "
         f"bound; {tokens}; against {found.reference}",
         f"{found.bound:.1e} at {found.alike_share:.0%} of positions",
         {

@@ -49,7 +49,7 @@ def check_prediction(
 
     Both are medians over prompts of the mean over a prompt's output tokens; predicted is the mean
     of what follows from each probe. Where the machine itself drifted by more than the bound, or
-    nothing was repeated to tell, an error beyond the bound is not known to be the prediction's.
+    one round cannot tell whether it did, nothing is known of the prediction.
 
     Args:
         trace: the routing of the same prompts, recorded with nothing skipped.
@@ -73,16 +73,17 @@ def check_prediction(
     if not min(*predicted_ms, *measured_ms) > 0:
         return Check(PREDICTION, "not known", "decoding took no time", values=values)
     error, drift = predicted / measured - 1, _drift(predicted_ms, measured_ms)
-    verdict: Verdict = "passed" if abs(error) <= MOST_ERROR else "failed"
-    if verdict == "failed" and (drift is None or drift > MOST_ERROR):
-        verdict = "not known"
-    drifted = f"by {drift:.1%}" if drift is not None else "by how much is not known"
+    verdict: Verdict = "not known"
+    if drift is not None and drift <= MOST_ERROR:
+        verdict = "passed" if abs(error) <= MOST_ERROR else "failed"
+    drifted = f"by {drift:.1%}" if drift is not None else "by how much one round cannot tell"
     found = (
         f"{predicted:.3g} ms per token predicted, {measured:.3g} measured, {error:+.1%}; the "
         f"machine drifted {drifted}"
     )
     values |= {"error": error, "drift": drift}
-    return Check(PREDICTION, verdict, found, f"{MOST_ERROR:.0%}", values)
+    bound = f"{MOST_ERROR:.0%}, on a machine that drifts by no more"
+    return Check(PREDICTION, verdict, found, bound, values)
 
 
 def _drift(*repeated: Sequence[float]) -> float | None:

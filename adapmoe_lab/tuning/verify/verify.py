@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -15,7 +16,7 @@ from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_split, cal
 from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.models.support import UnsupportedModelError
 from adapmoe_lab.profiling.hardware.probe import probe_hardware
-from adapmoe_lab.records import HardwareProfile, RecordError, TunedConfig
+from adapmoe_lab.records import HardwareProfile, LatencyReport, RecordError, TunedConfig
 from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.progress import Progress
 from adapmoe_lab.records.verify_report import Check, VerifyReport
@@ -47,7 +48,8 @@ def verify(
       model, see `compare_with_plain`; not known where that does not fit beside this one.
     - executor: which one runs, and its counters against a replay of what was routed meanwhile.
     - speed: prefill and decode, see `measure_latency`.
-    - prediction: the time per output token predicted by probing this machine, within 10 %.
+    - prediction: the time per output token predicted by probing this machine, within 10 %; not
+      known where the machine itself drifts by more.
     - loss: what the config costs against nothing skipped, and whether that is what its evidence
       says.
 
@@ -126,8 +128,19 @@ class _Work:
         return check_executor(name, decoded)
 
     def speed_and_prediction(self) -> tuple[Check, Check]:
-        before = self._probed(0)
-        report = measure_latency(
+        try:
+            before = self._probed(0)
+        except ValueError as error:  # another executor, or a family that is not profiled
+            return check_speed(self._measured()), Check(PREDICTION, "not known", str(error))
+        report, after = self._measured(), self._probed(1)
+        prediction = partial(self._prediction, report, (before, after))
+        return check_speed(report), _judged(PREDICTION, prediction)
+
+    def loss(self) -> Check:
+        return check_loss(self.model, self.config, self.texts, self.progress)
+
+    def _measured(self) -> LatencyReport:
+        return measure_latency(
             self.model,
             self.config,
             self.texts[:N_DEFAULT_PROMPTS],
@@ -135,43 +148,27 @@ class _Work:
             repeats=self.repeats,
             progress=self.progress,
         )
-        speed = check_speed(report)
-        if isinstance(before, str):
-            return speed, Check(PREDICTION, "not known", before)
 
-        def prediction() -> Check:
-            as_it_is = replace(self.config, gating=None, compensation=None)
-            decoded = record_decode(
-                self.model, as_it_is, self.prompts, self.new_tokens, self.progress
-            )
-            after = self._probed(1)
-            assert not isinstance(after, str), "it was probed before"  # noqa: S101
-            return check_prediction(decoded.trace, self.config, report, (before, after))
-
-        return speed, _judged(PREDICTION, prediction)
-
-    def loss(self) -> Check:
-        return check_loss(self.model, self.config, self.texts, self.progress)
-
-    def _probed(self, number: int) -> HardwareProfile | str:
-        """Return what this machine costs, or why that cannot be told."""
+    def _probed(self, number: int) -> HardwareProfile:
         if self.progress is not None:
             self.progress(number, 2, "probing the machine")
-        try:
-            return probe_hardware(self.model)
-        except ValueError as error:
-            return str(error)
+        return probe_hardware(self.model)
+
+    def _prediction(self, report: LatencyReport, probes: Sequence[HardwareProfile]) -> Check:
+        as_it_is = replace(self.config, gating=None, compensation=None)
+        decoded = record_decode(self.model, as_it_is, self.prompts, self.new_tokens, self.progress)
+        return check_prediction(decoded.trace, self.config, report, probes)
 
 
 def _judged(name: str, check: Callable[[], Check]) -> Check:
     """Return a check, or what it is where it came to no numbers.
 
-    It is not known where something does not fit or is not done for the model's family, and has
-    failed where what was read is damaged or what was computed is not finite.
+    It is not known where something does not fit, is gone, or is not done for the model's family,
+    and has failed where what was read is damaged or what was computed is not finite.
     """
     try:
         return check()
-    except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UnsupportedModelError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return Check(name, "not known", str(error))
     except (CheckpointError, RecordError) as error:
         return Check(name, "failed", str(error))
