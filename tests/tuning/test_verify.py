@@ -73,9 +73,11 @@ def test_a_sound_model_passes_and_its_record_says_under_what(load_tiny, texts, t
     decode = Measurement.from_json(report["speed"].values["latency"]["decode"])
     assert report["speed"].values["decode"]["median_ms"] == pytest.approx(1e3 * decode.median)
     predicted = report["prediction"].values
-    assert predicted["error"] == pytest.approx(
-        np.mean(predicted["predicted_ms_by_probe"]) / (1e3 * decode.median) - 1
+    assert predicted["measured_ms_per_token"] == [pytest.approx(1e3 * decode.median)]
+    (predicted_ms,), (measured_ms,) = (
+        predicted[f"{kind}_ms_per_token"] for kind in ("predicted", "measured")
     )
+    assert predicted["error"] == pytest.approx(predicted_ms / measured_ms - 1)
     assert predicted["bound"] == 0.1
     plain = lab.evaluate_loss(model, TunedConfig.untuned(model.spec), texts)
     assert report["loss"].values["nats_per_token"] == plain.nats_per_token
@@ -228,7 +230,7 @@ def test_what_is_prefetched_is_counted_as_missing(load_tiny, texts, unprobed, is
     report = lab.verify(model, config, texts, **QUICKLY)
     assert (report["exactness"].verdict, report["executor"].verdict) == ("passed", "passed")
     assert report["executor"].bound == "a replay's hits, misses, kept, skipped"
-    assert report["prediction"].values["predicted_ms_per_token"] > 0
+    assert min(report["prediction"].values["predicted_ms_per_token"]) > 0
 
 
 def test_counters_that_are_not_the_replays_fail_by_name(load_tiny, texts):
@@ -251,30 +253,53 @@ def test_recording_holds_up_no_emulated_link(load_tiny, texts):
     assert model.engine.clock.now() == before
 
 
+def test_what_is_predicted_misses_what_is_measured_to_miss(load_tiny, texts):
+    """Prompts are replayed in one step each, as they are run, and the first one twice."""
+    model = half_cached(load_tiny())
+    prompts = [model.encode(text)[:32] for text in texts]
+    trace = record_decode(model, model.config, prompts, 6).trace
+    priced = replace(HARDWARE, miss_s=1.0, layer_host_s=0.0)
+    without = replace(priced, miss_s=0.0)
+    seconds = [timing.predicted_s(trace, model.effective_config, one) for one in (priced, without)]
+    measured = lab.measure_latency(model, None, texts, new_tokens=6, repeats=1).decode_traffic
+    counted = 5 * (seconds[0] - seconds[1]).sum()
+    np.testing.assert_allclose(counted, measured.misses.sum(), rtol=1e-3)  # some copies overlap
+    assert measured.misses.sum() > 0
+
+
 @pytest.mark.parametrize(
-    ("predicted", "measured", "verdict"),
+    ("predicted", "measured", "error", "verdict"),
     [
-        ((1.09, 1.09), (1.0, 1.0), "passed"),
-        ((1.05, 1.13), (1.0, 1.0), "passed"),
-        ((0.8, 1.2), (1.0, 1.0), "not known"),
-        ((1.11, 1.11), (1.0, 1.0), "failed"),
-        ((0.89, 0.89), (1.0, 1.0), "failed"),
-        ((1.0, 1.3), (1.0, 1.0), "not known"),
-        ((1.5, 1.5), (1.0, 1.2), "not known"),
-        ((1.0, 1.0), (0.0, 0.0), "not known"),
-        ((1.05, 1.05), (1.0,), "not known"),
+        ((1.09, 1.09, 1.09), (1.0, 1.0), 0.09, "passed"),
+        ((1.0, 2.0, 3.0), (1.5, 2.5), 0.0, "passed"),
+        ((1.11, 1.11, 1.11), (1.0, 1.0), 0.11, "failed"),
+        ((0.89, 0.89, 0.89), (1.0, 1.0), -0.11, "failed"),
+        ((1.0, 1.0, 1.0), (1.0, 1.2), -1 / 12, "not known"),
+        ((1.5, 1.5, 1.5), (1.0, 1.2), 0.375, "not known"),
+        ((1.05, 1.05), (1.0,), 0.05, "not known"),
     ],
 )
-def test_a_prediction_is_held_to_its_bound_where_the_machine_held_still(
-    load_tiny, monkeypatch, predicted, measured, verdict
+def test_a_prediction_is_held_to_its_bound_where_the_rounds_agree(
+    load_tiny, monkeypatch, predicted, measured, error, verdict
 ):
     model = load_tiny()
-    report = lab.measure_latency(model, None, ["Once", "upon"], new_tokens=2, repeats=2)
-    report = replace(report, decode=Measurement(np.repeat(measured, 2), "s"))
+    report = lab.measure_latency(model, None, ["Once", "upon"], new_tokens=2, repeats=1)
+    rounds = [replace(report, decode=Measurement([s, s], "s")) for s in measured]
     times = iter(predicted)
     monkeypatch.setattr(timing, "predicted_s", lambda *_: np.full(2, next(times)))
-    check = check_prediction(None, model.config, report, (HARDWARE, HARDWARE))
-    assert (check.verdict, "drift" in check.values) == (verdict, measured[0] > 0)
+    check = check_prediction(None, model.config, rounds, [HARDWARE] * len(predicted))
+    assert (check.verdict, check.values["error"]) == (verdict, pytest.approx(error, abs=1e-12))
+    assert (check.values["spread"] is None) == (len(measured) == 1)
+
+
+def test_of_steps_that_take_no_time_nothing_is_predicted(load_tiny, texts, unprobed):
+    model = load_tiny(clock=VirtualClock())
+    report = lab.verify(model, None, texts[:1], **QUICKLY)
+    assert (report["prediction"].verdict, report["prediction"].found) == (
+        "not known",
+        "decoding took no time",
+    )
+    assert not report.failed
 
 
 def test_predicted_is_what_the_costs_add_up_to(load_tiny, texts):

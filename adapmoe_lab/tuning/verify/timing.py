@@ -16,7 +16,7 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.records.verify_report import Check, Verdict
-from adapmoe_lab.simulation.simulate import replayed_and_timed
+from adapmoe_lab.simulation.simulate import steps_timed
 
 SPEED, PREDICTION = "speed", "prediction"
 
@@ -42,58 +42,48 @@ def check_speed(report: LatencyReport) -> Check:
 def check_prediction(
     trace: RoutingTrace,
     config: TunedConfig,
-    report: LatencyReport,
+    rounds: Sequence[LatencyReport],
     probes: Sequence[HardwareProfile],
 ) -> Check:
     """Compare the time per output token that is predicted with the one that was measured.
 
-    Both are medians over prompts of the mean over a prompt's output tokens; predicted is the mean
-    of what follows from each probe. Where the machine itself drifted by more than the bound, or
-    one round cannot tell whether it did, nothing is known of the prediction.
+    Both are medians over prompts of the mean over a prompt's output tokens. Predicted for a round
+    is the mean of what follows from the probes before and after it, so that what else the machine
+    does falls on both. The error is the median over rounds; where rounds differ among each other
+    by more than the bound, or there is only one, it is not known to be the prediction's.
 
     Args:
         trace: the routing of the same prompts, recorded with nothing skipped.
         config: what was measured, with its slots.
-        report: the measurement, its prompts again and again in one order.
-        probes: what the parts of a step cost here, before the measurement and after it.
+        rounds: the measurements.
+        probes: what the parts of a step cost here, before the first round and after each.
     """
-    by_prompt = [predicted_s(trace, config, probe) for probe in probes]
-    predicted_ms = (1e3 * np.median(by_prompt, axis=1)).tolist()
-    by_round = report.decode.samples.reshape(-1, len(by_prompt[0]))
-    measured_ms = (1e3 * np.median(by_round, axis=1)).tolist()
-    predicted, measured = float(np.mean(predicted_ms)), 1e3 * report.decode.median
+    by_probe = np.array([np.median(predicted_s(trace, config, probe)) for probe in probes])
+    predicted = (by_probe[1:] + by_probe[:-1]) / 2
+    measured = np.array([report.decode.median for report in rounds])
     values = {
-        "predicted_ms_per_token": predicted,
-        "predicted_ms_by_probe": predicted_ms,
-        "measured_ms_per_token": measured,
-        "measured_ms_by_round": measured_ms,
+        "predicted_ms_per_token": (1e3 * predicted).tolist(),
+        "measured_ms_per_token": (1e3 * measured).tolist(),
         "bound": MOST_ERROR,
         "probes": [probe.to_json() for probe in probes],
     }
-    if not min(*predicted_ms, *measured_ms) > 0:
+    if not min(predicted.min(), measured.min()) > 0:
         return Check(PREDICTION, "not known", "decoding took no time", values=values)
-    error, drift = predicted / measured - 1, _drift(predicted_ms, measured_ms)
+    ratios = predicted / measured
+    error = float(np.median(ratios)) - 1
+    spread = float(ratios.max() / ratios.min()) - 1 if len(ratios) > 1 else None
     verdict: Verdict = "not known"
-    if drift is not None and drift <= MOST_ERROR:
+    if spread is not None and spread <= MOST_ERROR:
         verdict = "passed" if abs(error) <= MOST_ERROR else "failed"
-    drifted = f"by {drift:.1%}" if drift is not None else "by how much one round cannot tell"
+    differ = f"rounds differ by {spread:.1%}" if spread is not None else "in one round"
     found = (
-        f"{predicted:.3g} ms per token predicted, {measured:.3g} measured, {error:+.1%}; the "
-        f"machine drifted {drifted}"
+        f"{1e3 * np.median(predicted):.3g} ms per token predicted, "
+        f"{1e3 * np.median(measured):.3g} measured, {error:+.1%}; {differ}"
     )
-    values |= {"error": error, "drift": drift}
-    bound = f"{MOST_ERROR:.0%}, on a machine that drifts by no more"
-    return Check(PREDICTION, verdict, found, bound, values)
-
-
-def _drift(*repeated: Sequence[float]) -> float | None:
-    """Return by how much of the least value what was repeated differs, the most of several.
-
-    None if something was taken only once.
-    """
-    if min(map(len, repeated)) < 2:
-        return None
-    return max(max(values) / min(values) - 1 for values in repeated)
+    values |= {"error": error, "spread": spread}
+    return Check(
+        PREDICTION, verdict, found, f"{MOST_ERROR:.0%}, if rounds differ by no more", values
+    )
 
 
 def predicted_s(
@@ -105,12 +95,13 @@ def predicted_s(
     """
     n_sequences = len(trace.sequence_starts)
     run = trace.of_sequences([0, *range(n_sequences)])
-    keep = kept_experts(run, config.gating)
-    _, timeline = replayed_and_timed(run, config, keep, hardware)
+    replayed, timeline = steps_timed(run, config, kept_experts(run, config.gating), hardware)
     assert timeline is not None, "hardware was given"  # noqa: S101
-    starts = run.sequence_starts[1:]  # of those that count
-    counted, seconds = (np.split(each, starts)[1:] for each in (run.is_decode, timeline.step_s))
-    return np.array([s[c].mean() for s, c in zip(seconds, counted, strict=True)])
+    starts = run.step_ids[run.sequence_starts[1:]]  # of those that count
+    steps = zip(
+        *(np.split(each, starts)[1:] for each in (timeline.step_s, replayed.is_decode)), strict=True
+    )
+    return np.array([seconds[is_decode].mean() for seconds, is_decode in steps])
 
 
 def _summary(measured: Measurement) -> dict[str, float]:

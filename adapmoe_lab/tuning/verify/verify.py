@@ -18,6 +18,7 @@ from adapmoe_lab.models.support import UnsupportedModelError
 from adapmoe_lab.profiling.hardware.probe import probe_hardware
 from adapmoe_lab.records import HardwareProfile, LatencyReport, RecordError, TunedConfig
 from adapmoe_lab.records.arguments import whole_number
+from adapmoe_lab.records.latency import merged
 from adapmoe_lab.records.progress import Progress
 from adapmoe_lab.records.verify_report import Check, VerifyReport
 from adapmoe_lab.tuning.verify.conditions import verify_conditions
@@ -48,8 +49,8 @@ def verify(
       model, see `compare_with_plain`; not known where that does not fit beside this one.
     - executor: which one runs, and its counters against a replay of what was routed meanwhile.
     - speed: prefill and decode, see `measure_latency`.
-    - prediction: the time per output token predicted by probing this machine, within 10 %; not
-      known where the machine itself drifts by more.
+    - prediction: the time per output token predicted by probing this machine, by rounds of probing
+      and measuring, within 10 %; not known where rounds differ by more.
     - loss: what the config costs against nothing skipped, and whether that is what its evidence
       says.
 
@@ -61,7 +62,7 @@ def verify(
         texts: texts to run, the first few of them also as prompts; the half of the shipped
             calibration texts that nothing is calibrated on if None.
         new_tokens: output tokens per prompt.
-        repeats: times every prompt is timed.
+        repeats: rounds of timing every prompt; of one alone no prediction is judged.
         progress: called with (done, total, text); what it raises stops the run.
 
     Raises:
@@ -129,35 +130,41 @@ class _Work:
 
     def speed_and_prediction(self) -> tuple[Check, Check]:
         try:
-            before = self._probed(0)
+            probes = [self._probed(0)]
         except ValueError as error:  # another executor, or a family that is not profiled
-            return check_speed(self._measured()), Check(PREDICTION, "not known", str(error))
-        report, after = self._measured(), self._probed(1)
-        prediction = partial(self._prediction, report, (before, after))
-        return check_speed(report), _judged(PREDICTION, prediction)
+            report = self._measured(self.repeats)
+            return check_speed(report), Check(PREDICTION, "not known", str(error))
+        rounds = []
+        for number in range(self.repeats):
+            rounds.append(self._measured(1))
+            probes.append(self._probed(number + 1))
+        prediction = partial(self._prediction, rounds, probes)
+        return check_speed(merged(rounds)), _judged(PREDICTION, prediction)
 
     def loss(self) -> Check:
         return check_loss(self.model, self.config, self.texts, self.progress)
 
-    def _measured(self) -> LatencyReport:
+    def _measured(self, repeats: int) -> LatencyReport:
         return measure_latency(
             self.model,
             self.config,
             self.texts[:N_DEFAULT_PROMPTS],
             new_tokens=self.new_tokens,
-            repeats=self.repeats,
+            repeats=repeats,
             progress=self.progress,
         )
 
     def _probed(self, number: int) -> HardwareProfile:
         if self.progress is not None:
-            self.progress(number, 2, "probing the machine")
+            self.progress(number, self.repeats + 1, "probing the machine")
         return probe_hardware(self.model)
 
-    def _prediction(self, report: LatencyReport, probes: Sequence[HardwareProfile]) -> Check:
+    def _prediction(
+        self, rounds: Sequence[LatencyReport], probes: Sequence[HardwareProfile]
+    ) -> Check:
         as_it_is = replace(self.config, gating=None, compensation=None)
         decoded = record_decode(self.model, as_it_is, self.prompts, self.new_tokens, self.progress)
-        return check_prediction(decoded.trace, self.config, report, probes)
+        return check_prediction(decoded.trace, self.config, rounds, probes)
 
 
 def _judged(name: str, check: Callable[[], Check]) -> Check:
