@@ -122,7 +122,7 @@ def test_verify_prints_a_line_per_check_and_writes_a_record(
     printed = capsys.readouterr().out.splitlines()
     names = ["check", "---", "exactness", "executor", "speed", "prediction", "loss"]
     assert [line.split(" | ")[0] for line in printed[:-1]] == [f"| {name}" for name in names]
-    assert printed[2].startswith("| exactness | passed | largest error of logits ")
+    assert printed[2].startswith("| exactness | passed | logits: largest error ")
     assert printed[-1] == "Wrote verify.json."
     report = VerifyReport.load(tmp_path / "verify.json")
     assert report.table().splitlines() == printed[:-1]
