@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from adapmoe_lab.simulation.statistics.predictability import with_baselines
     from adapmoe_lab.tuning.compare import run_bench
     from adapmoe_lab.tuning.tune import tune
+    from adapmoe_lab.tuning.verify.verify import verify
     from adapmoe_lab.views import figures
     from adapmoe_lab.workbench.panel import Workbench
 
@@ -98,6 +99,7 @@ _HOMES = {
     "slots_plan": "policies.allocation.slots",
     "tune": "tuning.tune",
     "uniform_plan": "policies.allocation.slots",
+    "verify": "tuning.verify.verify",
     "with_baselines": "simulation.statistics.predictability",
 }
 
@@ -146,6 +148,7 @@ __all__ = [
     "slots_plan",
     "tune",
     "uniform_plan",
+    "verify",
     "with_baselines",
 ]
 

@@ -25,6 +25,7 @@ TAKERS = {
     "fit_surrogates": lab.fit_surrogates,
     "fit_predictors": lab.fit_predictors,
     "run_bench": lambda model, texts: lab.run_bench(model, texts=texts),
+    "verify": lambda model, texts: lab.verify(model, None, texts),
 }
 
 
@@ -79,8 +80,8 @@ COUNTS = {
         (lab.profile, lab.sensitivity, lab.fit_surrogates, lab.fit_predictors, lab.evaluate_loss),
         (0, -4, 2.5, "8", float("nan")),
     ),
-    "new_tokens": ((lab.measure_latency, lab.run_bench), (1, -1, 4.0)),
-    "repeats": ((lab.measure_latency,), (0, -1, None)),
+    "new_tokens": ((lab.measure_latency, lab.run_bench, lab.verify), (1, -1, 4.0)),
+    "repeats": ((lab.measure_latency, lab.verify), (0, -1, None)),
     "rounds": ((lab.run_bench,), (0, -1, True)),
     "slots_per_layer": ((lab.run_bench,), (-1, 1.5)),
     "n_candidates": ((lab.profile,), (0, 5, 1.5)),

@@ -121,6 +121,10 @@ def test_every_command_that_reads_texts(tiny_checkpoint, tmp_path, monkeypatch, 
     evidence = strict_json(tmp_path / "tuned.json")["evidence"]
     assert evidence["measured"]["loss_increase_se"] is None
     assert main(["evaluate", *model, "--config", "tuned.json"]) == 0
+    again = ("--config", "tuned.json", "--new-tokens", "2", "--repeats", "1")
+    assert main(["verify", *model, *again, "--out", "verify.json"]) == 0
+    loss = strict_json(tmp_path / "verify.json")["checks"][-1]
+    assert loss["values"]["increase_se"] is None
     bench = ("--new-tokens", "2", "--rounds", "1", "--skipped-fraction", "0.2")
     targets = ("--targets", "mixtral-8x7b-int4/pcie4-x16")
     capsys.readouterr()

@@ -6,10 +6,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from adapmoe_lab.cli.commands import bench, doctor, evaluate, generate, lab, profile, tune
+from adapmoe_lab.cli.commands import (
+    bench,
+    doctor,
+    evaluate,
+    generate,
+    lab,
+    profile,
+    tune,
+    verify,
+)
 
 PROGRAM = "adapmoe-lab"
-COMMANDS = (lab, generate, profile, tune, evaluate, bench, doctor)
+COMMANDS = (lab, generate, profile, tune, evaluate, bench, verify, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,6 +56,7 @@ def load_model(options: argparse.Namespace) -> Any:
         store=options.store,
         revision=options.revision,
         link=options.link,
+        executor=getattr(options, "executor", "host"),
         announce=print_to_stderr,
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from adapmoe_lab.records.files import fields_of
 from adapmoe_lab.records.measurement import Measurement
@@ -49,3 +51,19 @@ class LatencyReport:
             for name, part in parts.items()
         }
         return cls(**read)
+
+
+def merged(reports: Sequence[LatencyReport]) -> LatencyReport:
+    """Return one report with the samples and traffic of several of the same config."""
+
+    def together(parts: Sequence[Measurement]) -> Measurement:
+        samples = np.concatenate([part.samples for part in parts])
+        return Measurement(samples, parts[0].unit, parts[0].warmup, parts[0].conditions)
+
+    return LatencyReport(
+        prefill=together([r.prefill for r in reports]),
+        decode=together([r.decode for r in reports]),
+        decode_steps=together([r.decode_steps for r in reports]),
+        prefill_traffic=sum((r.prefill_traffic for r in reports[1:]), reports[0].prefill_traffic),
+        decode_traffic=sum((r.decode_traffic for r in reports[1:]), reports[0].decode_traffic),
+    )

@@ -100,7 +100,7 @@ def simulate(
     used = wasted = np.zeros(trace.spec.n_layers)
     stall_ms = idle = ms_per_token = None
     sizes = trace.spec.sizes_in(config.precision)
-    bytes_per_token = float(_bytes_missed(replayed, sizes)[counted].mean())
+    bytes_per_token = float(bytes_missed(replayed, sizes)[counted].mean())
     if timeline is not None:
         step_s = timeline.step_s[counted]
         used, wasted = timeline.used[counted].mean(axis=0), timeline.wasted[counted].mean(axis=0)
@@ -131,19 +131,30 @@ def replayed_and_timed(
     hardware: HardwareProfile | None,
     n_events: int = 0,
 ) -> tuple[Replay, Timeline | None]:
-    """Replay a trace token by token under a config, and time it if times are known.
+    """Replay a trace under a config, every token as a decode step of its own; see `steps_timed`."""
+    return steps_timed(trace.as_decode(), config, keep, hardware, n_events)
+
+
+def steps_timed(
+    trace: RoutingTrace,
+    config: TunedConfig,
+    keep: NDArray[np.bool_],
+    hardware: HardwareProfile | None,
+    n_events: int = 0,
+) -> tuple[Replay, Timeline | None]:
+    """Replay a trace under a config in the steps it was recorded in, timed if times are known.
 
     Args:
-        trace: recorded routing; every token is replayed as a decode step of its own.
+        trace: recorded routing.
         config: cache plan, eviction and prefetch; its gating here only leaves out candidates.
         keep: bool [T, L, K], which of the routed experts are run.
         hardware: measured times; without it nothing is timed or prefetched.
         n_events: how many events of the timeline to keep.
     """
-    steps, spec = trace.as_decode(), trace.spec
+    spec = trace.spec
     table = config.prefetch if hardware is not None else None
-    candidates = recorded_candidates(steps, table, config.gating)
-    replayed = replay(steps, keep, config.plan, config.eviction, candidates)
+    candidates = recorded_candidates(trace, table, config.gating)
+    replayed = replay(trace, keep, config.plan, config.eviction, candidates)
     if hardware is None:
         return replayed, None
     costs = hardware.step_costs(spec.sizes_in(config.precision), config.gating is not None)
@@ -151,7 +162,7 @@ def replayed_and_timed(
     return replayed, run_timeline(replayed, costs, candidates, room, n_events)
 
 
-def _bytes_missed(replayed: Replay, precision: PrecisionPlan) -> NDArray[np.int64]:
+def bytes_missed(replayed: Replay, precision: PrecisionPlan) -> NDArray[np.int64]:
     """Return the bytes of all experts that each step lacked, int64 [N]."""
     sizes = precision.expert_bytes
     assert sizes is not None, "a spec knows its bytes"  # noqa: S101

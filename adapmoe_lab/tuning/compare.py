@@ -22,9 +22,10 @@ from adapmoe_lab.policies.gating.registry import check_method
 from adapmoe_lab.policies.gating.rule import check_skipped_fraction
 from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity
-from adapmoe_lab.records import LatencyReport, LinkTarget, Measurement, TunedConfig
+from adapmoe_lab.records import LatencyReport, LinkTarget, TunedConfig
 from adapmoe_lab.records.arguments import strings, whole_number
 from adapmoe_lab.records.files import save_json
+from adapmoe_lab.records.latency import merged
 from adapmoe_lab.records.standard_error import error_text
 from adapmoe_lab.tuning.tune import check_skippable, tune
 
@@ -245,23 +246,7 @@ def _interleaved(
         chosen = [prompts[(turn * 2 + i) % len(prompts)] for i in range(2)]
         for reports, config in zip(turns, configs, strict=True):
             reports.append(measure_latency(model, config, chosen, new_tokens=new_tokens, repeats=1))
-    return [_merged(reports) for reports in turns]
-
-
-def _merged(reports: Sequence[LatencyReport]) -> LatencyReport:
-    """Return one report with the samples and traffic of several of the same config."""
-
-    def together(parts: Sequence[Measurement]) -> Measurement:
-        samples = np.concatenate([part.samples for part in parts])
-        return Measurement(samples, parts[0].unit, parts[0].warmup, parts[0].conditions)
-
-    return LatencyReport(
-        prefill=together([r.prefill for r in reports]),
-        decode=together([r.decode for r in reports]),
-        decode_steps=together([r.decode_steps for r in reports]),
-        prefill_traffic=sum((r.prefill_traffic for r in reports[1:]), reports[0].prefill_traffic),
-        decode_traffic=sum((r.decode_traffic for r in reports[1:]), reports[0].decode_traffic),
-    )
+    return [merged(reports) for reports in turns]
 
 
 def _row(

@@ -12,7 +12,8 @@ import torch
 
 import adapmoe_lab as lab
 from adapmoe_lab.cli import main
-from adapmoe_lab.records import RoutingTrace, TunedConfig
+from adapmoe_lab.records import HardwareProfile, RoutingTrace, TunedConfig
+from adapmoe_lab.records.verify_report import VerifyReport
 
 
 @pytest.fixture
@@ -107,6 +108,51 @@ def test_bench_prints_ratios_for_each_link(tiny_checkpoint, text_file, tmp_path,
     assert report["conditions"]["torch"]
 
 
+@pytest.fixture
+def unprobed(monkeypatch):
+    """Leave out of a verification what takes seconds."""
+    hardware = HardwareProfile("cpu", "none", [1000], [1e-5], 1e-3, 1e-4)
+    monkeypatch.setattr("adapmoe_lab.tuning.verify.verify.probe_hardware", lambda _: hardware)
+
+
+def test_verify_prints_a_line_per_check_and_writes_a_record(
+    tiny_checkpoint, text_file, tmp_path, unprobed, capsys
+):
+    given = (tiny_checkpoint, "--link", "none", "--expert-memory", "60%", "--texts", text_file)
+    assert run("verify", *given, "--new-tokens", 4, "--repeats", 1) == 0
+    printed = capsys.readouterr().out.splitlines()
+    names = ["check", "---", "exactness", "executor", "speed", "prediction", "loss"]
+    assert [line.split(" | ")[0] for line in printed[:-1]] == [f"| {name}" for name in names]
+    assert printed[2].startswith("| exactness | passed | logits: largest error ")
+    assert printed[-1] == "Wrote verify.json."
+    report = VerifyReport.load(tmp_path / "verify.json")
+    assert report.table().splitlines() == printed[:-1]
+    assert report.conditions["versions"]["torch"] == torch.__version__
+
+
+def test_a_check_that_fails_is_written_too_and_the_status_is_1(
+    tiny_checkpoint, text_file, tmp_path, unprobed, monkeypatch
+):
+    monkeypatch.setattr("adapmoe_lab.evaluation.exactness.CPU_ERROR", -1.0)
+    given = (tiny_checkpoint, "--link", "none", "--texts", text_file, "--new-tokens", 2)
+    assert run("verify", *given, "--repeats", 1, "--out", "out/failed.json") == 1
+    report = VerifyReport.load(tmp_path / "out" / "failed.json")
+    assert report.failed == ("exactness",)
+
+
+def test_a_verification_that_is_stopped_writes_nothing(
+    tiny_checkpoint, text_file, tmp_path, unprobed, monkeypatch, capsys
+):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adapmoe_lab.tuning.verify.verify.check_loss", stopped)
+    given = (tiny_checkpoint, "--link", "none", "--texts", text_file, "--new-tokens", 2)
+    assert run("verify", *given, "--repeats", 1) == 130
+    assert "verify: stopped." in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.txt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -119,6 +165,7 @@ def test_bench_prints_ratios_for_each_link(tiny_checkpoint, text_file, tmp_path,
         (("profile", "demo", "--texts", "none.txt"), "No text file at none.txt"),
         (("tune", "demo", "--budget", "much"), "expert_memory='much' is not a size"),
         (("evaluate", "demo", "--tasks", "blimp"), "blimp task needs blimp/blimp.jsonl.gz"),
+        (("verify", "demo", "--executor", "fast"), "executor='fast' (str) is unknown; expected"),
     ],
 )
 def test_errors_are_one_line_and_say_what_to_do(arguments, message, capsys, tmp_path, monkeypatch):
@@ -153,6 +200,8 @@ def no_load(tmp_path, monkeypatch):
         (("tune", "demo", "--texts", "five.jsonl"), "line 1: its text must be one string, got 5"),
         (("bench", "demo", "--out", "file/bench.json"), "bench.json cannot be written: "),
         (("bench", "demo", "--texts", "none.txt"), "No text file at none.txt"),
+        (("verify", "demo", "--out", "file/verify.json"), "verify.json cannot be written: "),
+        (("verify", "demo", "--texts", "none.txt"), "No text file at none.txt"),
         (("evaluate", "demo", "--texts", "five.jsonl"), "its text must be one string"),
         (("evaluate", "demo", "--tasks", "blimp"), "blimp task needs blimp/blimp.jsonl.gz"),
     ],
@@ -193,6 +242,8 @@ def test_an_unknown_task_is_one_line_with_close_names(no_load, capsys):
         (("evaluate", "demo", "--limit", "0"), "whole number of at least 1, got '0'"),
         (("bench", "demo", "--new-tokens", "1"), "whole number of at least 2, got '1'"),
         (("bench", "demo", "--rounds", "x"), "whole number of at least 1, got 'x'"),
+        (("verify", "demo", "--new-tokens", "1"), "whole number of at least 2, got '1'"),
+        (("verify", "demo", "--repeats", "0"), "whole number of at least 1, got '0'"),
         (("tune", "demo", "--max-loss-increase-nats", "inf"), "a number of at least 0, got 'inf'"),
     ],
 )
@@ -259,7 +310,7 @@ def test_wrong_usage_exits_with_2(capsys):
 def test_the_installed_command_explains_itself():
     command = [sys.executable, "-m", "adapmoe_lab.cli", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in ("lab", "generate", "profile", "tune", "evaluate", "bench", "doctor"):
+    for name in ("lab", "generate", "profile", "tune", "evaluate", "bench", "verify", "doctor"):
         assert name in text
 
 

@@ -40,7 +40,7 @@ def load_skeleton(
         CheckpointError: the checkpoint lacks weights that the model needs.
     """
     dtype = DTYPES[model.dtype]
-    with _built_without_experts({type(layer.experts) for layer in model.layers}), _quiet():
+    with _built_without_experts({type(layer.experts) for layer in model.layers}), quiet():
         hf, report = type(model.hf).from_pretrained(
             None,
             config=model.config,
@@ -119,7 +119,7 @@ def _without_expert_parameters(init: Callable[..., None]) -> Callable[..., None]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from listing every expert as unexpected, and from drawing bars."""
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
