@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapmoe_lab.engine.executor import Decoder
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.memory_plan import HEADROOM, free_memory, in_words
@@ -183,6 +183,11 @@ class _Keeping:
         """Keep those of another decoder."""
         self._decoder = decoder
         self.logits: list[torch.Tensor] = []
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the other cannot go on."""
+        return self._decoder.has_ended
 
     def prefill(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Run a prompt."""

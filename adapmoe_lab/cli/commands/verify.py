@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         "verify", help="exactness, executor, speed, prediction and loss on this machine"
     )
     add_model(verify, config=True)
-    verify.add_argument("--executor", default="host", help="host or graph")
+    verify.add_argument("--executor", default="host", help="host, graph or auto")
     add_texts(verify)
     verify.add_argument("--new-tokens", type=count(2), default=32, metavar="N")
     verify.add_argument("--repeats", type=count(1), default=3, metavar="N")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapmoe_lab.engine.generation import generate_tokens
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.profiling.routing.recorder import RoutingRecorder
 from adapmoe_lab.records import RoutingTrace, Traffic, TunedConfig

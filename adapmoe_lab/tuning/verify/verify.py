@@ -122,7 +122,7 @@ class _Work:
         return check_exactness(found)
 
     def executor(self) -> Check:
-        name = self.model.engine.capabilities.name
+        name = self.model.engine.runs_steps_by
         decoded = record_decode(
             self.model, self.config, self.prompts, self.new_tokens, self.progress
         )
