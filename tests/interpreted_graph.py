@@ -28,13 +28,13 @@ ROWS_AT_ONCE = 256
 """Rows of a program: in the interpreter, programs take long and rows do not."""
 
 
-def load_graph(name, dtype="bfloat16", **arguments):
-    """Load a model under the graph executor."""
+def load_graph(name, dtype="bfloat16", executor="graph", **arguments):
+    """Load a model under the graph executor, or `auto`."""
     from adapmoe_lab.engine.loading import load
 
     link = {"link": "none"} if IS_INTERPRETED else {}
     quiet = {"device": DEVICE, "dtype": dtype, "announce": lambda text: None, **link}
-    return load(name, executor="graph", max_context_tokens=128, **quiet, **arguments)
+    return load(name, executor=executor, max_context_tokens=128, **quiet, **arguments)
 
 
 @contextmanager

@@ -41,10 +41,22 @@ def test_a_config_is_refused_by_the_name_of_what_cannot_be_run(load_tiny):
 
 
 def test_an_unknown_executor_and_one_without_its_device_are_refused():
-    with pytest.raises(ValueError, match=r"executor='fast' .*is unknown; .* 'host', 'graph'"):
+    with pytest.raises(
+        ValueError, match=r"executor='fast' .*is unknown; .* 'host', 'graph', 'auto'"
+    ):
         load("demo", device="cpu", executor="fast")
     with pytest.raises(ValueError, match=r"needs a CUDA device; this is cpu\. .*executor='host'"):
         load("demo", device="cpu", executor="graph")
+
+
+def test_auto_runs_on_the_host_where_no_graph_can_be_and_says_why(tiny_checkpoint):
+    said = []
+    model = load(tiny_checkpoint, device="cpu", link="none", executor="auto", announce=said.append)
+    why = "steps are driven by the host: executor='graph' needs a CUDA device; this is cpu"
+    assert said[-1] == why
+    assert repr(model).splitlines()[-1] == why
+    assert model.engine.runs_steps_by == "host"
+    assert "driven by the host" not in repr(load(tiny_checkpoint, device="cpu", link="none"))
 
 
 def test_tokens_are_decoded_when_they_are_wanted(load_tiny):

@@ -6,6 +6,7 @@ On a GPU; without one in Triton's interpreter, as `tests/engine/test_graph_inter
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ from interpreted_graph import (
 from tiny_models import VOCABULARY_SIZE, save_tiny
 from toy_policies import TOY
 
+from adapmoe_lab.engine.graph.captured_step import CapturedStep, CaptureError
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
+from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.eviction.registry import POLICIES, register, unregister
 from adapmoe_lab.records import CachePlan, GatingTable
@@ -163,3 +166,62 @@ def test_cuts_quotas_and_slots_change_without_another_capture(tmp_path, captured
     model.apply(replace(model.config, eviction="lfu_aged"))
     teacher_forced(model, model.decoder(), ids, position)
     assert len(captured) == 2, "another policy is another kernel"
+
+
+def wrongly_replayed(monkeypatch):
+    """Let graphs replay the step that was recorded, wherever the sequence is."""
+    record = CapturedStep._recorded
+
+    def recorded(step, n_before):
+        graph = record(step, n_before)
+        graph.replay()
+        first = step._logits.clone()
+
+        def replay():
+            step._logits = first
+
+        return SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(CapturedStep, "_recorded", recorded)
+
+
+def test_a_graph_that_replays_something_else_is_not_used(tmp_path, monkeypatch):
+    folder, ids = save_tiny("mixtral", tmp_path), drawn_tokens(N_PROMPT + 2)
+    model = load_graph(folder, executor="auto")
+    wrongly_replayed(monkeypatch)
+    refused = load_graph(folder).decoder()
+    refused.prefill(ids[:-2])
+    with pytest.raises(CaptureError, match=r"gives other logits than a plain one, by \d"):
+        refused.step(1)
+    assert model.engine.runs_steps_by == "graph"
+    found, expected = model.decoder(), TransformersDecoder(model.hf)
+    before = model.engine.traffic
+    for decoder in (found, expected):
+        decoder.prefill(ids[:-2])
+    for token in ids[-2:].tolist():
+        logits, wanted = found.step(token).float(), expected.step(token).float()
+        assert (logits - wanted).norm() < TOLERANCE * wanted.norm()
+    assert model.engine.runs_steps_by == "host"
+    assert "steps are driven by the host: The captured step gives other logits" in repr(model)
+    assert (model.engine.traffic - before).n_steps == 6
+    model.apply(model.config)
+    assert model.engine.runs_steps_by == "host", "it is not tried again"
+
+
+def test_auto_leaves_to_the_host_what_no_graph_runs_and_takes_back_what_it_does(tmp_path, captured):
+    model = load_graph(save_tiny("mixtral", tmp_path), executor="auto")
+    ids = drawn_tokens(N_PROMPT + 1)
+    counts = []
+    for eviction, runs_by in (("lru", "graph"), ("hobbit", "host"), ("lru", "graph")):
+        model.apply(replace(model.config, eviction=eviction))
+        decoder = model.decoder()
+        decoder.prefill(ids[:-1])
+        decoder.step(int(ids[-1]))
+        assert model.engine.runs_steps_by == runs_by
+        assert measurement_conditions(model)["executor"] == runs_by
+        assert ("executor='graph' does not run eviction 'hobbit'" in repr(model)) is (
+            runs_by == "host"
+        )
+        counts.append(model.engine.traffic.n_steps)
+    assert counts == [2, 2, 2]
+    assert len(captured) == 2
