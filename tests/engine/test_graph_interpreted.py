@@ -37,6 +37,11 @@ def made_with(step):
     return EvictionPolicy("made", after_use)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
 def test_in_tritons_interpreter_the_kernels_pass_their_tests():
     check_interpreted("tests/gpu/test_graph_kernels.py", "--noconftest")
 
