@@ -11,11 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from toy_policies import TOY
 
 from adapmoe_lab.policies.eviction.policy import EvictionPolicy
 from adapmoe_lab.policies.eviction.registry import POLICIES
+
+pytest.importorskip("triton", reason="triton, which runs on Linux only, is not installed")
 
 ROOT = Path(__file__).parents[2]
 ON_DEVICE = [policy for policy in [*POLICIES.values(), TOY] if not policy.host_only]
@@ -33,7 +37,9 @@ def made_with(step):
     return EvictionPolicy("made", after_use)
 
 
-pytest.importorskip("triton", reason="triton, which runs on Linux only, is not installed")
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def test_in_tritons_interpreter_the_kernels_pass_their_tests():
@@ -70,6 +76,21 @@ def test_the_step_compiles_for_a_gpu(policy, n_layers, n_experts, n_warps):
     addresses = ("host_addresses", "slot_addresses")
     types = {**floats, **dict.fromkeys((*longs, *addresses), "*i64"), "layer": "i32"}
     assert_compiles(step_kernel, types, {**shape, **policy_arguments(policy)}, n_warps)
+
+
+def test_a_policy_that_does_not_compile_is_refused_by_name(monkeypatch):
+    from triton import CompilationError
+
+    from adapmoe_lab.engine.graph import step_tables
+
+    class Failing:
+        def __getitem__(self, grid):
+            raise CompilationError(None, None, "unsupported")
+
+    monkeypatch.setattr(step_tables, "step_kernel", Failing())
+    tables = step_tables.StepTables(np.ones((1, 4)), made_with(3), False, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="'made' needs the host: its functions are not plain"):
+        tables.decide(0, torch.arange(2), torch.ones(2))
 
 
 def test_policies_of_one_text_are_told_apart_by_their_constants():

@@ -22,7 +22,7 @@ pytestmark = NEEDS_DEVICE
 
 ON_DEVICE = [policy for policy in [*POLICIES.values(), TOY] if not policy.host_only]
 SLOTS = [(0, 1, 5)] if IS_INTERPRETED else [(0, 1, 5), (0, 0, 0), (9, 11, 12)]
-SHAPES = [(24, 64), (7, 1000), *([] if IS_INTERPRETED else [(96, 40), (2048, 1536)])]
+SHAPES = [(8, 40), (7, 1000), *([] if IS_INTERPRETED else [(96, 40), (2048, 1536)])]
 LENGTH = 1 if IS_INTERPRETED else 12
 """How much longer than in the interpreter, where a step takes long, runs are."""
 

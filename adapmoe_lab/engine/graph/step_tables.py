@@ -157,21 +157,28 @@ class StepTables:
             scores: [E], its scores, if the policy reads them.
 
         Raises:
-            ValueError: it reads them, and there are none.
+            ValueError: it reads them, and there are none; or its functions do not compile.
         """
         self._policy.check_scores(scores)
         n_layers, n_experts = self._slot_of.shape
         n_shared = n_layers if self._is_shared else 1
         n_all, padded = n_shared * n_experts, triton.next_power_of_2
-        step_kernel[(1,)](
-            ids, weights, weights if scores is None else scores, self._cuts, self._gating,
-            self._slot_of, self._priority, self._is_pinned, self._clocks, self._free_slots,
-            self._n_free, *self._counters, self._host_addresses, self._slot_addresses,
-            self.reads, self.writes, self.columns, self.coefficients, self.dropped,
-            self._is_rehearsal, layer, n_shared, n_experts, self._slot_addresses.shape[1],
-            self._top_k, padded(n_experts), padded(n_all), padded(self._top_k),
-            **self._of_policy, num_warps=_n_warps(n_all), enable_fp_fusion=False,
-        )  # fmt: skip
+        try:
+            step_kernel[(1,)](
+                ids, weights, weights if scores is None else scores, self._cuts, self._gating,
+                self._slot_of, self._priority, self._is_pinned, self._clocks, self._free_slots,
+                self._n_free, *self._counters, self._host_addresses, self._slot_addresses,
+                self.reads, self.writes, self.columns, self.coefficients, self.dropped,
+                self._is_rehearsal, layer, n_shared, n_experts, self._slot_addresses.shape[1],
+                self._top_k, padded(n_experts), padded(n_all), padded(self._top_k),
+                **self._of_policy, num_warps=_n_warps(n_all), enable_fp_fusion=False,
+            )  # fmt: skip
+        except triton.CompilationError as error:
+            raise ValueError(
+                f"Eviction {self._policy.name!r} needs the host: its functions are not plain "
+                "arithmetic that compiles for the device. Use the host-driven executor, or another "
+                "policy."
+            ) from error
 
 
 def policy_arguments(policy: EvictionPolicy) -> dict[str, Any]:
