@@ -14,6 +14,7 @@ import torch
 
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.device import device_name
+from adapmoe_lab.engine.graph.requirements import check_computing, reason_of
 from adapmoe_lab.engine.memory_plan import (
     HEADROOM,
     FreeMemory,
@@ -94,6 +95,7 @@ def report(machine: Machine) -> str:
         ]
     if importlib.util.find_spec("triton") is None:
         lines.append("Triton         not installed, not needed: experts run as torch products")
+    lines.append(f"graphs         {_graphs(machine.device_kind)}")
     lines += ["", "What would fit, weights in bfloat16:"]
     lines += [_known_fit(model, machine) for model in known_models()]
     return "\n".join(lines)
@@ -207,6 +209,15 @@ def _known_fit(model: KnownModel, machine: Machine) -> str:
     return line + (
         f"{fit.device_share:.0%} of them on the GPU at once; loading one takes {load_ms:.2f} ms"
     )
+
+
+def _graphs(device: torch.device) -> str:
+    """Say whether a decode step can be a captured graph, or why the host drives it."""
+    try:
+        check_computing(device, "bfloat16")
+    except ValueError as error:
+        return f"none, steps are driven by the host: {reason_of(error)}"
+    return "a decode step can be one CUDA graph, with executor='auto'"
 
 
 def _copy_speed(device: torch.device) -> float:

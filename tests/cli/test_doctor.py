@@ -27,6 +27,8 @@ def test_without_a_gpu_it_says_what_runs_instead():
     text = report(Machine("CPU", None, 16 * GIB, 1e10))
     assert "torch sees no CUDA device" in text
     assert "results say 'emulated'" in text
+    why = "executor='graph' needs a CUDA device; this is cpu"
+    assert f"graphs         none, steps are driven by the host: {why}\n" in text
     assert "OLMoE-1B-7B         12.0 GiB of experts: fits host memory" in text
     assert "Mixtral-8x7B        84.0 GiB of experts: does not fit host memory" in text
 
@@ -34,6 +36,7 @@ def test_without_a_gpu_it_says_what_runs_instead():
 def test_with_a_gpu_it_says_how_much_fits_and_what_a_load_takes():
     text = report(Machine("GPU", 24 * GIB, 128 * GIB, 25e9))
     assert "24.0 GiB free" in text
+    assert "graphs         " in text
     assert "OLMoE-1B-7B         12.0 GiB of experts: 100% of them on the GPU" in text
     assert "Mixtral-8x7B        84.0 GiB of experts: 21% of them on the GPU at once" in text
     assert "loading one takes 14.09 ms" in text
