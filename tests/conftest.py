@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 from checkpoints import save_tiny_mixtral
+from hypothesis import settings
 
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.loading import load
+
+# A machine that does something else too is no failure.
+settings.register_profile("without deadlines", deadline=None)
+settings.load_profile("without deadlines")
 
 
 @pytest.fixture(scope="session")

@@ -85,8 +85,11 @@ class VerifyReport:
         object.__setattr__(self, "conditions", MappingProxyType(dict(self.conditions)))
 
     def __getitem__(self, name: str) -> Check:
-        """Return the check of a name."""
-        return next(check for check in self.checks if check.name == name)
+        """Return the check of a name; KeyError if there is none."""
+        by_name = {check.name: check for check in self.checks}
+        if name not in by_name:
+            raise KeyError(f"no check {name!r}; there are {', '.join(by_name)}")
+        return by_name[name]
 
     @property
     def failed(self) -> tuple[str, ...]:

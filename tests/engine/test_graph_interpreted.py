@@ -7,6 +7,7 @@ takes several at once, or the order of threads, it cannot show.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,7 @@ def test_a_policy_that_does_not_compile_is_refused_by_name(monkeypatch):
     from triton import CompilationError
 
     from adapmoe_lab.engine.graph import step_tables
+    from adapmoe_lab.engine.graph.requirements import CaptureError
 
     class Failing:
         def __getitem__(self, grid):
@@ -89,8 +91,19 @@ def test_a_policy_that_does_not_compile_is_refused_by_name(monkeypatch):
 
     monkeypatch.setattr(step_tables, "step_kernel", Failing())
     tables = step_tables.StepTables(np.ones((1, 4)), made_with(3), False, 2, torch.device("cpu"))
-    with pytest.raises(ValueError, match="'made' needs the host: its functions are not plain"):
+    with pytest.raises(CaptureError, match="'made' needs the host: its functions are not plain"):
         tables.decide(0, torch.arange(2), torch.ones(2))
+
+
+def test_a_policy_whose_source_is_not_found_is_refused_by_name():
+    from adapmoe_lab.engine.graph.requirements import CaptureError
+    from adapmoe_lab.engine.graph.step_tables import policy_arguments
+
+    made = {}
+    exec("def after_use(priority, state, use):\n    return use.clock, state\n", made)  # noqa: S102
+    policy = EvictionPolicy("typed", made["after_use"])
+    with pytest.raises(CaptureError, match="'typed' needs the host: its functions are not plain"):
+        policy_arguments(policy)
 
 
 def test_policies_of_one_text_are_told_apart_by_their_constants():
@@ -107,11 +120,19 @@ def test_the_products_compile_for_a_gpu(precision):
     types = dict.fromkeys(("offset", "x_stride", "n_rows", "n_columns"), "i32")
     types |= {"x": f"*{precision}", "out": f"*{precision}", "reads": "*i64", "writes": "*i64"}
     shape = {"rows_at_once": 4, "columns_at_once": 1024}
-    assert_compiles(served_product_kernel, types, shape, 4)
+    aligned = ("x", "out", "reads", "writes", "columns", "n_rows", "n_columns")
+    compiled = assert_compiles(served_product_kernel, types, shape, 4, aligned)
+    accesses = re.findall(r"(?:ld|st)\.global[.\w]*", compiled.asm["ptx"])
+    of_experts = [access for access in accesses if ".v" in access]
+    assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(of_experts), "16 bytes at once"
+    assert accesses.count("ld.global.b16") <= 8, "the vector alone is read otherwise"
 
 
-def assert_compiles(kernel, types, constants, n_warps):
-    """Compile for a GPU of compute capability 9.0; arguments without a type are *i32."""
+def assert_compiles(kernel, types, constants, n_warps, aligned=()):
+    """Compile for a GPU of compute capability 9.0, and return what came of it.
+
+    Arguments without a type are *i32; those that are aligned are so by 16, as is known at launch.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -122,6 +143,8 @@ def assert_compiles(kernel, types, constants, n_warps):
     }
     by_place = {(names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": n_warps, "enable_fp_fusion": False}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=by_place)
+    known = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=by_place, attrs=known)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"]
+    return compiled

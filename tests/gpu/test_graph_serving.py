@@ -24,10 +24,12 @@ from interpreted_graph import (
 from tiny_models import VOCABULARY_SIZE, save_tiny
 from toy_policies import TOY
 
-from adapmoe_lab.engine.graph.captured_step import CapturedStep, CaptureError
+from adapmoe_lab.engine.graph.captured_step import CapturedStep
+from adapmoe_lab.engine.graph.requirements import CaptureError
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.policies.eviction.policy import EvictionPolicy
 from adapmoe_lab.policies.eviction.registry import POLICIES, register, unregister
 from adapmoe_lab.records import CachePlan, GatingTable
 
@@ -225,3 +227,58 @@ def test_auto_leaves_to_the_host_what_no_graph_runs_and_takes_back_what_it_does(
         counts.append(model.engine.traffic.n_steps)
     assert counts == [2, 2, 2]
     assert len(captured) == 2
+
+
+def test_a_policy_that_does_not_compile_is_left_to_the_host_and_no_other(tmp_path):
+    made = {}
+    exec("def after_use(priority, state, use):\n    return 2 * use.clock, state\n", made)  # noqa: S102
+    policy = EvictionPolicy("typed", made["after_use"])
+    register(policy)
+    try:
+        model = load_graph(save_tiny("mixtral", tmp_path), executor="auto")
+        model.apply(replace(model.config, eviction="typed"))
+        decoder = model.decoder()
+        decoder.prefill(drawn_tokens(3))
+        decoder.step(1)
+        assert model.engine.runs_steps_by == ("graph" if IS_INTERPRETED else "host")
+        model.apply(replace(model.config, eviction="lru"))
+        assert model.engine.runs_steps_by == "graph"
+    finally:
+        unregister("typed")
+
+
+def test_nothing_is_captured_without_room_for_the_proof(tmp_path, captured):
+    model = load_graph(save_tiny("mixtral", tmp_path))
+    decoder, expected = model.decoder(), TransformersDecoder(model.hf)
+    ids = drawn_tokens(128)
+    for each in (decoder, expected):
+        each.prefill(ids[:126])
+    for token in ids[126:].tolist():
+        logits, wanted = decoder.step(token).float(), expected.step(token).float()
+        assert (logits - wanted).norm() < TOLERANCE * wanted.norm()
+    assert not captured
+    decoder = model.decoder()
+    decoder.prefill(ids[:125])
+    decoder.step(1)
+    assert len(captured) == 1
+
+
+def test_autocast_around_a_step_changes_nothing(tmp_path):
+    model = load_graph(save_tiny("mixtral", tmp_path))
+    ids, found = drawn_tokens(N_PROMPT + 1), []
+    for is_enabled in (False, True):
+        decoder = model.decoder()
+        with torch.autocast(DEVICE, dtype=torch.float16, enabled=is_enabled):
+            decoder.prefill(ids[:-1])
+            found.append(decoder.step(int(ids[-1])).clone())
+    assert torch.equal(*found)
+
+
+def test_a_sequence_ends_where_other_slots_come_into_force(tmp_path):
+    model = load_graph(save_tiny("mixtral", tmp_path))
+    decoder = model.decoder()
+    decoder.prefill(drawn_tokens(3))
+    model.apply(replace(model.config, plan=slots_plan(model.spec, 1)))
+    assert decoder.has_ended
+    with pytest.raises(RuntimeError, match="the slots have changed"):
+        decoder.step(1)

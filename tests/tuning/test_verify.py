@@ -27,7 +27,7 @@ from adapmoe_lab.records import (
     RecordError,
     TunedConfig,
 )
-from adapmoe_lab.records.verify_report import VerifyReport
+from adapmoe_lab.records.verify_report import Check, VerifyReport
 from adapmoe_lab.tuning.verify import timing, verify
 from adapmoe_lab.tuning.verify.counters import check_executor
 from adapmoe_lab.tuning.verify.decoded import record_decode
@@ -237,10 +237,10 @@ def test_counters_that_are_not_the_replays_fail_by_name(load_tiny, texts):
     model = half_cached(load_tiny())
     prompts = [model.encode(text)[:16] for text in texts]
     decoded = record_decode(model, model.config, prompts, 6)
-    assert check_executor("host", decoded).verdict == "passed"
+    assert check_executor(decoded).verdict == "passed"
     traffic = decoded.traffic
     wrong = replace(traffic, hits=traffic.hits + 1, bytes_moved=traffic.bytes_moved + 1)
-    check = check_executor("host", replace(decoded, traffic=wrong))
+    check = check_executor(replace(decoded, traffic=wrong))
     assert check.verdict == "failed"
     assert check.found.endswith("replayed otherwise: hits, bytes")
 
@@ -345,3 +345,21 @@ def test_a_config_of_another_model_is_refused_before_the_work(load_tiny, texts):
     other = replace(config, model={**config.model, "fingerprint": "0", "partial_fingerprint": "0"})
     with pytest.raises(RecordError, match="tuned for"):
         lab.verify(model, other, texts, progress=lambda *_: pytest.fail("the work had begun"))
+
+
+def test_a_check_is_asked_for_by_name():
+    report = VerifyReport((Check("speed", "measured", "1 ms"),), {})
+    assert report["speed"].found == "1 ms"
+    with pytest.raises(KeyError, match="no check 'spede'; there are speed"):
+        report["spede"]
+
+
+def test_what_is_not_timed_costs_no_other_check(load_tiny, texts, unprobed, monkeypatch):
+    def gone(*_, **__):
+        raise OSError("the file is gone")
+
+    monkeypatch.setattr(verify, "measure_latency", gone)
+    report = lab.verify(load_tiny(), texts=texts, **QUICKLY)
+    assert (report["speed"].verdict, report["speed"].found) == ("not known", "the file is gone")
+    assert report["prediction"].found == "nothing was measured: the file is gone"
+    assert report["loss"].verdict == "passed"

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+import triton
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
+from adapmoe_lab.engine.graph.requirements import REMEDY, CaptureError
 from adapmoe_lab.engine.graph.served_step import ServedStep
 from adapmoe_lab.engine.host_driven.decoder import STEADY_ATTENTION
 from adapmoe_lab.models.hooks.key_value_cache import forward_cached, rewind, static_cache
@@ -28,10 +30,6 @@ class Graph(Protocol):
     def replay(self) -> None:
         """Run it again, on what its tensors hold now."""
         ...
-
-
-class CaptureError(RuntimeError):
-    """The model's forward pass cannot be captured, or a replay does something else."""
 
 
 class CapturedStep:
@@ -69,17 +67,26 @@ class CapturedStep:
 
     @torch.no_grad()
     def run(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Run tokens [T] by a plain forward pass; return the logits [V] of what follows them."""
-        with sdpa_kernel(STEADY_ATTENTION):
+        """Run tokens [T] by a plain forward pass; return the logits [V] of what follows them.
+
+        Autocast around it changes nothing: keys, values and kernels are of one precision.
+        """
+        unchanged = torch.autocast(self._token.device.type, enabled=False)
+        with torch.cuda.device_of(self._token), unchanged, sdpa_kernel(STEADY_ATTENTION):
             logits, _ = forward_cached(self._hf, token_ids[None], self.cache, logits_to_keep=1)
         return logits[0, -1]
 
     def replay(self, token: int) -> torch.Tensor:
         """Run a token by the graph; return the logits [V], overwritten by the next."""
         assert self._graph is not None  # noqa: S101 `capture` was called before
-        self._token.fill_(token)
-        self._graph.replay()
+        with torch.cuda.device_of(self._token):
+            self._token.fill_(token)
+            self._graph.replay()
         return self._logits
+
+    def can_be_replayed(self, n_before: int) -> bool:
+        """Whether it is captured, or can be behind so many tokens: with room for the proof."""
+        return self._graph is not None or self.context_tokens - n_before >= N_PROVED
 
     def capture(self, n_before: int) -> None:
         """Capture the step behind `n_before` tokens, if it is not, and prove it.
@@ -92,31 +99,38 @@ class CapturedStep:
         """
         if self._graph is not None:
             return
-        self.served.tables.rehearse(True)
         try:
-            graph = self._recorded(n_before)
-            self._prove(graph, n_before)
+            self.served.tables.rehearse(True)
+            with torch.cuda.device_of(self._token):
+                graph = self._recorded(n_before)
+                self._prove(graph, n_before)
         finally:
-            rewind(self.cache, n_before)
             self.served.tables.rehearse(False)
+            rewind(self.cache, n_before)
         self._graph = graph
 
     def _recorded(self, n_before: int) -> Graph:
         """Return the step as a graph."""
+        present = torch.cuda.current_stream()
         aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        aside.wait_stream(torch.cuda.current_stream())
+        aside.wait_stream(present)
         try:
             with self._capturing(), torch.cuda.stream(aside):
                 for _ in range(N_REHEARSALS):
                     self.run(self._token[0])
                     rewind(self.cache, n_before)
-            torch.cuda.current_stream().wait_stream(aside)
-            with self._capturing(), torch.cuda.graph(graph):
+            present.wait_stream(aside)
+            # a capture that fails leaves its own stream the current one
+            with torch.cuda.stream(present), self._capturing(), torch.cuda.graph(graph):
                 self._logits = self.run(self._token[0])
-        except RuntimeError as error:
-            first_line = str(error).strip().splitlines()[0]
+        except (CaptureError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, triton.TritonError) as error:
+            cause = error.__context__ or error  # ending an invalid capture is an error, too
+            first_line = str(cause).strip().splitlines()[0].rstrip(".")
             raise CaptureError(
-                f"The forward of this model cannot be captured as a CUDA graph: {first_line}"
+                f"The forward of this model cannot be captured as a CUDA graph: {first_line}. "
+                f"{REMEDY}"
             ) from error
         return graph
 
@@ -126,12 +140,11 @@ class CapturedStep:
         A capture that runs is not yet right: what a forward keeps in Python, such as a length, is
         replayed as it was.
         """
-        n_steps = min(N_PROVED, self.context_tokens - n_before)
 
         def logits_of(run: Callable[[], torch.Tensor]) -> torch.Tensor:
             rewind(self.cache, n_before)
             found = []
-            for token in range(n_steps):
+            for token in range(N_PROVED):
                 self._token.fill_(token)
                 found.append(run().float().clone())
             return torch.stack(found)
@@ -149,5 +162,5 @@ class CapturedStep:
             raise CaptureError(
                 f"The captured step gives other logits than a plain one, by {error:.1e} where "
                 f"{bound:.1e} is rounding: the forward of this model depends on what a graph does "
-                "not see"
+                f"not see. {REMEDY}"
             )

@@ -15,9 +15,15 @@ import torch
 from torch import nn
 
 from adapmoe_lab.engine.executor import Capabilities, Decoder
-from adapmoe_lab.engine.graph.captured_step import CapturedStep, CaptureError
+from adapmoe_lab.engine.graph.captured_step import CapturedStep
 from adapmoe_lab.engine.graph.decoder import GraphDecoder
-from adapmoe_lab.engine.graph.requirements import capabilities, check_experts, reason_of
+from adapmoe_lab.engine.graph.requirements import (
+    CaptureError,
+    PolicyError,
+    capabilities,
+    check_experts,
+    reason_of,
+)
 from adapmoe_lab.engine.graph.served_step import ServedStep
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.prefetch.predictors import Predictor
@@ -127,6 +133,7 @@ class GraphExecutor:
         self._policy, self._captured, self.why_not_replayed = policy, captured, why_not
         if captured is not None:
             self._begin(captured.served)
+            captured.begin()  # what was under way had other slots
 
     def release(self) -> None:
         """Give up all slots; experts then only stream."""
@@ -138,15 +145,20 @@ class GraphExecutor:
         if self.why_not_replayed is None:
             try:
                 return GraphDecoder(self, self.captured_step(hf))
-            except UnsupportedModelError as error:
+            except (UnsupportedModelError, CaptureError) as error:
                 self._fall_back(error)
         return self._host.decoder(hf)
 
     def _fall_back(self, error: Exception) -> None:
-        """Leave steps to the host from now on, or raise why they cannot be captured."""
+        """Leave steps to the host, or raise why they cannot be captured.
+
+        For good, but under another policy if this one is why.
+        """
         if not self._falls_back:
             raise error
-        self._why_never = self.why_not_replayed = reason_of(error)
+        self.why_not_replayed = reason_of(error)
+        if not isinstance(error, PolicyError):
+            self._why_never = self.why_not_replayed
 
     def captured_step(self, hf: nn.Module) -> CapturedStep:
         """Return the step of the present slots, captured when it is first replayed."""
@@ -181,12 +193,14 @@ class GraphExecutor:
         """Let the step behind `n_before` tokens be replayed; False where the host must run it.
 
         It must where something is observed or served from elsewhere, and where the step cannot be
-        captured.
+        captured, or not yet.
 
         Raises:
             CaptureError: it cannot, and the host is not to run it instead.
         """
         if self._is_eager or self._captured is None or self.why_not_replayed is not None:
+            return False
+        if not self._captured.can_be_replayed(n_before):
             return False
         if not self._is_device_owner:
             self._captured.served.tables.take_over(self._host.cached_experts.state)

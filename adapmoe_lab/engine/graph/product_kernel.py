@@ -23,7 +23,7 @@ def served_product_kernel(
         reads: as `step_kernel` fills it; so `writes` and `columns`.
         writes: see there.
         columns: see there; where an expert's vector and product go.
-        offset: numbers before the matrix in an expert's buffer.
+        offset: numbers before the matrix in an expert's buffer, a multiple of 16 bytes.
         x: vector of column k at k * x_stride, in the precision of the experts.
         x_stride: 0 where all experts share one vector.
         out: [K, N], the same.
@@ -38,9 +38,9 @@ def served_product_kernel(
         target = tl.load(writes + rank)
         column = tl.load(columns + rank)
         kind: tl.constexpr = x.dtype.element_ty
-        # the hint must follow the cast, else every load is two bytes wide
-        weights = tl.multiple_of(address.to(tl.pointer_type(kind)), 16) + offset
-        copies = tl.multiple_of(target.to(tl.pointer_type(kind)), 16) + offset
+        # the hint must come last: nothing is known of a sum with the offset, nor of a cast
+        weights = tl.multiple_of(address.to(tl.pointer_type(kind)) + offset, 16)
+        copies = tl.multiple_of(target.to(tl.pointer_type(kind)) + offset, 16)
         rows = tl.program_id(0) * rows_at_once + tl.arange(0, rows_at_once)
         total = tl.zeros([rows_at_once, columns_at_once], tl.float32)
         for begin in range(0, n_columns, columns_at_once):

@@ -22,6 +22,14 @@ MATRICES = ("gate_up_proj", "down_proj")
 REMEDY = "Load the model with executor='host', which runs everything."
 
 
+class CaptureError(RuntimeError):
+    """A step cannot be captured, or a replay does something else."""
+
+
+class PolicyError(CaptureError):
+    """An eviction policy cannot be followed on the device."""
+
+
 def capabilities(dtype: str) -> Capabilities:
     """Return what a captured step is able to run, with every policy that is registered by now.
 

@@ -11,6 +11,7 @@ import triton
 from numpy.typing import ArrayLike, NDArray
 
 from adapmoe_lab.engine.graph.device_functions import device_function
+from adapmoe_lab.engine.graph.requirements import PolicyError
 from adapmoe_lab.engine.graph.step_kernel import QUANTITIES, step_kernel
 from adapmoe_lab.policies.eviction.expert_cache import CacheState
 from adapmoe_lab.policies.eviction.policy import EvictionPolicy
@@ -55,6 +56,7 @@ class StepTables:
 
         Raises:
             ValueError: the policy needs the host.
+            PolicyError: its functions cannot be compiled.
         """
         policy.check_on_device()
         hosts = np.asarray(host_addresses, dtype=np.int64)
@@ -100,6 +102,7 @@ class StepTables:
         _fill(self._slot_addresses, places)
         _fill(self._is_pinned, plan.pinned_mask(self._slot_of.shape[1]))
         self._counters.zero_()
+        self.rehearse(False)
         self.gate(gating)
         shape = tuple(self._slot_of.shape)
         nothing = np.zeros(shape, dtype=np.int64)
@@ -157,7 +160,8 @@ class StepTables:
             scores: [E], its scores, if the policy reads them.
 
         Raises:
-            ValueError: it reads them, and there are none; or its functions do not compile.
+            ValueError: it reads them, and there are none.
+            PolicyError: its functions do not compile.
         """
         self._policy.check_scores(scores)
         n_layers, n_experts = self._slot_of.shape
@@ -173,12 +177,8 @@ class StepTables:
                 self._top_k, padded(n_experts), padded(n_all), padded(self._top_k),
                 **self._of_policy, num_warps=_n_warps(n_all), enable_fp_fusion=False,
             )  # fmt: skip
-        except triton.CompilationError as error:
-            raise ValueError(
-                f"Eviction {self._policy.name!r} needs the host: its functions are not plain "
-                "arithmetic that compiles for the device. Use the host-driven executor, or another "
-                "policy."
-            ) from error
+        except triton.TritonError as error:
+            raise _not_compiled(self._policy) from error
 
 
 def policy_arguments(policy: EvictionPolicy) -> dict[str, Any]:
@@ -186,12 +186,25 @@ def policy_arguments(policy: EvictionPolicy) -> dict[str, Any]:
 
     Triton until 3.6 tells functions apart by their text alone, not by the constants that they read,
     and keeps compiled kernels on the disk; their digest tells them apart.
+
+    Raises:
+        PolicyError: they cannot be compiled.
     """
     names = ("after_use", "on_new_step", "on_scores")
     present = {name: getattr(policy, name) for name in names if getattr(policy, name) is not None}
-    compiled = {name: device_function(function) for name, function in present.items()}
-    code = digest(*(f"{name} {code_digest(function)}" for name, function in present.items()))
+    try:
+        compiled = {name: device_function(function) for name, function in present.items()}
+        code = digest(*(f"{name} {code_digest(function)}" for name, function in present.items()))
+    except ValueError as error:  # triton reads a function's text, too
+        raise _not_compiled(policy) from error
     return {**dict.fromkeys(names), **compiled, "code": code}
+
+
+def _not_compiled(policy: EvictionPolicy) -> PolicyError:
+    return PolicyError(
+        f"Eviction {policy.name!r} needs the host: its functions are not plain arithmetic, written "
+        "in a file, that compiles for the device. Use the host-driven executor, or another policy."
+    )
 
 
 def _n_warps(n_experts: int) -> int:

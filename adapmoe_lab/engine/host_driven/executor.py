@@ -38,8 +38,7 @@ class HostDrivenExecutor:
     Attributes:
         device: where it computes.
         clock: what time is read from.
-        step_costs: what the parts of a step are expected to take; on a virtual clock, whose user
-            sets them, they take just that.
+        step_costs: what the parts of a step are expected to take, and do on a virtual clock.
         is_closed: whether everything was given up.
         why_not_replayed: why no captured graph runs in its place, if one was asked for.
     """

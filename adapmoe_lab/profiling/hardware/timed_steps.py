@@ -25,6 +25,10 @@ STRIDE = 5
 number of variants that there can be."""
 
 
+class UntimedExecutorError(ValueError):
+    """The parts of a step cannot be timed on the executor of a model."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Variant:
     """How a decode step is run: under which gate, and which predictors are queried in vain."""
@@ -121,10 +125,10 @@ def host_driven(model: LabModel) -> HostDrivenExecutor:
     """Return the executor of a model, whose parts can be timed one by one.
 
     Raises:
-        ValueError: it runs by another one.
+        UntimedExecutorError: it runs by another one.
     """
     if not isinstance(model.engine, HostDrivenExecutor):
-        raise ValueError(
+        raise UntimedExecutorError(
             "The parts of a step are timed where the host drives them, and this model was loaded "
             "for captured graphs. Load it again with executor='host' to probe."
         )

@@ -15,7 +15,7 @@ from adapmoe_lab.tuning.verify.decoded import Decoded
 EXECUTOR = "executor"
 
 
-def check_executor(name: str, decoded: Decoded) -> Check:
+def check_executor(decoded: Decoded) -> Check:
     """Compare what an executor counted of a recorded decode with a replay of the recording.
 
     What is prefetched depends on when it is, so experts that are not resident count as one,
@@ -26,6 +26,7 @@ def check_executor(name: str, decoded: Decoded) -> Check:
     counted, replayed = _counted(decoded), _replayed(decoded)
     unlike = [key for key in counted if counted[key] != replayed[key]]
     hits, misses = sum(counted["hits"]), sum(counted["misses"])
+    name = decoded.runs_steps_by
     how = "" if name == "host" else ", observed layer by layer"
     found = (
         f"{name}{how}: {hits:,} hits, {misses:,} misses, "

@@ -22,11 +22,13 @@ class Decoded:
         trace: the routing, a step for each forward pass.
         traffic: the executor's counters.
         config: what it ran under, with its slots.
+        runs_steps_by: what runs steps under it that are not observed, `"host"` or `"graph"`.
     """
 
     trace: RoutingTrace
     traffic: Traffic
     config: TunedConfig
+    runs_steps_by: str
 
 
 def record_decode(
@@ -56,4 +58,7 @@ def record_decode(
                     pass
         if progress is not None:
             progress(len(prompts), len(prompts), "recording routing")
-        return Decoded(recorder.trace(), model.engine.traffic, model.effective_config)
+        engine = model.engine
+        return Decoded(
+            recorder.trace(), engine.traffic, model.effective_config, engine.runs_steps_by
+        )

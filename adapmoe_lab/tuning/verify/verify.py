@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_split, cal
 from adapmoe_lab.models.checkpoint.shard_file import CheckpointError
 from adapmoe_lab.models.support import UnsupportedModelError
 from adapmoe_lab.profiling.hardware.probe import probe_hardware
+from adapmoe_lab.profiling.hardware.timed_steps import UntimedExecutorError
 from adapmoe_lab.records import HardwareProfile, LatencyReport, RecordError, TunedConfig
 from adapmoe_lab.records.arguments import whole_number
 from adapmoe_lab.records.latency import merged
@@ -26,7 +28,9 @@ from adapmoe_lab.tuning.verify.counters import EXECUTOR, check_executor
 from adapmoe_lab.tuning.verify.decoded import record_decode
 from adapmoe_lab.tuning.verify.exactness import EXACTNESS, check_exactness
 from adapmoe_lab.tuning.verify.losses import LOSS, check_loss
-from adapmoe_lab.tuning.verify.timing import PREDICTION, check_prediction, check_speed
+from adapmoe_lab.tuning.verify.timing import PREDICTION, SPEED, check_prediction, check_speed
+
+T = TypeVar("T")
 
 N_COMPARED, COMPARED_TOKENS = 4, 128
 """Texts whose logits are compared with the plain model's, and the most tokens of each."""
@@ -83,7 +87,8 @@ def verify(
         *work.speed_and_prediction(),
         _judged(LOSS, work.loss),
     )
-    conditions = verify_conditions(model, config, listed)
+    with model.running(config):
+        conditions = verify_conditions(model, config, listed)
     return VerifyReport(checks, {**conditions, "new_tokens": new_tokens, "repeats": repeats})
 
 
@@ -122,42 +127,46 @@ class _Work:
         return check_exactness(found)
 
     def executor(self) -> Check:
-        name = self.model.engine.runs_steps_by
-        decoded = record_decode(
-            self.model, self.config, self.prompts, self.new_tokens, self.progress
+        return check_executor(
+            record_decode(self.model, self.config, self.prompts, self.new_tokens, self.progress)
         )
-        return check_executor(name, decoded)
 
     def speed_and_prediction(self) -> tuple[Check, Check]:
-        try:
-            probes = [self._probed(0)]
-        except ValueError as error:  # another executor, or a family that is not profiled
-            report = self._measured(self.repeats)
-            return check_speed(report), Check(PREDICTION, "not known", str(error))
-        rounds = []
-        for number in range(self.repeats):
-            rounds.append(self._measured(1))
-            probes.append(self._probed(number + 1))
-        prediction = partial(self._prediction, rounds, probes)
-        return check_speed(merged(rounds)), _judged(PREDICTION, prediction)
+        rounds: list[LatencyReport] = []
+        probes: list[HardwareProfile] = []
+        unknown: Check | None = None
+
+        def speed() -> Check:
+            nonlocal unknown
+            for number in range(self.repeats + 1):
+                if unknown is None:
+                    unknown = _judged(PREDICTION, partial(self._probe, number, probes))
+                if number < self.repeats:
+                    rounds.append(self._measured())
+            return check_speed(merged(rounds))
+
+        of_speed = _judged(SPEED, speed)
+        if unknown is None and len(rounds) < self.repeats:
+            unknown = Check(PREDICTION, "not known", f"nothing was measured: {of_speed.found}")
+        return of_speed, unknown or _judged(PREDICTION, partial(self._prediction, rounds, probes))
 
     def loss(self) -> Check:
         return check_loss(self.model, self.config, self.texts, self.progress)
 
-    def _measured(self, repeats: int) -> LatencyReport:
+    def _measured(self) -> LatencyReport:
         return measure_latency(
             self.model,
             self.config,
             self.texts[:N_DEFAULT_PROMPTS],
             new_tokens=self.new_tokens,
-            repeats=repeats,
+            repeats=1,
             progress=self.progress,
         )
 
-    def _probed(self, number: int) -> HardwareProfile:
+    def _probe(self, number: int, probes: list[HardwareProfile]) -> None:
         if self.progress is not None:
             self.progress(number, self.repeats + 1, "probing the machine")
-        return probe_hardware(self.model)
+        probes.append(probe_hardware(self.model))
 
     def _prediction(
         self, rounds: Sequence[LatencyReport], probes: Sequence[HardwareProfile]
@@ -167,15 +176,21 @@ class _Work:
         return check_prediction(decoded.trace, self.config, rounds, probes)
 
 
-def _judged(name: str, check: Callable[[], Check]) -> Check:
-    """Return a check, or what it is where it came to no numbers.
+def _judged(name: str, check: Callable[[], T]) -> T | Check:
+    """Return what a check gives, or the check where it came to no numbers.
 
     It is not known where something does not fit, is gone, or is not done for the model's family,
     and has failed where what was read is damaged or what was computed is not finite.
     """
     try:
         return check()
-    except (UnsupportedModelError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (
+        UnsupportedModelError,
+        UntimedExecutorError,
+        OSError,
+        MemoryError,
+        torch.OutOfMemoryError,
+    ) as error:
         return Check(name, "not known", str(error))
     except (CheckpointError, RecordError) as error:
         return Check(name, "failed", str(error))
