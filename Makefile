@@ -21,7 +21,8 @@ test: $(VENV)/.installed-tests chromium lint
 	$(SIDE_BY_SIDE) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed-tests chromium
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(SIDE_BY_SIDE) -m slow tests/test_drawn_inputs.py
+	$(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/test_drawn_inputs.py
 
 # The oldest transformers that is supported, laid over the tested one.
 test-oldest: $(VENV)/.installed-tests

@@ -62,14 +62,15 @@ PREFETCH = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "titles", "answer"),
     [
         pytest.param(*ROUTING, id="01_routing"),
-        pytest.param(*SENSITIVITY, id="02_sensitivity", marks=pytest.mark.slow),
-        pytest.param(*GATING, id="03_gating", marks=pytest.mark.slow),
-        pytest.param(*CACHE_PLAN, id="04_cache_plan", marks=pytest.mark.slow),
-        pytest.param(*PREFETCH, id="05_prefetch", marks=pytest.mark.slow),
+        pytest.param(*SENSITIVITY, id="02_sensitivity"),
+        pytest.param(*GATING, id="03_gating"),
+        pytest.param(*CACHE_PLAN, id="04_cache_plan"),
+        pytest.param(*PREFETCH, id="05_prefetch"),
     ],
 )
 def test_every_figure_is_drawn_and_the_question_answered(tmp_path, name, titles, answer):

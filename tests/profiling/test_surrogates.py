@@ -248,6 +248,7 @@ def test_what_cannot_be_fitted_is_refused(load_tiny, texts, tmp_path):
         fit_surrogates(switch, texts)
 
 
+@pytest.mark.slow
 def test_the_demo_loses_less_with_surrogates():
     """On texts nothing was fitted on, every second expert skipped."""
     model = lab.load("demo", dtype="float32", device="cpu", link="none", announce=lambda _: None)

@@ -106,6 +106,7 @@ print(simulation.loads_per_token.sum(), sum(pool_replay(TOY).dispatcher.stats.ca
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_simulates_them_with_the_code_of_the_first(tmp_path):
     environment = {
         **os.environ,
