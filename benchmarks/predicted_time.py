@@ -97,7 +97,7 @@ def predict(
 ) -> dict[str, float]:
     """Return means over the tokens that count: milliseconds, and experts used, wasted, demanded."""
     keep = kept_experts(run, config.gating)
-    replayed, timeline = replayed_and_timed(run, config, keep, hardware)
+    replayed, timeline = replayed_and_timed(run.as_decode(), config, keep, hardware)
     counts = {
         "used_predicted": timeline.used,
         "wasted_predicted": timeline.wasted,

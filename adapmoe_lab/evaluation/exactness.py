@@ -17,6 +17,7 @@ from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.memory_plan import HEADROOM, free_memory, in_words
+from adapmoe_lab.engine.rounding import rounding_bound
 from adapmoe_lab.models.checkpoint.checkpoint import HFModel, open_checkpoint
 from adapmoe_lab.models.checkpoint.plain_model import is_quantised, load_unmodified
 from adapmoe_lab.models.families import find_moe_layers
@@ -29,8 +30,6 @@ OF_STORED = "transformers on the stored experts, dequantised"
 
 CPU_ERROR, GPU_ERROR = 1e-5, 1e-4
 """Largest error of float32; kernels of a GPU add in other orders than one another."""
-N_ROUNDINGS = 8
-"""Largest error of shorter numbers, in what they round off of one: as the families' tests take."""
 REROUTED_SHARE = 0.1
 """On a GPU, positions that may be routed otherwise by what was rounded before, and differ more."""
 
@@ -126,7 +125,7 @@ def error_bound(dtype: torch.dtype, device: torch.device) -> tuple[float, float]
     if dtype == torch.float32:
         bound = CPU_ERROR if is_cpu else GPU_ERROR
     else:
-        bound = N_ROUNDINGS * torch.finfo(dtype).eps / 2
+        bound = rounding_bound(dtype)
     return bound, 1.0 if is_cpu else 1 - REROUTED_SHARE
 
 

@@ -94,7 +94,7 @@ def simulate(
         sensitivity.check_model(trace.spec)
     keep = kept_experts(trace, config.gating)
     counted = slice(min(warmup_tokens, trace.n_tokens // 2), None)
-    replayed, timeline = replayed_and_timed(trace, config, keep, hardware)
+    replayed, timeline = replayed_and_timed(trace.as_decode(), config, keep, hardware)
     hits, misses = replayed.hits[counted], replayed.misses[counted]
     loss, loss_se = _predicted_loss(config, keep, sensitivity)
     used = wasted = np.zeros(trace.spec.n_layers)
@@ -125,17 +125,6 @@ def simulate(
 
 
 def replayed_and_timed(
-    trace: RoutingTrace,
-    config: TunedConfig,
-    keep: NDArray[np.bool_],
-    hardware: HardwareProfile | None,
-    n_events: int = 0,
-) -> tuple[Replay, Timeline | None]:
-    """Replay a trace under a config, every token as a decode step of its own; see `steps_timed`."""
-    return steps_timed(trace.as_decode(), config, keep, hardware, n_events)
-
-
-def steps_timed(
     trace: RoutingTrace,
     config: TunedConfig,
     keep: NDArray[np.bool_],

@@ -99,7 +99,9 @@ def test_events_add_up_to_the_counters_of_the_clock(token):
     config = following(trace.spec, 3)
     info = figures.timeline_info(trace, config, hardware, token)
     for step, each in zip(info.steps, (replace(config, prefetch=None), config), strict=True):
-        _, timeline = replayed_and_timed(trace, each, kept_experts(trace, None), hardware)
+        _, timeline = replayed_and_timed(
+            trace.as_decode(), each, kept_experts(trace, None), hardware
+        )
         assert step.total_ms("waiting") == pytest.approx(1e3 * timeline.stall_s[token].sum())
         assert step.total_ms("dense") == pytest.approx(6)
         assert step.total_ms("expert") == pytest.approx(6)  # two in each of three layers

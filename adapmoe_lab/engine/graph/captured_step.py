@@ -14,14 +14,13 @@ from torch.nn.attention import sdpa_kernel
 from adapmoe_lab.engine.graph.requirements import REMEDY, CaptureError
 from adapmoe_lab.engine.graph.served_step import ServedStep
 from adapmoe_lab.engine.host_driven.decoder import STEADY_ATTENTION
+from adapmoe_lab.engine.rounding import rounding_bound
 from adapmoe_lab.models.hooks.key_value_cache import forward_cached, rewind, static_cache
 
 N_REHEARSALS = 2
 """Steps before the capture: kernels compile, and libraries set up their workspaces."""
 N_PROVED = 3
 """Steps that are compared with plain ones before a graph is trusted."""
-N_ROUNDINGS = 8
-"""Largest error of a replayed step, in what its precision rounds off of one."""
 
 
 class Graph(Protocol):
@@ -157,7 +156,7 @@ class CapturedStep:
             expected = logits_of(lambda: self.run(self._token[0]))
         found = logits_of(replayed)
         error = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
-        bound = N_ROUNDINGS * torch.finfo(self._logits.dtype).eps / 2
+        bound = rounding_bound(self._logits.dtype)
         if not error <= bound:
             raise CaptureError(
                 f"The captured step gives other logits than a plain one, by {error:.1e} where "

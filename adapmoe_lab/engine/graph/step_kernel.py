@@ -32,6 +32,15 @@ def fixed_score(score):
 
 
 @triton.jit
+def sorted_ranks(numbers, k):
+    """Return the place of each of some numbers [K] in their ascending order, ties by column."""
+    is_ahead = (numbers[None, :] < numbers[:, None]) | (
+        (numbers[None, :] == numbers[:, None]) & (k[None, :] < k[:, None])
+    )
+    return tl.sum(is_ahead.to(tl.int32), 1)
+
+
+@triton.jit
 def kept_by_cuts(weights, cuts, quantity, k, top_k: tl.constexpr):
     """Return which of a token's experts are kept, bool [K], as `keep_by_cuts` does to the bit."""
     keep = k < top_k
@@ -41,10 +50,7 @@ def kept_by_cuts(weights, cuts, quantity, k, top_k: tl.constexpr):
             total += tl.load(weights + column).to(tl.float32)
         share = tl.load(weights + k, mask=keep, other=0.0).to(tl.float32)
         share = tl.where(keep, tl.div_rn(share, total), -1.0)
-        is_ahead = (share[None, :] > share[:, None]) | (
-            (share[None, :] == share[:, None]) & (k[None, :] < k[:, None])
-        )
-        rank = tl.sum(is_ahead.to(tl.int32), 1)
+        rank = sorted_ranks(-share, k)
         best = tl.max(share, 0)
         together, is_reached, n_best = best, best < -1.0, 1
         for n_kept in tl.static_range(1, top_k):
@@ -64,15 +70,6 @@ def gated_weight(weight, keep, is_renormalised):
     if is_renormalised != 0:
         weight *= tl.div_rn(tl.sum(weight, 0), tl.sum(tl.where(keep, weight, 0.0), 0))
     return tl.where(keep, weight, 0.0)
-
-
-@triton.jit
-def sorted_ranks(ids, k):
-    """Return the place of each of some numbers [K] in their ascending order, ties by column."""
-    is_ahead = (ids[None, :] < ids[:, None]) | (
-        (ids[None, :] == ids[:, None]) & (k[None, :] < k[:, None])
-    )
-    return tl.sum(is_ahead.to(tl.int32), 1)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import numpy as np
 from adapmoe_lab.engine.memory_plan import in_words
 from adapmoe_lab.policies.gating.keep import kept_experts
 from adapmoe_lab.records.verify_report import Check
-from adapmoe_lab.simulation.simulate import bytes_missed, steps_timed
+from adapmoe_lab.simulation.simulate import bytes_missed, replayed_and_timed
 from adapmoe_lab.tuning.verify.decoded import Decoded
 
 EXECUTOR = "executor"
@@ -57,7 +57,7 @@ def _counted(decoded: Decoded) -> dict[str, Any]:
 def _replayed(decoded: Decoded) -> dict[str, Any]:
     trace, config = decoded.trace, decoded.config
     keep = kept_experts(trace, config.gating)
-    found, _ = steps_timed(trace, config, keep, hardware=None)
+    found, _ = replayed_and_timed(trace, config, keep, hardware=None)
     counted = {
         "hits": found.hits.sum(axis=0).tolist(),
         "misses": found.misses.sum(axis=0).tolist(),

@@ -16,7 +16,7 @@ from adapmoe_lab.records import (
     TunedConfig,
 )
 from adapmoe_lab.records.verify_report import Check, Verdict
-from adapmoe_lab.simulation.simulate import steps_timed
+from adapmoe_lab.simulation.simulate import replayed_and_timed
 
 SPEED, PREDICTION = "speed", "prediction"
 
@@ -95,7 +95,7 @@ def predicted_s(
     """
     n_sequences = len(trace.sequence_starts)
     run = trace.of_sequences([0, *range(n_sequences)])
-    replayed, timeline = steps_timed(run, config, kept_experts(run, config.gating), hardware)
+    replayed, timeline = replayed_and_timed(run, config, kept_experts(run, config.gating), hardware)
     assert timeline is not None, "hardware was given"  # noqa: S101
     starts = run.step_ids[run.sequence_starts[1:]]  # of those that count
     steps = zip(

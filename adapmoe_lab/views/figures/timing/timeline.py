@@ -116,7 +116,7 @@ def _timed(
         n_per_step += N_CHUNKS * sum(predicted)
     n_events = trace.n_tokens * n_per_step if is_logged else 0
     keep = kept_experts(trace, config.gating)
-    _, timeline = replayed_and_timed(trace, config, keep, hardware, n_events)
+    _, timeline = replayed_and_timed(trace.as_decode(), config, keep, hardware, n_events)
     assert timeline is not None, "there is hardware"  # noqa: S101
     return timeline
 
