@@ -45,10 +45,10 @@ def capturing_on_the_cpu():
     """
     captured = []
 
-    def recorded(step, n_before):
+    def recorded(step, n_before, run):
         def run_again():
             with step._capturing():
-                step._logits = step.run(step._token[0])
+                step._logits = run()
 
         run_again()
         captured.append(step)
@@ -60,7 +60,7 @@ def capturing_on_the_cpu():
             ("adapmoe_lab.engine.loading.check_computing", lambda *_: None),
             (f"{graph}.executor.check_experts", lambda _: None),  # they are not pinned
             (f"{graph}.captured_step.CapturedStep._recorded", recorded),
-            (f"{graph}.served_step.ROWS_AT_ONCE", ROWS_AT_ONCE),
+            (f"{graph}.operators.ROWS_AT_ONCE", ROWS_AT_ONCE),
         ):
             patches.enter_context(patch(target, instead))
         yield captured
@@ -73,9 +73,9 @@ def counting_captures():
 
     captured, record = [], CapturedStep._recorded
 
-    def counted(step, n_before):
+    def counted(step, *arguments):
         captured.append(step)
-        return record(step, n_before)
+        return record(step, *arguments)
 
     with patch.object(CapturedStep, "_recorded", counted):
         yield captured

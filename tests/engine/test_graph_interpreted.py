@@ -64,8 +64,8 @@ def check_interpreted(*arguments):
 @pytest.mark.parametrize(("n_layers", "n_experts", "n_warps"), [(1, 256, 1), (58, 256, 16)])
 @pytest.mark.parametrize("policy", [*ON_DEVICE, made_with(3)], ids=lambda policy: policy.name)
 def test_the_step_compiles_for_a_gpu(policy, n_layers, n_experts, n_warps):
+    from adapmoe_lab.engine.graph.operators import policy_arguments, prepare_policy
     from adapmoe_lab.engine.graph.step_kernel import step_kernel
-    from adapmoe_lab.engine.graph.step_tables import policy_arguments
 
     shape = {
         "n_layers": n_layers, "n_experts": n_experts, "n_places": n_layers * n_experts, "top_k": 8,
@@ -76,41 +76,42 @@ def test_the_step_compiles_for_a_gpu(policy, n_layers, n_experts, n_warps):
     longs = ("ids", "priority", "clocks", "hits", "misses", "skipped", "reads", "writes")
     addresses = ("host_addresses", "slot_addresses")
     types = {**floats, **dict.fromkeys((*longs, *addresses), "*i64"), "layer": "i32"}
-    assert_compiles(step_kernel, types, {**shape, **policy_arguments(policy)}, n_warps)
+    assert_compiles(
+        step_kernel, types, {**shape, **policy_arguments(prepare_policy(policy))}, n_warps
+    )
 
 
 def test_a_policy_that_does_not_compile_is_refused_by_name(monkeypatch):
     from triton import CompilationError
 
-    from adapmoe_lab.engine.graph import step_tables
+    from adapmoe_lab.engine.graph import operators, step_tables
     from adapmoe_lab.engine.graph.requirements import CaptureError
 
     class Failing:
         def __getitem__(self, grid):
             raise CompilationError(None, None, "unsupported")
 
-    monkeypatch.setattr(step_tables, "step_kernel", Failing())
+    monkeypatch.setattr(operators, "step_kernel", Failing())
     tables = step_tables.StepTables(np.ones((1, 4)), made_with(3), False, 2, torch.device("cpu"))
     with pytest.raises(CaptureError, match="'made' needs the host: its functions are not plain"):
         tables.decide(0, torch.arange(2), torch.ones(2))
 
 
 def test_a_policy_whose_source_is_not_found_is_refused_by_name():
+    from adapmoe_lab.engine.graph.operators import prepare_policy
     from adapmoe_lab.engine.graph.requirements import CaptureError
-    from adapmoe_lab.engine.graph.step_tables import policy_arguments
 
     made = {}
     exec("def after_use(priority, state, use):\n    return use.clock, state\n", made)  # noqa: S102
     policy = EvictionPolicy("typed", made["after_use"])
     with pytest.raises(CaptureError, match="'typed' needs the host: its functions are not plain"):
-        policy_arguments(policy)
+        prepare_policy(policy)
 
 
 def test_policies_of_one_text_are_told_apart_by_their_constants():
-    from adapmoe_lab.engine.graph.step_tables import policy_arguments
+    from adapmoe_lab.engine.graph.operators import prepare_policy
 
-    codes = {policy_arguments(made_with(step))["code"] for step in (3, 5, 3)}
-    assert len(codes) == 2
+    assert len({prepare_policy(made_with(step)) for step in (3, 5, 3)}) == 2
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

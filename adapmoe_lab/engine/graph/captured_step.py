@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -11,11 +12,13 @@ import triton
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
+from adapmoe_lab.engine.graph.compiling import CompileWarning, compiled, compiling
 from adapmoe_lab.engine.graph.requirements import REMEDY, CaptureError
 from adapmoe_lab.engine.graph.served_step import ServedStep
 from adapmoe_lab.engine.host_driven.decoder import STEADY_ATTENTION
 from adapmoe_lab.engine.rounding import rounding_bound
 from adapmoe_lab.models.hooks.key_value_cache import forward_cached, rewind, static_cache
+from adapmoe_lab.models.hooks.observing import hooks_of
 
 N_REHEARSALS = 2
 """Steps before the capture: kernels compile, and libraries set up their workspaces."""
@@ -47,32 +50,59 @@ class CapturedStep:
         served: ServedStep,
         context_tokens: int,
         capturing: Callable[[], AbstractContextManager[None]],
+        compiles: bool = False,
     ) -> None:
-        """Prepare a step; `capturing` lets the model's experts be run by `served`."""
+        """Prepare a step.
+
+        Args:
+            hf: the model.
+            served: what serves its experts.
+            context_tokens: how many tokens keys and values have room for.
+            capturing: lets the model's experts be run by `served`.
+            compiles: whether the forward is compiled before it is captured.
+        """
         self.served = served
         self.context_tokens = context_tokens
         self.cache: Any = static_cache(hf, context_tokens)
         self.sequence = 0
         self._hf = hf
         self._capturing = capturing
+        self._compiles = compiles
         self._graph: Graph | None = None
+        self._hooks = hooks_of(hf)
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=hf.device)  # pyright: ignore
 
     def begin(self) -> int:
-        """Begin a sequence, which ends the one before, and return its number."""
+        """Begin a sequence, which ends the one before, and return its number.
+
+        A graph does what the hooks on the model's modules did when it was captured; under others it
+        is captured again.
+        """
+        if self._hooks != hooks_of(self._hf):
+            self._graph, self._hooks = None, hooks_of(self._hf)
         self.cache.reset()
         self.sequence += 1
         return self.sequence
 
-    @torch.no_grad()
+    def compile(self) -> None:
+        """Compile the forward before the next replay, if it is not, and capture it anew."""
+        if not self._compiles:
+            self._compiles, self._graph = True, None
+
     def run(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Run tokens [T] by a plain forward pass; return the logits [V] of what follows them.
 
         Autocast around it changes nothing: keys, values and kernels are of one precision.
         """
+        return self._run(token_ids, self._hf)
+
+    @torch.no_grad()
+    def _run(self, token_ids: torch.Tensor, forward: Callable[..., Any]) -> torch.Tensor:
         unchanged = torch.autocast(self._token.device.type, enabled=False)
         with torch.cuda.device_of(self._token), unchanged, sdpa_kernel(STEADY_ATTENTION):
-            logits, _ = forward_cached(self._hf, token_ids[None], self.cache, logits_to_keep=1)
+            logits, _ = forward_cached(
+                self._hf, token_ids[None], self.cache, forward=forward, logits_to_keep=1
+            )
         return logits[0, -1]
 
     def replay(self, token: int) -> torch.Tensor:
@@ -101,14 +131,33 @@ class CapturedStep:
         try:
             self.served.tables.rehearse(True)
             with torch.cuda.device_of(self._token):
-                graph = self._recorded(n_before)
-                self._prove(graph, n_before)
+                self._graph = self._compiled(n_before) or self._proved(n_before, self._hf)
         finally:
             self.served.tables.rehearse(False)
             rewind(self.cache, n_before)
-        self._graph = graph
 
-    def _recorded(self, n_before: int) -> Graph:
+    def _compiled(self, n_before: int) -> Graph | None:
+        """Return the step compiled and captured; None where it is not to be, or cannot."""
+        if not self._compiles:
+            return None
+        try:
+            with compiling():
+                return self._proved(n_before, compiled(self._hf))
+        except CaptureError as error:
+            warnings.warn(f"The step is replayed uncompiled. {error}", CompileWarning, stacklevel=2)
+            return None
+
+    def _proved(self, n_before: int, forward: Callable[..., Any]) -> Graph:
+        """Return the step as a graph that replays what a plain step computes."""
+
+        def run() -> torch.Tensor:
+            return self._run(self._token[0], forward)
+
+        graph = self._recorded(n_before, run)
+        self._prove(graph, n_before, run)
+        return graph
+
+    def _recorded(self, n_before: int, run: Callable[[], torch.Tensor]) -> Graph:
         """Return the step as a graph."""
         present = torch.cuda.current_stream()
         aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -116,12 +165,12 @@ class CapturedStep:
         try:
             with self._capturing(), torch.cuda.stream(aside):
                 for _ in range(N_REHEARSALS):
-                    self.run(self._token[0])
+                    run()
                     rewind(self.cache, n_before)
             present.wait_stream(aside)
             # a capture that fails leaves its own stream the current one
             with torch.cuda.stream(present), self._capturing(), torch.cuda.graph(graph):
-                self._logits = self.run(self._token[0])
+                self._logits = run()
         except (CaptureError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, triton.TritonError) as error:
@@ -133,33 +182,44 @@ class CapturedStep:
             ) from error
         return graph
 
-    def _prove(self, graph: Graph, n_before: int) -> None:
+    def _prove(self, graph: Graph, n_before: int, run: Callable[[], torch.Tensor]) -> None:
         """Compare replays with plain steps of the same kernels, over several positions.
 
         A capture that runs is not yet right: what a forward keeps in Python, such as a length, is
-        replayed as it was.
+        replayed as it was. What was compiled is compared with the model itself, too; there a router
+        that is between two experts may choose the other by rounding, so most positions must agree.
         """
-
-        def logits_of(run: Callable[[], torch.Tensor]) -> torch.Tensor:
-            rewind(self.cache, n_before)
-            found = []
-            for token in range(N_PROVED):
-                self._token.fill_(token)
-                found.append(run().float().clone())
-            return torch.stack(found)
 
         def replayed() -> torch.Tensor:
             graph.replay()
             return self._logits
 
         with self._capturing():
-            expected = logits_of(lambda: self.run(self._token[0]))
-        found = logits_of(replayed)
-        error = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
+            expected = self._logits_of(run, n_before)
+            uncompiled = self._logits_of(lambda: self.run(self._token[0]), n_before)
+        errors = _relative_errors(self._logits_of(replayed, n_before), expected)
         bound = rounding_bound(self._logits.dtype)
-        if not error <= bound:
-            raise CaptureError(
-                f"The captured step gives other logits than a plain one, by {error:.1e} where "
-                f"{bound:.1e} is rounding: the forward of this model depends on what a graph does "
-                f"not see. {REMEDY}"
-            )
+        of_compiling = float(_relative_errors(expected, uncompiled).median())
+        for error, what in (
+            (float(errors.max()), "captured step gives other logits than a plain one"),
+            (of_compiling, "compiled step gives other logits than an uncompiled one"),
+        ):
+            if not error <= bound:
+                raise CaptureError(
+                    f"The {what}, by {error:.1e} where {bound:.1e} is rounding: the forward of "
+                    f"this model depends on what a graph does not see. {REMEDY}"
+                )
+
+    def _logits_of(self, run: Callable[[], torch.Tensor], n_before: int) -> torch.Tensor:
+        """Return the logits [N, V] of some tokens behind `n_before` others."""
+        rewind(self.cache, n_before)
+        found = []
+        for token in range(N_PROVED):
+            self._token.fill_(token)
+            found.append(run().float().clone())
+        return torch.stack(found)
+
+
+def _relative_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the errors [N] of logits [N, V], in what was expected of each."""
+    return (found - expected).norm(dim=1) / expected.norm(dim=1)

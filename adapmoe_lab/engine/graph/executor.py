@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ class GraphExecutor:
         context_tokens: int,
         routers: Sequence[Router] = (),
         falls_back: bool = False,
+        compiles: bool = False,
     ) -> None:
         """Decode beside a host-driven executor of the same model.
 
@@ -64,6 +66,7 @@ class GraphExecutor:
             context_tokens: longest text that a captured step has room for.
             routers: of every layer; used only for eviction policies that read scores.
             falls_back: whether the host runs what cannot be captured, instead of an error.
+            compiles: whether forwards are compiled before they are captured.
 
         Raises:
             ValueError: the experts are not what can be served so.
@@ -77,6 +80,7 @@ class GraphExecutor:
         self._routers = routers
         self._policy = policy_named("lru")
         self._falls_back = falls_back
+        self._compiles = compiles
         self._why_never: str | None = None
         self.why_not_replayed: str | None = None
         self._is_eager = False
@@ -169,12 +173,20 @@ class GraphExecutor:
                 self._routers, self._host.surrogate_outputs,
             )  # fmt: skip
             self._begin(served)
-            self._captured = CapturedStep(hf, served, self._context_tokens, self.capturing)
+            self._captured = CapturedStep(
+                hf, served, self._context_tokens, self.capturing, self._compiles
+            )
         return self._captured
 
     def _begin(self, served: ServedStep) -> None:
         """Give a step the present slots and gating."""
         served.begin(self.plan, self._host.cached_experts.slots, self.gating)
+
+    def compile_steps(self) -> None:
+        """Compile forwards before they are captured, from the next decoded token on."""
+        self._compiles = True
+        if self._captured is not None:
+            self._captured.compile()
 
     def has_captured(self, step: CapturedStep) -> bool:
         """Whether a step is that of the present slots."""
@@ -220,15 +232,25 @@ class GraphExecutor:
         """Return the summed outputs [T, D] of a layer's experts, see `ExpertsExecutor`."""
         if self._is_capturing and self._captured is not None:
             return self._captured.served.run_layer(layer, *arguments)
+        self._give_residency_back()
+        return self._host.run_layer(layer, *arguments)
+
+    @torch.compiler.disable
+    def _give_residency_back(self) -> None:
+        """Let the host go on from what the device knows, if it does not by now."""
         if self._is_device_owner and self._captured is not None:
             self._host.cached_experts.adopt(self._captured.served.tables.state())
             self._is_device_owner = False
-        return self._host.run_layer(layer, *arguments)
 
     @property
     def callbacks(self) -> Mapping[HookPoint, Callback]:
         """What the host wants to be shown, where it runs the steps."""
-        return self._host.callbacks
+
+        def shown(callback: Callback, *arguments: Any) -> None:
+            if not self._is_capturing:
+                callback(*arguments)
+
+        return {point: partial(shown, call) for point, call in self._host.callbacks.items()}
 
     @property
     def traffic(self) -> Traffic:

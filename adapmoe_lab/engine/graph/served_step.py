@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import nn
 
-from adapmoe_lab.engine.graph.product_kernel import served_product_kernel
+from adapmoe_lab.engine.graph.operators import Decision, served_product
 from adapmoe_lab.engine.graph.step_tables import StepTables
 from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
 from adapmoe_lab.engine.store.expert_store import ExpertStore
@@ -16,7 +15,8 @@ from adapmoe_lab.models.families import Router, router_scores
 from adapmoe_lab.policies.eviction.policy import EvictionPolicy
 from adapmoe_lab.records import CachePlan, GatingTable
 
-ROWS_AT_ONCE, COLUMNS_AT_ONCE = 4, 1024
+COMPUTED_BYTES = 2
+"""Of a number, in every precision that a captured step computes in."""
 
 
 class ServedStep:
@@ -54,7 +54,10 @@ class ServedStep:
         self.tables = StepTables(hosts, policy, is_shared, top_k, device)
         self._routers = routers if policy.needs_scores else None
         self._surrogates = surrogates
-        self._fields = {field.name: field for field in store.formats[0][0].fields}
+        self._matrices = {
+            field.name: (field.offset // COMPUTED_BYTES, *field.matrix_shape)
+            for field in store.formats[0][0].fields
+        }
 
     def begin(
         self, plan: CachePlan, slots: Sequence[torch.Tensor], gating: GatingTable | None
@@ -84,30 +87,21 @@ class ServedStep:
         scores = None
         if self._routers is not None:
             scores = router_scores(self._routers[layer], hidden)[0].contiguous()
-        self.tables.decide(layer, ids, weights, scores)
-        inner = experts._apply_gate(self._product("gate_up_proj", hidden, len(ids), 0))
-        inner = inner.contiguous()
-        outputs = self._product("down_proj", inner, len(ids), inner.shape[1])
-        coefficients = self.tables.coefficients.to(weights.dtype)[:, None]
+        decision = self.tables.decide(layer, ids, weights, scores)
+        inner = experts._apply_gate(self._product("gate_up_proj", hidden, decision))
+        outputs = self._product("down_proj", inner.contiguous(), decision)
+        coefficients = decision.coefficients.to(weights.dtype)[:, None]
         is_run = coefficients != 0
         weighted = torch.where(is_run, outputs * coefficients, 0)  # [K, D]
         output = weighted.sum(dim=0, keepdim=True)
         if self._surrogates is not None:
             routing = ids, torch.where(is_run[:, 0], weights.float(), 0)
             output = self._surrogates.complete_token(
-                layer, hidden, output, routing, self.tables.dropped
+                layer, hidden, output, routing, decision.dropped
             )
         return output.to(hidden.dtype)
 
-    def _product(self, name: str, x: torch.Tensor, top_k: int, x_stride: int) -> torch.Tensor:
+    def _product(self, name: str, x: torch.Tensor, decision: Decision) -> torch.Tensor:
         """Return a matrix of every chosen expert times its vector, [K, N]."""
-        field, tables = self._fields[name], self.tables
-        n_rows, n_columns = field.matrix_shape
-        out = torch.empty((top_k, n_rows), dtype=x.dtype, device=x.device)
-        grid = triton.cdiv(n_rows, ROWS_AT_ONCE), top_k
-        served_product_kernel[grid](
-            tables.reads, tables.writes, tables.columns, field.offset // x.element_size(), x,
-            x_stride, out, n_rows, n_columns, ROWS_AT_ONCE,
-            min(COLUMNS_AT_ONCE, triton.next_power_of_2(n_columns)), num_warps=4,
-        )  # fmt: skip
-        return out
+        matrix = self._matrices[name]
+        return served_product(decision.reads, decision.writes, decision.columns, x, *matrix)

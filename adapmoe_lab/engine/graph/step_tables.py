@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-import triton
 from numpy.typing import ArrayLike, NDArray
 
-from adapmoe_lab.engine.graph.device_functions import device_function
-from adapmoe_lab.engine.graph.requirements import PolicyError
-from adapmoe_lab.engine.graph.step_kernel import QUANTITIES, step_kernel
+from adapmoe_lab.engine.graph.operators import Decision, decide, prepare_policy
+from adapmoe_lab.engine.graph.step_kernel import QUANTITIES
 from adapmoe_lab.policies.eviction.expert_cache import CacheState
 from adapmoe_lab.policies.eviction.policy import EvictionPolicy
 from adapmoe_lab.records import OFF, CachePlan, GatingTable
-from adapmoe_lab.records.files import digest
-from adapmoe_lab.simulation.code_digest import code_digest
-
-EXPERTS_PER_WARP = 1024
-"""How many experts of a pool a warp looks through."""
 
 
 class StepTables:
@@ -28,13 +20,6 @@ class StepTables:
 
     Slots, quotas, pinned experts and cuts are contents: changing them needs no other kernel.
     Policy, number of experts and whether layers share their slots are part of the kernel.
-
-    Attributes:
-        reads: int64 [K], where the last step's experts are read, see `step_kernel`.
-        writes: int64 [K], the slots they are written through to.
-        columns: int32 [K], their places in the router's choice.
-        coefficients: float32 [K], what outputs are weighted by, in the order of the choice.
-        dropped: float32 [K], the weights of experts that were skipped, else zero.
     """
 
     def __init__(
@@ -67,7 +52,7 @@ class StepTables:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         self._policy, self._is_shared = policy, is_shared
-        self._of_policy = policy_arguments(policy)
+        self._code = prepare_policy(policy)
         self._host_addresses = torch.from_numpy(hosts).to(device)
         self._slot_of = filled(-1, hosts.shape, torch.int32)
         self._priority = filled(0, hosts.shape, torch.int64)
@@ -80,9 +65,6 @@ class StepTables:
         self._cuts = filled(OFF, (n_layers, max(1, top_k - 1)), torch.float32)
         self._gating = filled(QUANTITIES[None], (2,), torch.int32)
         self._is_rehearsal = filled(0, (1,), torch.int32)
-        self.reads, self.writes = filled(0, (2, top_k), torch.int64)
-        self.columns = filled(0, (top_k,), torch.int32)
-        self.coefficients, self.dropped = filled(0, (2, top_k), torch.float32)
 
     def begin(
         self, plan: CachePlan, slot_addresses: Sequence[Sequence[int]], gating: GatingTable | None
@@ -150,8 +132,8 @@ class StepTables:
         ids: torch.Tensor,
         weights: torch.Tensor,
         scores: torch.Tensor | None = None,
-    ) -> None:
-        """Decide a one-token step, and say in `reads`, `writes` and so on what is to be done.
+    ) -> Decision:
+        """Decide a one-token step, and return what is to be done.
 
         Args:
             layer: whose experts.
@@ -164,52 +146,13 @@ class StepTables:
             PolicyError: its functions do not compile.
         """
         self._policy.check_scores(scores)
-        n_layers, n_experts = self._slot_of.shape
-        n_shared = n_layers if self._is_shared else 1
-        n_all, padded = n_shared * n_experts, triton.next_power_of_2
-        try:
-            step_kernel[(1,)](
-                ids, weights, weights if scores is None else scores, self._cuts, self._gating,
-                self._slot_of, self._priority, self._is_pinned, self._clocks, self._free_slots,
-                self._n_free, *self._counters, self._host_addresses, self._slot_addresses,
-                self.reads, self.writes, self.columns, self.coefficients, self.dropped,
-                self._is_rehearsal, layer, n_shared, n_experts, self._slot_addresses.shape[1],
-                self._top_k, padded(n_experts), padded(n_all), padded(self._top_k),
-                **self._of_policy, num_warps=_n_warps(n_all), enable_fp_fusion=False,
-            )  # fmt: skip
-        except triton.TritonError as error:
-            raise _not_compiled(self._policy) from error
-
-
-def policy_arguments(policy: EvictionPolicy) -> dict[str, Any]:
-    """Return the arguments of `step_kernel` that make it a policy's.
-
-    Triton until 3.6 tells functions apart by their text alone, not by the constants that they read,
-    and keeps compiled kernels on the disk; their digest tells them apart.
-
-    Raises:
-        PolicyError: they cannot be compiled.
-    """
-    names = ("after_use", "on_new_step", "on_scores")
-    present = {name: getattr(policy, name) for name in names if getattr(policy, name) is not None}
-    try:
-        compiled = {name: device_function(function) for name, function in present.items()}
-        code = digest(*(f"{name} {code_digest(function)}" for name, function in present.items()))
-    except ValueError as error:  # triton reads a function's text, too
-        raise _not_compiled(policy) from error
-    return {**dict.fromkeys(names), **compiled, "code": code}
-
-
-def _not_compiled(policy: EvictionPolicy) -> PolicyError:
-    return PolicyError(
-        f"Eviction {policy.name!r} needs the host: its functions are not plain arithmetic, written "
-        "in a file, that compiles for the device. Use the host-driven executor, or another policy."
-    )
-
-
-def _n_warps(n_experts: int) -> int:
-    """Return how many warps look through the experts of a pool."""
-    return min(16, triton.next_power_of_2(triton.cdiv(n_experts, EXPERTS_PER_WARP)))
+        return Decision(
+            *decide(
+                ids, weights, scores, self._cuts, self._gating, self._slot_of, self._priority,
+                self._is_pinned, self._clocks, self._free_slots, self._n_free, self._counters,
+                self._host_addresses, self._slot_addresses, self._is_rehearsal, self._code, layer,
+            )
+        )  # fmt: skip
 
 
 def _fill(tensor: torch.Tensor, values: NDArray) -> None:

@@ -292,6 +292,7 @@ class HostDrivenExecutor:
             yield arrival
             self.clock.spend(self.step_costs.of_expert(layer, arrival[0]))
 
+    @torch.compiler.disable
     def run_layer(
         self,
         layer: int,

@@ -35,7 +35,6 @@ class ExpertsExecutor(Protocol):
         ...
 
 
-@torch.compiler.disable
 def _dispatch(
     self: nn.Module,
     hidden_states: torch.Tensor,

@@ -22,7 +22,12 @@ NAMES = ("cache", "past_key_values")
 
 
 def forward_cached(
-    hf: nn.Module, token_ids: torch.Tensor, previous: Any = None, **options: Any
+    hf: nn.Module,
+    token_ids: torch.Tensor,
+    previous: Any = None,
+    *,
+    forward: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, Any]:
     """Run tokens after those a cache holds; return the logits and the cache, now with them.
 
@@ -30,13 +35,15 @@ def forward_cached(
         hf: a transformers causal language model.
         token_ids: int64 [B, T], on the model's device.
         previous: what the call before returned; None where a sequence begins.
+        forward: what to call in the model's place, its compiled form; None for itself.
         options: what else the model's forward takes, such as `logits_to_keep`.
 
     Returns:
         Logits [B, T, V], or as many of the last tokens as are kept, and the cache.
     """
     options[_parameter(type(hf).forward)] = previous
-    output = hf(input_ids=token_ids, use_cache=True, **options)
+    run = hf if forward is None else forward
+    output = run(input_ids=token_ids, use_cache=True, **options)
     return output.logits, _named(output)
 
 

@@ -47,6 +47,21 @@ def observing_model(
         yield
 
 
+def hooks_of(hf: nn.Module) -> tuple[int, ...]:
+    """Return the numbers of a model's forward hooks: others once one is added or removed.
+
+    Those of `observing_model` are left out.
+    """
+    kinds = [(module._forward_pre_hooks, module._forward_hooks) for module in hf.modules()]
+    found = [hook for hooks in kinds for kind in hooks for hook in kind.items()]
+    return tuple(number for number, hook in found if not _is_own(hook))
+
+
+def _is_own(hook: Callable[..., Any]) -> bool:
+    function = hook.func if isinstance(hook, partial) else hook
+    return getattr(function, "__module__", None) == __name__
+
+
 def decoder_layer(hf: PreTrainedModel, layer: MoELayer) -> nn.Module:
     """Return the decoder layer in which a layer's experts lie.
 
