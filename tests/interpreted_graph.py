@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -24,6 +25,8 @@ NEEDS_DEVICE = [
 ]
 """Marks of tests that run in both."""
 
+
+GRAPH = "adapmoe_lab.engine.graph"
 ROWS_AT_ONCE = 256
 """Rows of a program: in the interpreter, programs take long and rows do not."""
 
@@ -37,45 +40,40 @@ def load_graph(name, dtype="bfloat16", executor="graph", **arguments):
     return load(name, executor=executor, max_context_tokens=128, **quiet, **arguments)
 
 
+def rerun(run, undo):
+    """Return a graph that runs again what it would replay, as `recording.recorded` does."""
+    result = run()
+    undo()
+    return SimpleNamespace(replay=lambda: result.copy_(run())), result
+
+
 @contextmanager
 def capturing_on_the_cpu():
-    """Let the graph executor run in the interpreter; yield the steps that were captured.
+    """Let the graph executor run in the interpreter; yield what was captured of steps.
 
     A step that would be replayed is run again instead, its experts by the same kernels.
     """
-    captured = []
-
-    def recorded(step, n_before, run):
-        def run_again():
-            with step._capturing():
-                step._logits = run()
-
-        run_again()
-        captured.append(step)
-        return SimpleNamespace(replay=run_again)
-
-    graph = "adapmoe_lab.engine.graph"
     with ExitStack() as patches:
         for target, instead in (
             ("adapmoe_lab.engine.loading.check_computing", lambda *_: None),
-            (f"{graph}.executor.check_experts", lambda _: None),  # they are not pinned
-            (f"{graph}.captured_step.CapturedStep._recorded", recorded),
-            (f"{graph}.operators.ROWS_AT_ONCE", ROWS_AT_ONCE),
+            (f"{GRAPH}.executor.check_experts", lambda _: None),  # they are not pinned
+            (f"{GRAPH}.captured_step.recorded", rerun),
+            (f"{GRAPH}.captured_choice.recorded", rerun),
+            (f"{GRAPH}.operators.ROWS_AT_ONCE", ROWS_AT_ONCE),
         ):
             patches.enter_context(patch(target, instead))
-        yield captured
+        yield patches.enter_context(counting_captures())
 
 
 @contextmanager
-def counting_captures():
-    """Yield the steps that a GPU captured."""
-    from adapmoe_lab.engine.graph.captured_step import CapturedStep
+def counting_captures(of="captured_step"):
+    """Yield what is captured of steps, or of choices, one element for each."""
+    module = import_module(f"{GRAPH}.{of}")
+    captured, record = [], module.recorded
 
-    captured, record = [], CapturedStep._recorded
+    def counted(run, undo):
+        captured.append(run)
+        return record(run, undo)
 
-    def counted(step, *arguments):
-        captured.append(step)
-        return record(step, *arguments)
-
-    with patch.object(CapturedStep, "_recorded", counted):
+    with patch.object(module, "recorded", counted):
         yield captured

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from adapmoe_lab.engine.prefetch.predictors import Predictor
+from adapmoe_lab.engine.sampling import Sampling
 from adapmoe_lab.engine.transfer.clock import Clock
 from adapmoe_lab.models.hooks.experts_hook import ExpertsExecutor
 from adapmoe_lab.models.hooks.observing import Callback
@@ -30,6 +31,14 @@ from adapmoe_lab.records import (
 )
 from adapmoe_lab.records.hook_points import HookPoint
 from adapmoe_lab.records.step_costs import StepCosts
+
+
+class TokenSampler(Protocol):
+    """Chooses the tokens of one text, one after the other."""
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """Return the token that follows, by logits [V]; it belongs to the text from now on."""
+        ...
 
 
 class Decoder(Protocol):
@@ -50,6 +59,13 @@ class Decoder(Protocol):
 
     def step(self, token: int) -> torch.Tensor:
         """Run one token more; return the logits [V] of what follows it, valid until the next."""
+        ...
+
+    def sampler(self, sampling: Sampling, text: torch.Tensor) -> TokenSampler:
+        """Return what chooses the tokens that follow a text, int64 [T], by its logits.
+
+        There is one at a time.
+        """
         ...
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from adapmoe_lab.engine.device import choose_device
@@ -43,6 +44,7 @@ class LoadRequest:
     max_context_tokens: int | None
     batch_size: int
     executor: str
+    compile_steps: bool
 
     @classmethod
     def of(
@@ -60,6 +62,7 @@ class LoadRequest:
         max_context_tokens: Any,
         batch_size: Any,
         executor: Any,
+        compile_steps: Any,
     ) -> Self:
         """Take the arguments of `load` as people pass them.
 
@@ -87,6 +90,7 @@ class LoadRequest:
             max_context_tokens=max_context_tokens,
             batch_size=whole_number("batch_size", batch_size, at_least=1),
             executor=executor_name(executor),
+            compile_steps=compiling_steps(compile_steps, executor),
         )
 
 
@@ -178,6 +182,22 @@ def optional_text(argument: str, value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise ValueError(f"{argument} must be text or None, got {described(value)}.")
+
+
+def compiling_steps(compile_steps: Any, executor: str) -> bool:
+    """Return whether captured steps are compiled.
+
+    Raises:
+        ValueError: no truth value was given, or none is captured.
+    """
+    if not isinstance(compile_steps, bool | np.bool_):
+        raise ValueError(f"compile_steps must be True or False, got {described(compile_steps)}.")
+    if compile_steps and executor == "host":
+        raise ValueError(
+            "compile_steps=True compiles what a captured graph replays, and executor='host' "
+            "replays none; give executor='graph' or executor='auto'."
+        )
+    return bool(compile_steps)
 
 
 def executor_name(name: Any) -> str:

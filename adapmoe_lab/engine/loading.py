@@ -55,6 +55,7 @@ def load(
     link: str | None = None,
     clock: Clock | None = None,
     executor: str = "host",
+    compile_steps: bool = False,
     announce: Callable[[str], None] = print,
 ) -> LabModel:
     """Load a Mixture-of-Experts model whose experts stay in host memory or on disk.
@@ -86,6 +87,8 @@ def load(
             one captured CUDA graph per token, of experts as they are computed in, in pinned memory
             and not prefetched; or `"auto"`, a graph where that can run, else the host, and says
             why.
+        compile_steps: whether the forward of a captured step is compiled first: steps are faster,
+            the first takes some 25 seconds, or a third where the same was compiled before.
         announce: is told the memory plan.
 
     Raises:
@@ -111,6 +114,7 @@ def load(
         max_context_tokens=max_context_tokens,
         batch_size=batch_size,
         executor=executor,
+        compile_steps=compile_steps,
     )
     target = link_target(optional_text("link", link), wanted.device)
     check_function("announce", announce)
@@ -232,7 +236,9 @@ def _engine(
         from adapmoe_lab.engine.graph.executor import GraphExecutor  # only it needs triton
 
         context_tokens = planned.memory.needs.context_tokens
-        return GraphExecutor(host, store, spec.top_k, context_tokens, routers, falls_back=is_auto)
+        return GraphExecutor(
+            host, store, spec.top_k, context_tokens, routers, is_auto, wanted.compile_steps
+        )
     except ValueError as error:
         if not is_auto:
             raise

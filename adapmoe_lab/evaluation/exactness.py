@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapmoe_lab.engine.executor import Decoder
+from adapmoe_lab.engine.executor import Decoder, TokenSampler
 from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.memory_plan import HEADROOM, free_memory, in_words
 from adapmoe_lab.engine.rounding import rounding_bound
+from adapmoe_lab.engine.sampling import Sampling
 from adapmoe_lab.models.checkpoint.checkpoint import HFModel, open_checkpoint
 from adapmoe_lab.models.checkpoint.plain_model import is_quantised, load_unmodified
 from adapmoe_lab.models.families import find_moe_layers
@@ -195,6 +196,10 @@ class _Keeping:
     def step(self, token: int) -> torch.Tensor:
         """Run one token more."""
         return self._kept(self._decoder.step(token))
+
+    def sampler(self, sampling: Sampling, text: torch.Tensor) -> TokenSampler:
+        """Return what chooses the tokens that follow a text."""
+        return self._decoder.sampler(sampling, text)
 
     def _kept(self, logits: torch.Tensor) -> torch.Tensor:
         self.logits.append(logits.clone())

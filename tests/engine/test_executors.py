@@ -11,11 +11,11 @@ import torch
 from runs import PROMPT, decode
 
 from adapmoe_lab.engine.executor import Capabilities
-from adapmoe_lab.engine.generation.sampling import Sampling
 from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.graph import requirements
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.observing import observing
+from adapmoe_lab.engine.sampling import Sampling
 from adapmoe_lab.policies.allocation.slots import shared
 from adapmoe_lab.records import GatingTable, PrecisionPlan
 from adapmoe_lab.records.hook_points import HookPoint

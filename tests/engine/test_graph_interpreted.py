@@ -49,7 +49,7 @@ def test_in_tritons_interpreter_the_kernels_pass_their_tests():
 
 @pytest.mark.slow
 def test_in_tritons_interpreter_the_executor_passes_its_tests():
-    check_interpreted("tests/gpu/test_graph_serving.py")
+    check_interpreted("tests/gpu/test_graph_serving.py", "tests/gpu/test_graph_compiled.py")
 
 
 def check_interpreted(*arguments):

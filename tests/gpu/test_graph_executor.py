@@ -9,11 +9,11 @@ import torch
 from interpreted_graph import load_graph
 from runs import PROMPT
 
-from adapmoe_lab.engine.generation.sampling import Sampling
 from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.engine.observing import observing
+from adapmoe_lab.engine.sampling import Sampling
 from adapmoe_lab.records.hook_points import HookPoint
 
 pytestmark = [

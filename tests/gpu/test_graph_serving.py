@@ -27,6 +27,7 @@ from toy_policies import TOY
 from adapmoe_lab.engine.graph.captured_step import CapturedStep
 from adapmoe_lab.engine.graph.requirements import CaptureError
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
+from adapmoe_lab.engine.rounding import rounding_bound
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.policies.allocation.slots import slots_plan
 from adapmoe_lab.policies.eviction.policy import EvictionPolicy
@@ -255,7 +256,8 @@ def test_nothing_is_captured_without_room_for_the_proof(tmp_path, captured):
         each.prefill(ids[:126])
     for token in ids[126:].tolist():
         logits, wanted = decoder.step(token).float(), expected.step(token).float()
-        assert (logits - wanted).norm() < TOLERANCE * wanted.norm()
+        # the routers choose themselves, and the attention kernels differ
+        assert (logits - wanted).norm() < rounding_bound(torch.bfloat16) * wanted.norm()
     assert not captured
     decoder = model.decoder()
     decoder.prefill(ids[:125])

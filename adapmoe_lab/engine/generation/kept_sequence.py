@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from adapmoe_lab.engine.executor import Decoder
+from adapmoe_lab.engine.executor import Decoder, TokenSampler
+from adapmoe_lab.engine.sampling import Sampling
 
 
 class KeptSequence:
@@ -46,13 +47,23 @@ class KeptSequence:
         """Run one token more; return the logits [V] of what follows it."""
         decoder = self._taken()
         if decoder is None:
-            raise RuntimeError("No text was run before this token; run one with prefill.")
+            raise _nothing_run()
         logits = decoder.step(token)
         self._decoder = decoder
         self._tokens.append(token)
         return logits
 
+    def sampler(self, sampling: Sampling, text: torch.Tensor) -> TokenSampler:
+        """Return what chooses the tokens that follow the text that was run, int64 [T]."""
+        if self._decoder is None:
+            raise _nothing_run()
+        return self._decoder.sampler(sampling, text)
+
     def _taken(self) -> Decoder | None:
         """Return the decoder; without it, a pass that fails leaves nothing to go on from."""
         decoder, self._decoder = self._decoder, None
         return decoder
+
+
+def _nothing_run() -> RuntimeError:
+    return RuntimeError("No text was run before this token; run one with prefill.")

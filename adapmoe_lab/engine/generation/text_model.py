@@ -9,9 +9,9 @@ import torch
 
 from adapmoe_lab.engine.generation.chat import Message
 from adapmoe_lab.engine.generation.conversation import Conversation
-from adapmoe_lab.engine.generation.sampling import Sampling
 from adapmoe_lab.engine.generation.wanted import WantedText
 from adapmoe_lab.engine.generation.writing import Writer, prompt_ids, written
+from adapmoe_lab.engine.sampling import Sampling
 from adapmoe_lab.records.arguments import one_string
 
 

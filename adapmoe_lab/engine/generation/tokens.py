@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from adapmoe_lab.engine.executor import Decoder
-from adapmoe_lab.engine.generation.sampling import Sampler, Sampling
+from adapmoe_lab.engine.sampling import Sampling
 
 GREEDY = Sampling()
 
@@ -34,8 +34,8 @@ def generate_tokens(
     """
     if max_new_tokens < 1:
         return
-    sampler = Sampler(sampling, prompt)
     logits = decoder.prefill(prompt)
+    sampler = decoder.sampler(sampling, prompt)
     for n_left in reversed(range(max_new_tokens)):
         token = sampler.choose(logits)
         if token in stop_ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from adapmoe_lab.engine.generation.sampling import Sampling
+from adapmoe_lab.engine.sampling import Sampling
 from adapmoe_lab.records.arguments import strings, whole_number
 
 

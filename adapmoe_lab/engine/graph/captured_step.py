@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import triton
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
+from adapmoe_lab.engine.graph.captured_choice import CapturedChoice
 from adapmoe_lab.engine.graph.compiling import CompileWarning, compiled, compiling
+from adapmoe_lab.engine.graph.recording import Graph, recorded
 from adapmoe_lab.engine.graph.requirements import REMEDY, CaptureError
 from adapmoe_lab.engine.graph.served_step import ServedStep
 from adapmoe_lab.engine.host_driven.decoder import STEADY_ATTENTION
@@ -20,18 +21,8 @@ from adapmoe_lab.engine.rounding import rounding_bound
 from adapmoe_lab.models.hooks.key_value_cache import forward_cached, rewind, static_cache
 from adapmoe_lab.models.hooks.observing import hooks_of
 
-N_REHEARSALS = 2
-"""Steps before the capture: kernels compile, and libraries set up their workspaces."""
 N_PROVED = 3
 """Steps that are compared with plain ones before a graph is trusted."""
-
-
-class Graph(Protocol):
-    """What was captured."""
-
-    def replay(self) -> None:
-        """Run it again, on what its tensors hold now."""
-        ...
 
 
 class CapturedStep:
@@ -42,6 +33,7 @@ class CapturedStep:
         cache: keys and values of the present sequence.
         context_tokens: how many tokens they have room for.
         sequence: counts the sequences begun.
+        choice: what chooses tokens by its logits; None until it is captured.
     """
 
     def __init__(
@@ -65,6 +57,7 @@ class CapturedStep:
         self.context_tokens = context_tokens
         self.cache: Any = static_cache(hf, context_tokens)
         self.sequence = 0
+        self.choice: CapturedChoice | None = None
         self._hf = hf
         self._capturing = capturing
         self._compiles = compiles
@@ -79,7 +72,8 @@ class CapturedStep:
         is captured again.
         """
         if self._hooks != hooks_of(self._hf):
-            self._graph, self._hooks = None, hooks_of(self._hf)
+            self._hooks = hooks_of(self._hf)
+            self._forget()
         self.cache.reset()
         self.sequence += 1
         return self.sequence
@@ -87,7 +81,12 @@ class CapturedStep:
     def compile(self) -> None:
         """Compile the forward before the next replay, if it is not, and capture it anew."""
         if not self._compiles:
-            self._compiles, self._graph = True, None
+            self._compiles = True
+            self._forget()
+
+    def _forget(self) -> None:
+        """Capture the next step anew."""
+        self._graph = self.choice = None
 
     def run(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Run tokens [T] by a plain forward pass; return the logits [V] of what follows them.
@@ -151,35 +150,12 @@ class CapturedStep:
         """Return the step as a graph that replays what a plain step computes."""
 
         def run() -> torch.Tensor:
-            return self._run(self._token[0], forward)
+            with self._capturing():
+                return self._run(self._token[0], forward)
 
-        graph = self._recorded(n_before, run)
+        graph, self._logits = recorded(run, lambda: rewind(self.cache, n_before))
         self._prove(graph, n_before, run)
-        return graph
-
-    def _recorded(self, n_before: int, run: Callable[[], torch.Tensor]) -> Graph:
-        """Return the step as a graph."""
-        present = torch.cuda.current_stream()
-        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        aside.wait_stream(present)
-        try:
-            with self._capturing(), torch.cuda.stream(aside):
-                for _ in range(N_REHEARSALS):
-                    run()
-                    rewind(self.cache, n_before)
-            present.wait_stream(aside)
-            # a capture that fails leaves its own stream the current one
-            with torch.cuda.stream(present), self._capturing(), torch.cuda.graph(graph):
-                self._logits = run()
-        except (CaptureError, torch.OutOfMemoryError):
-            raise
-        except (RuntimeError, triton.TritonError) as error:
-            cause = error.__context__ or error  # ending an invalid capture is an error, too
-            first_line = str(cause).strip().splitlines()[0].rstrip(".")
-            raise CaptureError(
-                f"The forward of this model cannot be captured as a CUDA graph: {first_line}. "
-                f"{REMEDY}"
-            ) from error
+        self.choice = CapturedChoice(self._logits)
         return graph
 
     def _prove(self, graph: Graph, n_before: int, run: Callable[[], torch.Tensor]) -> None:
@@ -194,12 +170,16 @@ class CapturedStep:
             graph.replay()
             return self._logits
 
-        with self._capturing():
-            expected = self._logits_of(run, n_before)
-            uncompiled = self._logits_of(lambda: self.run(self._token[0]), n_before)
+        def uncompiled() -> torch.Tensor:
+            with self._capturing():
+                return self.run(self._token[0])
+
+        expected = self._logits_of(run, n_before)
         errors = _relative_errors(self._logits_of(replayed, n_before), expected)
         bound = rounding_bound(self._logits.dtype)
-        of_compiling = float(_relative_errors(expected, uncompiled).median())
+        of_compiling = float(
+            _relative_errors(expected, self._logits_of(uncompiled, n_before)).median()
+        )
         for error, what in (
             (float(errors.max()), "captured step gives other logits than a plain one"),
             (of_compiling, "compiled step gives other logits than an uncompiled one"),

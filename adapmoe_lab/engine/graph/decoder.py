@@ -6,8 +6,10 @@ from typing import Protocol
 
 import torch
 
+from adapmoe_lab.engine.graph.captured_choice import ReplayedSampler
 from adapmoe_lab.engine.graph.captured_step import CapturedStep
 from adapmoe_lab.engine.host_driven.decoder import UnbrokenPasses
+from adapmoe_lab.engine.sampling import Sampling
 
 
 class Replaying(Protocol):
@@ -67,6 +69,10 @@ class GraphDecoder:
                 logits = self._step.run(torch.tensor([token], device=self._executor.device))
         self._n_tokens += 1
         return logits
+
+    def sampler(self, sampling: Sampling, text: torch.Tensor) -> ReplayedSampler:
+        """Return what chooses the tokens that follow a text, int64 [T], until there is another."""
+        return ReplayedSampler(lambda: self._step.choice, sampling, text)
 
     @property
     def _is_present(self) -> bool:

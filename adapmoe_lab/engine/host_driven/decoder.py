@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adapmoe_lab.engine.sampling import Sampler, Sampling
 from adapmoe_lab.models.hooks.key_value_cache import forward_cached
 
 STEADY_ATTENTION = [
@@ -73,6 +74,10 @@ class TransformersDecoder:
     def step(self, token: int) -> torch.Tensor:
         """Run one token more; return the logits [V] of what follows it."""
         return self._run(torch.full((1, 1), token, device=self._hf.device))  # pyright: ignore
+
+    def sampler(self, sampling: Sampling, text: torch.Tensor) -> Sampler:
+        """Return what chooses the tokens that follow a text, int64 [T]."""
+        return Sampler(sampling, text)
 
     @torch.no_grad()
     def _run(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -14,18 +14,23 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from adapmoe_lab.engine.generation.sampling import (
+from adapmoe_lab.engine.sampling import (
     Sampler,
     Sampling,
-    among_top_k,
-    among_top_p,
-    chosen,
+    among_likeliest,
     gumbel_noise,
     penalised,
 )
 
-CPU = torch.device("cpu")
 N_TOKENS = 40
+
+
+def chosen(logits, sampling, position):
+    return Sampler(sampling, torch.zeros(position, dtype=torch.long)).choose(logits)
+
+
+def cut(logits, top_k=N_TOKENS, top_p=np.inf):
+    return among_likeliest(logits, torch.tensor(top_k), torch.tensor(top_p))
 
 
 def mixed(number):
@@ -51,7 +56,8 @@ def test_noise_is_a_function_of_seed_position_and_token(seed):
         state = after(after(seed % 2**64, 1), position + 1)
         uniform = [((after(state, n + 1) >> 12) + 0.5) / 2**52 for n in range(N_TOKENS)]
         expected = [-log(-log(u)) for u in uniform]
-        found = gumbel_noise(seed, position, N_TOKENS, CPU)
+        signed = torch.tensor(np.uint64(seed % 2**64).view(np.int64))
+        found = gumbel_noise(signed, torch.tensor(position), N_TOKENS)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
 
 
@@ -64,8 +70,11 @@ logits_drawn = st.lists(
 @given(logits_drawn, st.integers(1, 60), st.sampled_from([0.05, 0.3, 0.7, 0.95]))
 def test_what_is_left_out_is_what_transformers_leaves_out(logits, top_k, top_p):
     ids = torch.zeros((1, 1), dtype=torch.long)
-    assert torch.equal(among_top_k(logits, top_k), TopKLogitsWarper(top_k)(ids, logits[None])[0])
-    assert torch.equal(among_top_p(logits, top_p), TopPLogitsWarper(top_p)(ids, logits[None])[0])
+    of_k, of_p = TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)
+    assert torch.equal(cut(logits, min(top_k, N_TOKENS)), of_k(ids, logits[None])[0])
+    assert torch.equal(cut(logits, top_p=top_p), of_p(ids, logits[None])[0])
+    both = of_p(ids, of_k(ids, logits[None]))[0]
+    assert torch.equal(cut(logits, min(top_k, N_TOKENS), top_p), both)
 
 
 @settings(deadline=None)
@@ -110,8 +119,8 @@ def test_a_token_once_in_the_text_is_penalised_from_then_on():
 
 def test_the_least_and_the_most_of_top_p():
     logits = torch.tensor([1.0, 3.0, 2.0])
-    assert among_top_p(logits, 0.0).isfinite().tolist() == [False, True, False]
-    assert among_top_p(logits, 1.0).isfinite().all()
+    assert cut(logits, 3, 0.0).isfinite().tolist() == [False, True, False]
+    assert cut(logits, 3, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-300])

@@ -1,0 +1,151 @@
+"""Compiled steps, the hooks that a graph holds, and tokens chosen by one.
+
+On a GPU; without one in Triton's interpreter, as `tests/engine/test_graph_interpreted.py` does.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from forced_routing import forced_routing, random_choices
+from interpreted_graph import (
+    DEVICE,
+    IS_INTERPRETED,
+    NEEDS_DEVICE,
+    capturing_on_the_cpu,
+    counting_captures,
+    load_graph,
+)
+from tiny_models import VOCABULARY_SIZE, save_tiny
+from torch._inductor.utils import run_and_get_code
+
+from adapmoe_lab.engine.graph import captured_step
+from adapmoe_lab.engine.graph.compiling import CompileWarning
+from adapmoe_lab.engine.graph.requirements import CaptureError
+from adapmoe_lab.engine.rounding import rounding_bound
+from adapmoe_lab.engine.sampling import Sampler, Sampling
+from adapmoe_lab.policies.allocation.slots import slots_plan
+from adapmoe_lab.records import GatingTable
+
+pytestmark = NEEDS_DEVICE
+N_PROMPT, N_STEPS = (4, 4) if IS_INTERPRETED else (12, 40)
+BOUND = rounding_bound(torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def captured(tmp_path, monkeypatch):
+    """Count captures, and keep what is compiled apart."""
+    monkeypatch.setenv("ADAPMOE_LAB_CACHE", str(tmp_path / "cache"))
+    with capturing_on_the_cpu() if IS_INTERPRETED else counting_captures() as steps:
+        yield steps
+
+
+def drawn_tokens(n):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, VOCABULARY_SIZE, (n,), generator=generator)
+
+
+def decoded(model, ids, position):
+    """Return the logits [N, V] of every step of a new sequence, and the counters [2, L] of them."""
+    position.zero_()
+    decoder = model.decoder()
+    decoder.prefill(ids[:N_PROMPT])
+    before, found = model.engine.traffic, []
+    for number, token in enumerate(ids[N_PROMPT:].tolist()):
+        position.fill_(N_PROMPT + number)
+        found.append(decoder.step(token).float().clone())
+    counted = model.engine.traffic - before
+    return torch.stack(found), np.stack([counted.hits, counted.misses])
+
+
+def under_gatings(model, captured):
+    """Return logits and counters of a text under several gatings, captured once."""
+    spec, ids = model.spec, drawn_tokens(N_PROMPT + N_STEPS)
+    position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    choices = random_choices(spec.n_layers, len(ids), spec.n_experts, spec.top_k, DEVICE)
+    before, found = len(captured), []
+    with forced_routing(model, choices, position):
+        for gating in (None, *(GatingTable(np.full((3, 1), cut)) for cut in (0.62, 0.8))):
+            model.apply(replace(model.config, plan=slots_plan(spec, 3), gating=gating))
+            found.append(decoded(model, ids, position))
+    assert len(captured) == before + 1, "cuts are no part of what is compiled"
+    return found
+
+
+def test_compiled_steps_do_what_uncompiled_ones_do(tmp_path, captured):
+    folder = save_tiny("mixtral", tmp_path)
+    expected = under_gatings(load_graph(folder), captured)
+    model = load_graph(folder, compile_steps=True)
+    found, codes = run_and_get_code(lambda: under_gatings(model, captured))
+    for (logits, counters), (wanted, wanted_counters) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(counters, wanted_counters)
+        errors = (logits - wanted).norm(dim=1) / wanted.norm(dim=1)
+        assert float(errors.max()) < BOUND
+    calls = re.findall(r"adapmoe_lab\.decide\.default\((.*)\)", "\n".join(codes))
+    assert len(calls) == model.spec.n_layers
+    for arguments in calls:
+        of_state = arguments.split(", None, ")[1].split(", ")[:12]
+        message = f"no copy is made of what a kernel changes, but it is given {arguments}"
+        assert all(re.fullmatch(r"arg\d+_1", name) for name in of_state), message
+
+
+def test_a_step_that_cannot_be_compiled_is_captured_as_it_is(tmp_path, monkeypatch, captured):
+    def failing(hf):
+        def forward(**_):
+            raise (CaptureError if IS_INTERPRETED else RuntimeError)("no such instruction")
+
+        return forward
+
+    monkeypatch.setattr(captured_step, "compiled", failing)
+    model = load_graph(save_tiny("mixtral", tmp_path), compile_steps=True)
+    decoder = model.decoder()
+    decoder.prefill(drawn_tokens(N_PROMPT))
+    with pytest.warns(CompileWarning, match="replayed uncompiled.*no such instruction"):
+        decoder.step(1)
+    assert model.engine.runs_steps_by == "graph"
+    decoder.step(2)
+
+
+def test_another_hook_is_seen_by_the_next_sequence(tmp_path, captured):
+    model = load_graph(save_tiny("mixtral", tmp_path))
+
+    def logits():
+        decoder = model.decoder()
+        decoder.prefill(drawn_tokens(N_PROMPT))
+        return decoder.step(1).float().clone()
+
+    plain = logits()
+    handle = model.hf.lm_head.register_forward_hook(lambda _, __, output: -output)
+    assert torch.equal(logits(), -plain)
+    handle.remove()
+    assert torch.equal(logits(), plain)
+    assert torch.equal(logits(), plain)
+    assert len(captured) == 3
+
+
+def test_tokens_are_chosen_on_the_device_as_by_the_host(tmp_path):
+    model = load_graph(save_tiny("mixtral", tmp_path))
+    samplings = [
+        Sampling(),
+        Sampling(repetition_penalty=1.7),
+        Sampling(1.5, seed=3),
+        Sampling(0.7, seed=2**64 - 5, repetition_penalty=1.3),
+        Sampling(2.0, top_k=9, seed=1),
+        Sampling(2.0, top_k=30, top_p=0.8, seed=1, repetition_penalty=1.1),
+    ]
+    prompt = drawn_tokens(N_PROMPT)
+    with counting_captures("captured_choice") as choices:
+        for number, sampling in enumerate(samplings):
+            decoder, by_host = model.decoder(), Sampler(sampling, prompt)
+            logits = decoder.prefill(prompt)
+            sampler = decoder.sampler(sampling, prompt)
+            for _ in range(N_STEPS):
+                kept = logits.clone()
+                token = sampler.choose(logits)
+                assert token == by_host.choose(kept), f"sampling {number}"
+                logits = decoder.step(token)
+    assert len(choices) == 3, "one of a kind: what else differs is data"
