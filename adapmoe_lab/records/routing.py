@@ -24,7 +24,9 @@ from adapmoe_lab.records.files import (
 from adapmoe_lab.records.spec import MoESpec
 
 KIND = "routing-trace"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""The first whose traces may be without `router_probs`."""
+
 OLDEST_VERSION = 1
 """Its predictions have no scores; they are left out."""
 
@@ -32,6 +34,8 @@ UNGATED = "ungated"
 EXPERTS, SCORES = "predictions", "prediction_scores"
 IN_HEADER = ("spec", "labels", "recorded_under", "fingerprint")
 PER_TOKEN = ("token_ids", "expert_indices", "weights", "router_probs", "step_ids", "is_decode")
+SMALLER_IN_FILES = MappingProxyType({"expert_indices": np.uint8, "weights": np.float16})
+"""Types that a file holds values in where they are exact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +83,7 @@ class RoutingTrace:
         token_ids: int32 [T].
         expert_indices: int16 [T, L, K], as the router gave them.
         weights: float32 [T, L, K], the router's own, before gating.
-        router_probs: float16 [T, L, E].
+        router_probs: float16 [T, L, E]; None if only the chosen experts were kept.
         predictions: what was predicted meanwhile, by predictor and distance in layers.
         sequence_starts: int64 [S], index of each sequence's first token.
         step_ids: int64 [T], ascending; tokens of one forward pass share a step.
@@ -92,7 +96,7 @@ class RoutingTrace:
     token_ids: NDArray[np.int32]
     expert_indices: NDArray[np.int16]
     weights: NDArray[np.float32]
-    router_probs: NDArray[np.float16]
+    router_probs: NDArray[np.float16] | None
     predictions: Predictions
     sequence_starts: NDArray[np.int64]
     step_ids: NDArray[np.int64]
@@ -114,6 +118,8 @@ class RoutingTrace:
             ("step_ids", np.int64, (n_tokens,)),
             ("is_decode", np.bool_, (n_tokens,)),
         ):
+            if name == "router_probs" and self.router_probs is None:
+                continue
             array = frozen_array(name, getattr(self, name), dtype, shape)
             object.__setattr__(self, name, array)
         frozen = {
@@ -156,6 +162,11 @@ class RoutingTrace:
             for distance, prediction in by_distance.items():
                 yield f"{predictor}/{distance}", prediction
 
+    def _per_token(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        for name in PER_TOKEN:
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
+
     @property
     def n_tokens(self) -> int:
         """T, the number of recorded tokens."""
@@ -165,6 +176,28 @@ class RoutingTrace:
     def shares(self) -> NDArray[np.float32]:
         """Weight of each chosen expert over the token's sum, float32 [T, L, K]."""
         return self.weights / self.weights.sum(axis=2, keepdims=True)
+
+    def all_router_probs(self) -> NDArray[np.float16]:
+        """Return `router_probs`, for what cannot do without.
+
+        Raises:
+            RecordError: the trace is of the chosen experts only.
+        """
+        if self.router_probs is None:
+            raise RecordError(
+                "The trace is without router_probs, the router's scores of all experts, which are "
+                "needed here: only the chosen experts and their weights were kept. Record the "
+                "model with `profile`, or choose what reads no scores."
+            )
+        return self.router_probs
+
+    def chosen_only(self) -> RoutingTrace:
+        """Return the trace of the chosen experts and their weights, these rounded to float16.
+
+        Without the scores of all experts and without predictions its file is several times smaller.
+        """
+        weights = self.weights.astype(np.float16).astype(np.float32)
+        return replace(self, weights=weights, router_probs=None, predictions={})
 
     def as_decode(self) -> RoutingTrace:
         """Return the trace with every token a decode step of its own.
@@ -205,7 +238,7 @@ class RoutingTrace:
 
     def _at(self, tokens: Any, **others: Any) -> RoutingTrace:
         """Return the trace with everything per token taken at some, and other fields given."""
-        arrays = {name: getattr(self, name)[tokens] for name in PER_TOKEN}
+        arrays = {name: array[tokens] for name, array in self._per_token()}
         predictions = {
             predictor: {distance: p.of(tokens) for distance, p in by_distance.items()}
             for predictor, by_distance in self.predictions.items()
@@ -244,9 +277,14 @@ class RoutingTrace:
         return digest(self.spec.fingerprint(), self.recorded_under, *parts)
 
     def save(self, path: str | Path) -> Path:
-        """Write the trace to one .npz file, whole or not at all, and return its path."""
+        """Write the trace to one .npz file, whole or not at all, and return its path.
+
+        Experts are written as uint8 and weights as float16 where nothing is lost by it.
+        """
         path = Path(path)
-        arrays = {name: getattr(self, name) for name in (*PER_TOKEN, "sequence_starts")}
+        arrays = {**dict(self._per_token()), "sequence_starts": self.sequence_starts}
+        for name, dtype in SMALLER_IN_FILES.items():
+            arrays[name] = _exactly_as(dtype, arrays[name])
         for name, prediction in self._named_predictions():
             arrays[f"{EXPERTS}/{name}"] = prediction.experts
             arrays[f"{SCORES}/{name}"] = prediction.scores
@@ -275,9 +313,12 @@ class RoutingTrace:
             for name in arrays
             if re.fullmatch(rf"{EXPERTS}/[^/]+/\d+", name)
         }
-        later = scores.values() if header["schema_version"] == OLDEST_VERSION else ()
+        version = header["schema_version"]
+        later = scores.values() if version == OLDEST_VERSION else ()
+        optional = ("router_probs",) if version == SCHEMA_VERSION else ()
         names = (*PER_TOKEN, "sequence_starts", *scores, *scores.values())
-        arrays = known_values(arrays, str(path), names, later)
+        arrays = known_values(arrays, str(path), names, (*later, *optional))
+        arrays.setdefault("router_probs", None)
         predictions: dict[str, dict[int, Prediction]] = {}
         for name, scores_name in scores.items():
             _, predictor, distance = name.split("/")
@@ -295,3 +336,10 @@ class RoutingTrace:
         if trace.fingerprint() != header["fingerprint"]:
             raise RecordError(f"{path} does not hold the trace that was saved; record it again.")
         return trace
+
+
+def _exactly_as(dtype: Any, array: NDArray[Any]) -> NDArray[Any]:
+    """Return an array as another type, or unchanged if that type does not hold its values."""
+    with np.errstate(over="ignore"):
+        other = array.astype(dtype)
+    return other if np.array_equal(other.astype(array.dtype), array) else array

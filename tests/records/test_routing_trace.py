@@ -27,6 +27,56 @@ def test_saved_trace_reads_back_equal(tmp_path):
     np.testing.assert_array_equal(predicted.scores, expected.scores)
 
 
+def test_a_trace_of_the_chosen_experts_only_reads_back_equal(tmp_path):
+    whole = make_trace()
+    trace = whole.chosen_only()
+    assert trace.router_probs is None
+    assert not trace.predictions
+    np.testing.assert_array_equal(trace.expert_indices, whole.expert_indices)
+    np.testing.assert_allclose(trace.weights, whole.weights, rtol=2**-11)
+    again = RoutingTrace.load(trace.save(tmp_path / "trace.npz"))
+    assert again.router_probs is None
+    assert again.fingerprint() == trace.fingerprint()
+    np.testing.assert_array_equal(again.weights, trace.weights)
+    assert again.weights.dtype == np.float32
+    assert again.expert_indices.dtype == np.int16
+    part = again.of_sequences([1]).first(10)
+    np.testing.assert_array_equal(part.expert_indices, trace.expert_indices[100:110])
+    assert part.router_probs is None
+    with pytest.raises(RecordError, match=r"without router_probs.*Record the model with `profile`"):
+        again.all_router_probs()
+
+
+def stored_dtypes(path):
+    with np.load(path) as arrays:
+        return arrays["expert_indices"].dtype, arrays["weights"].dtype
+
+
+def test_files_hold_smaller_types_only_where_they_are_exact(tmp_path):
+    chosen = make_trace(n_tokens=12).chosen_only()
+    assert stored_dtypes(chosen.save(tmp_path / "half.npz")) == (np.uint8, np.float16)
+    whole = make_trace(make_spec(n_experts=300), n_tokens=12)
+    assert whole.expert_indices.max() > 255
+    assert stored_dtypes(whole.save(tmp_path / "whole.npz")) == (np.int16, np.float32)
+    large = replace(chosen, weights=np.full((12, 3, 2), 1e6))
+    assert stored_dtypes(large.save(tmp_path / "large.npz")) == (np.uint8, np.float32)
+    for name, trace in (("whole", whole), ("large", large)):
+        again = RoutingTrace.load(tmp_path / f"{name}.npz")
+        np.testing.assert_array_equal(again.expert_indices, trace.expert_indices)
+        np.testing.assert_array_equal(again.weights, trace.weights)
+
+
+def test_a_file_of_version_2_must_have_all_scores(tmp_path, monkeypatch):
+    trace = make_trace(n_tokens=12)
+    monkeypatch.setattr("adapmoe_lab.records.routing.SCHEMA_VERSION", 2)
+    whole = trace.save(tmp_path / "whole.npz")
+    without = trace.chosen_only().save(tmp_path / "without.npz")
+    monkeypatch.undo()
+    np.testing.assert_array_equal(RoutingTrace.load(whole).router_probs, trace.router_probs)
+    with pytest.raises(RecordError, match="lacks 'router_probs'"):
+        RoutingTrace.load(without)
+
+
 def test_arrays_cannot_be_written():
     trace = make_trace()
     with pytest.raises(ValueError, match="read-only"):
@@ -127,10 +177,12 @@ def test_a_version_1_file_reads_without_its_predictions():
 
 
 def test_a_version_of_the_future_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("adapmoe_lab.records.routing.SCHEMA_VERSION", 3)
+    monkeypatch.setattr("adapmoe_lab.records.routing.SCHEMA_VERSION", 4)
     path = make_trace(n_tokens=12).save(tmp_path / "trace.npz")
     monkeypatch.undo()
-    with pytest.raises(RecordError, match=r"version 3; this adapmoe-lab reads version 1 or 2\."):
+    with pytest.raises(
+        RecordError, match=r"version 4; this adapmoe-lab reads version 1 or 2 or 3\."
+    ):
         RoutingTrace.load(path)
 
 

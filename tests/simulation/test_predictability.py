@@ -7,7 +7,7 @@ import pytest
 from traces import make_spec, make_trace
 
 from adapmoe_lab.policies.gating.keep import kept_experts, top_p
-from adapmoe_lab.records import GatingTable, Prediction
+from adapmoe_lab.records import GatingTable, Prediction, RecordError
 from adapmoe_lab.simulation.statistics.predictability import (
     hit_probability,
     recall_and_precision,
@@ -181,3 +181,10 @@ def test_baselines_know_one_half_and_are_judged_on_the_other():
 def test_what_was_not_recorded_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         recall_and_precision(a_trace(), *arguments)
+
+
+def test_baselines_need_the_scores_of_all_experts():
+    with pytest.raises(RecordError, match="without router_probs"):
+        with_baselines(a_trace().chosen_only())
+    with pytest.raises(RecordError, match="without router_probs"):
+        with_baselines(a_trace(), known=a_trace().chosen_only())

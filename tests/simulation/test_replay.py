@@ -13,7 +13,7 @@ from traces import make_trace
 from adapmoe_lab.engine.loading import load
 from adapmoe_lab.evaluation.texts import calibration_texts
 from adapmoe_lab.profiling.routing.profile import profile
-from adapmoe_lab.records import CachePlan
+from adapmoe_lab.records import CachePlan, RecordError
 from adapmoe_lab.records.files import CACHE_VARIABLE
 from adapmoe_lab.simulation.replay.replay import replay
 
@@ -83,6 +83,18 @@ def test_an_unknown_policy_is_named():
     trace = make_trace(n_tokens=4)
     with pytest.raises(ValueError, match="eviction='magic' is unknown; expected one of lru, lfu"):
         replay(trace, np.ones(trace.weights.shape, dtype=bool), None, "magic")
+
+
+@pytest.mark.parametrize("eviction", ["lru", "lfu_aged", "belady"])
+def test_chosen_experts_are_enough_for_policies_that_read_no_scores(eviction):
+    trace = make_trace()
+    found = replay_all(trace.chosen_only(), plan_of([3, 2, 5]), eviction)
+    np.testing.assert_array_equal(found.hits, replay_all(trace, plan_of([3, 2, 5]), eviction).hits)
+
+
+def test_policies_that_read_scores_refuse_a_trace_without():
+    with pytest.raises(RecordError, match=r"without router_probs.*choose what reads no scores"):
+        replay_all(make_trace().chosen_only(), plan_of([3, 2, 5]), "router_average")
 
 
 CODE = """

@@ -75,6 +75,7 @@ def replay(
 
     Raises:
         ValueError: there is no such policy, or it and the plan disagree on pins.
+        RecordError: the policy reads the router's scores, and the trace is without.
     """
     policy, spec = policy_named(eviction), trace.spec
     from adapmoe_lab.simulation.replay.pool_loops import pool_replay
@@ -85,7 +86,7 @@ def replay(
     pinned = plan.pinned_mask(spec.n_experts)
     bounds = step_bounds(trace)
     n_shared = spec.n_layers // plan.n_pools  # layers per pool
-    scores = Scores(trace.router_probs.view(np.uint16), FIXED_SCORES)
+    scores = _scores(policy, trace)
     members, starts = expert_sets(trace, keep, bounds)
     of_layers = Steps(bounds, members, starts, _no_inputs(policy, members), first_layer=0)
     _fill_oracle_inputs(policy, of_layers, scores, n_shared)
@@ -104,6 +105,17 @@ def replay(
     hits, loads, streamed = counts.transpose(3, 1, 0, 2).reshape(3, -1, spec.n_layers)
     is_decode = trace.is_decode[bounds[:-1]]
     return Replay(hits, loads, streamed, is_decode, members, starts, outcomes, absent)
+
+
+def _scores(policy: EvictionPolicy, trace: RoutingTrace) -> Scores:
+    """Return the router's scores of a trace; zeros if it has none and the policy reads none."""
+    if trace.router_probs is None and not policy.needs_scores:
+        shape = trace.n_tokens, trace.spec.n_layers, trace.spec.n_experts
+        bits = np.zeros(shape, dtype=np.uint16)
+        bits.flags.writeable = False
+    else:
+        bits = trace.all_router_probs().view(np.uint16)
+    return Scores(bits, FIXED_SCORES)
 
 
 def _no_inputs(policy: EvictionPolicy, members: NDArray[np.int16]) -> NDArray[np.int32]:

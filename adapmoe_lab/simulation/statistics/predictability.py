@@ -139,17 +139,21 @@ def with_baselines(
         known: what is known of routing; if None every second sequence of the trace, which is then
             left out of what is returned.
         n_candidates: C; the router's K if None.
+
+    Raises:
+        RecordError: one of the traces is without the router's scores of all experts.
     """
     if known is None:
         numbers = range(len(trace.sequence_starts))
         known, trace = trace.of_sequences(numbers[::2]), trace.of_sequences(numbers[1::2])
+    probs = trace.all_router_probs()
     scores = {
         FREQUENCY: np.broadcast_to(
             expert_use(known.expert_indices, known.spec.n_experts) / known.spec.top_k,
-            trace.router_probs.shape,
+            probs.shape,
         ),
         TOKEN_TABLE_ALL: _scores_of_same_tokens(known, trace),
-        PREVIOUS_TOKEN: np.roll(trace.router_probs, 1, axis=0),
+        PREVIOUS_TOKEN: np.roll(probs, 1, axis=0),
     }
     n_candidates = trace.spec.top_k if n_candidates is None else n_candidates
     predictions = {name: _ranked(score, n_candidates) for name, score in scores.items()}
@@ -163,8 +167,9 @@ def with_baselines(
 
 def _scores_of_same_tokens(known: RoutingTrace, trace: RoutingTrace) -> Floats:
     """Return the mean score [T, L, E] that a trace's tokens had in a known trace."""
-    every = known.router_probs.mean(axis=0, dtype=np.float64)
-    means = means_by_token(known.token_ids, known.router_probs, every)
+    probs = known.all_router_probs()
+    every = probs.mean(axis=0, dtype=np.float64)
+    means = means_by_token(known.token_ids, probs, every)
     distinct = np.unique(known.token_ids)
     places = np.searchsorted(distinct, trace.token_ids).clip(max=len(distinct) - 1)
     is_known = distinct[places] == trace.token_ids
