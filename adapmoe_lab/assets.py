@@ -29,6 +29,15 @@ def demo_folder() -> Path:
     return data_folder() / "demo"
 
 
+def recording_file() -> Path:
+    """Return the file of a trained router's routing at 16 layers, 64 experts, top-8, on real text.
+
+    `RoutingTrace.load` reads it: the experts and weights that the third model chose. It has no
+    scores of other experts.
+    """
+    return data_folder() / "third_model" / "routing.npz"
+
+
 def text_folder() -> Path | None:
     """Return the folder of real text that `$ADAPMOE_LAB_DATA` names, if it exists."""
     named = os.environ.get(TEXT_VARIABLE)

@@ -1,43 +1,21 @@
 """The second trained model: its committed records, and the command that makes it again."""
 
-import json
-import re
-import shlex
 import shutil
 
 import numpy as np
 import pytest
+from model_records import (
+    DEMO,
+    RECORDS,
+    SECOND,
+    documented_commands,
+    read,
+    recorded_files,
+    recorded_recipe,
+)
 
-from adapmoe_lab.assets import data_folder
 from adapmoe_lab.demo.card import write_card
-from adapmoe_lab.demo.recipe import Recipe
-from adapmoe_lab.demo.train import argument_parser, recipe_from
-from adapmoe_lab.models.demo_architecture import DemoArchitecture, build_model, n_parameters
-
-DEMO = data_folder() / "demo"
-SECOND = data_folder() / "second_model"
-RECORDS = ("training_record.json", "measurements.json")
-
-
-def read(folder, name):
-    return json.loads((folder / name).read_text(encoding="utf-8"))
-
-
-def recorded_recipe(folder):
-    record = read(folder, "training_record.json")
-    return Recipe(architecture=DemoArchitecture(**record["architecture"]), **record["recipe"])
-
-
-def recorded_files(folder):
-    domains = read(folder, "training_record.json")["domains"]
-    return [file for domain in domains.values() for file in domain["files"]]
-
-
-def documented_commands():
-    text = (data_folder() / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^python -m adapmoe_lab\.demo\.train (.+)$", text, re.MULTILINE)
-    options = [argument_parser().parse_args(shlex.split(line, comments=True)) for line in commands]
-    return {str(option.out): recipe_from(option) for option in options}
+from adapmoe_lab.models.demo_architecture import build_model, n_parameters
 
 
 def test_it_is_of_another_family_and_of_the_demo_s_size():
