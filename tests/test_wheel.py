@@ -70,6 +70,17 @@ def test_it_generates_with_the_model_inside(installed, tmp_path):
     assert len(text.split()) > 5
 
 
+def test_the_recording_of_the_third_model_is_inside(installed, tmp_path):
+    code = (
+        "from adapmoe_lab.assets import recording_file\n"
+        "from adapmoe_lab.records import RoutingTrace\n"
+        "print(recording_file(), RoutingTrace.load(recording_file()).expert_indices.shape)"
+    )
+    path, shape = run_there(installed, tmp_path, "-c", code).strip().split(" ", 1)
+    assert Path(path).is_relative_to(installed)
+    assert shape == "(7168, 16, 8)"
+
+
 def test_lab_serves_copies_of_the_notebooks(installed, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(installed))
     monkeypatch.chdir(tmp_path)
