@@ -161,7 +161,7 @@ def among_likeliest(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tens
     Of the `top_k` likeliest, int64 [], as many remain as have the probability `top_p` [] together.
     """
     ranked, order = scores.sort(descending=True, stable=True)
-    ranked = ranked.masked_fill(ranked < ranked[top_k - 1], -torch.inf)
+    ranked = ranked.masked_fill(ranked < ranked.gather(0, top_k[None] - 1), -torch.inf)
     probability = ranked.softmax(dim=-1)
     is_left_out = (probability.cumsum(dim=-1) - probability >= top_p) | ranked.isneginf()
     is_left_out[0] = False

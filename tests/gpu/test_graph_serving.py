@@ -24,7 +24,7 @@ from interpreted_graph import (
 from tiny_models import VOCABULARY_SIZE, save_tiny
 from toy_policies import TOY
 
-from adapmoe_lab.engine.graph.captured_step import CapturedStep
+from adapmoe_lab.engine.graph import captured_step
 from adapmoe_lab.engine.graph.requirements import CaptureError
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.rounding import rounding_bound
@@ -173,19 +173,15 @@ def test_cuts_quotas_and_slots_change_without_another_capture(tmp_path, captured
 
 def wrongly_replayed(monkeypatch):
     """Let graphs replay the step that was recorded, wherever the sequence is."""
-    record = CapturedStep._recorded
+    record = captured_step.recorded
 
-    def recorded(step, n_before):
-        graph = record(step, n_before)
+    def recorded(run, undo):
+        graph, result = record(run, undo)
         graph.replay()
-        first = step._logits.clone()
+        first = result.clone()
+        return SimpleNamespace(replay=lambda: result.copy_(first)), result
 
-        def replay():
-            step._logits = first
-
-        return SimpleNamespace(replay=replay)
-
-    monkeypatch.setattr(CapturedStep, "_recorded", recorded)
+    monkeypatch.setattr(captured_step, "recorded", recorded)
 
 
 def test_a_graph_that_replays_something_else_is_not_used(tmp_path, monkeypatch):

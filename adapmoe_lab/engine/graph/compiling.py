@@ -7,10 +7,10 @@ has compiled the same before: what the compiler makes is kept in the project's c
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -35,7 +35,13 @@ def compiled(hf: nn.Module) -> Any:
 @contextmanager
 def compiling() -> Iterator[None]:
     """Let forwards be compiled, each for the hooks on its modules, and kept on the disk."""
-    folder = os.environ.get(CACHE_VARIABLE) or str(cache_folder() / "compiled")
     settings = {"cache_size_limit": N_KEPT, "skip_nnmodule_hook_guards": False}
-    with patch.dict(os.environ, {CACHE_VARIABLE: folder}), torch._dynamo.config.patch(settings):
+    with ExitStack() as undoing:
+        if CACHE_VARIABLE not in os.environ:
+            os.environ[CACHE_VARIABLE] = str(cache_folder() / "compiled")
+            undoing.callback(os.environ.pop, CACHE_VARIABLE)
+        undoing.enter_context(torch._dynamo.config.patch(settings))
+        undoing.enter_context(warnings.catch_warnings())
+        # of float32, which no captured step computes in
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         yield
