@@ -58,7 +58,7 @@ from adapmoe_lab.records.files import save_json
 
 QUICK_ROWS = ("graph", "stock grouped_mm compiled captured", "host")
 QUICK_SHARES = (0.5, 1.0)
-SECONDS, QUICK_SECONDS = 450, 90
+SECONDS, QUICK_SECONDS = 450, 130
 EXPERTS_OF_DEMO = ("mixtral",)
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy")
 TIMELINE_SHARE = 0.5
