@@ -4,17 +4,17 @@
 [--rows NAME ...] [--shares S ...] [--seconds N] [--quick]`
 
 Weights are random, tokens are given, and so is the routing, for all rows alike: drawn (each expert
-stays for the next token with probability 0.6), recorded (of the file; for Mixtral of the demo
-model, which has as many layers and experts, on this project's README or `--text`), and for captured
-steps and the host the routers' own choices. Every step is synchronised. Beside each row stand its
-misses and its limit: for every token the longer of what it reads on the device and what it fetches,
-at the rates measured in the same run; keys and values are left out. Relative errors of the logits
-are against the model in float32 under the same routing.
+stays for the next token with probability 0.6), recorded (of the file; for OLMoE of the third model,
+for Mixtral of the demo on this project's README or `--text`, which have as many layers and
+experts), and for captured steps and the host the routers' own choices. Every step is synchronised.
+Beside each row stand its misses and its limit: for every token the longer of what it reads on the
+device and what it fetches, at the rates measured in the same run; keys and values are left out.
+Relative errors of the logits are against the model in float32 under the same routing.
 
 The rows of AdapMoE's policy skip a quarter of the activations by one cut on the weights, divide the
-same slots by a dynamic program (AdapMoE's own loads for top-2, measured miss curves else) and fetch
-ahead what is predicted of the next layer. What that costs in loss a random model cannot say; of the
-demo the project's README does.
+same slots by a dynamic program (AdapMoE's own loads for top-2, measured miss curves else) and, where
+the host drives them, fetch ahead what is predicted of the next layer: as recorded, else drawn to
+name 85 % of it. What skipping costs in loss a random model cannot say; of the demo the README does.
 
 The file is saved after every row, and a Chrome trace of one step is written at the end. A row that
 fails is kept with its error; rows run in the order of `ROWS`, and those for which no time is left
@@ -51,6 +51,7 @@ from decode_bench import (
 from decode_rows import ROWS, SHARES, Row
 from given_routing import Routing, demo_recording, drawn_routing, recorded_routing
 
+from adapmoe_lab.assets import data_folder
 from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.evaluation.texts import read_texts
 from adapmoe_lab.records import RoutingTrace
@@ -59,6 +60,9 @@ from adapmoe_lab.records.files import save_json
 QUICK_ROWS = ("graph", "stock grouped_mm compiled captured", "host")
 QUICK_SHARES = (0.5, 1.0)
 SECONDS, QUICK_SECONDS = 450, 130
+RECORDINGS = {"olmoe": "third_model/routing.npz"}
+"""Of a trained model with as many layers and experts."""
+
 EXPERTS_OF_DEMO = ("mixtral",)
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy")
 TIMELINE_SHARE = 0.5
@@ -98,9 +102,12 @@ def routings_of(options: argparse.Namespace, bench: Bench) -> dict[str, Routing 
     found: dict[str, Routing | None] = {"drawn": drawn_routing(n_tokens, *sizes)}
     if options.quick:
         return found
-    recording = None
-    if options.recording is not None:
-        recording = RoutingTrace.load(options.recording)
+    recording, path = None, options.recording
+    if path is None and options.geometry in RECORDINGS:
+        path = data_folder() / RECORDINGS[options.geometry]
+        path = path if path.is_file() else None
+    if path is not None:
+        recording = RoutingTrace.load(path)
     elif options.geometry in EXPERTS_OF_DEMO:
         recording = demo_recording(["\n\n".join(read_texts(options.text))])
     if recording is not None:
@@ -246,7 +253,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--geometry", choices=list(GEOMETRIES), required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recording", type=Path, help="a trace that lab.profile kept")
+    parser.add_argument("--recording", type=Path, help="a saved RoutingTrace")
     parser.add_argument("--text", type=Path, default=readme, help="recorded on the demo, Mixtral")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", default=list(ROWS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
@@ -256,6 +263,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="what compiles; none: nothing")
     options = parser.parse_args(arguments)
+    if options.recording is not None and not options.recording.is_file():
+        parser.error(f"--recording: there is no file {options.recording}")
     if options.quick:
         options.rows, options.shares, options.seconds = QUICK_ROWS, QUICK_SHARES, QUICK_SECONDS
     return options

@@ -80,11 +80,6 @@ def drawn_routing(
         others = np.setdiff1d(everyone, first)
         return np.concatenate([first, draw.permutation(others)[: top_k - len(first)]])
 
-    def mistaken(right: NDArray[np.int64]) -> NDArray[np.int64]:
-        known = right[draw.random(top_k) < RECALL]
-        others = draw.permutation(np.setdiff1d(everyone, right))[: top_k - len(known)]
-        return np.resize(np.concatenate([known, others]), top_k)
-
     experts = np.empty((n_tokens, n_layers, top_k), dtype=np.int64)
     predicted = np.empty_like(experts)
     present = [draw.permutation(n_experts)[:top_k] for _ in range(n_layers)]
@@ -95,17 +90,27 @@ def drawn_routing(
             experts[token, layer] = present[layer]
         for layer in range(n_layers):
             following = (layer + 1) % n_layers
-            predicted[token, following] = mistaken(present[following])
+            predicted[token, following] = _mistaken(draw, present[following], n_experts)
     predicted[:, 0] = -1  # nothing comes before the first layer
     logits = np.random.default_rng(seed).standard_normal(experts.shape)
     weights = (np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)).astype(np.float32)
     return Routing(f"drawn, keep {KEEP}, seed {seed}", experts, weights, predicted)
 
 
+def _mistaken(
+    draw: np.random.Generator, right: NDArray[np.int64], n_experts: int
+) -> NDArray[np.int64]:
+    """Return a prediction of a token's experts [K]: each with probability `RECALL`, and others."""
+    known = right[draw.random(len(right)) < RECALL]
+    others = draw.permutation(np.setdiff1d(np.arange(n_experts), right))
+    return np.resize(np.concatenate([known, others[: len(right) - len(known)]]), len(right))
+
+
 def recorded_routing(trace: RoutingTrace, n_tokens: int, spec: MoESpec) -> Routing:
     """Return the first tokens of a recording's longest sequence, and of those that follow it.
 
-    A model of more layers than were recorded takes them again, later in the text.
+    A model of more layers than were recorded takes them again, later in the text. Predictions are
+    drawn where none were recorded.
 
     Raises:
         ValueError: it was recorded on another number of experts, or is too short.
@@ -132,12 +137,17 @@ def recorded_routing(trace: RoutingTrace, n_tokens: int, spec: MoESpec) -> Routi
         return np.concatenate(parts, axis=1)[:, : spec.n_layers]
 
     experts = taken(trace.expert_indices).astype(np.int64)
-    by_distance = trace.predictions.get(PREDICTOR, {})
+    by_distance, name = trace.predictions.get(PREDICTOR, {}), f"recorded on {recorded.model_id}"
     predicted = np.full_like(experts, -1)
     if DISTANCE in by_distance:
         found = taken(by_distance[DISTANCE].experts)[:, :, : spec.top_k]
         predicted[:, :, : found.shape[2]] = found
-    return Routing(f"recorded on {recorded.model_id}", experts, taken(trace.shares), predicted)
+    else:
+        draw, name = np.random.default_rng(SEED), f"{name}, predictions drawn"
+        for token, layer in np.ndindex(*experts[:, 1:, 0].shape):
+            right = experts[token, layer + 1]
+            predicted[token, layer + 1] = _mistaken(draw, right, spec.n_experts)
+    return Routing(name, experts, taken(trace.shares), predicted)
 
 
 def demo_recording(texts: Sequence[str]) -> RoutingTrace:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adapmoe_lab.records import RoutingTrace
+from adapmoe_lab.records.routing import Prediction
 from adapmoe_lab.simulation.replay.replay import replay
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -139,7 +140,13 @@ def test_a_recording_is_taken_from_its_longest_text(decode, bench, routing):
     recording = RoutingTrace(**{**vars(two), "sequence_starts": np.array([0, 40]), "labels": "ab"})
     taken = recorded_routing(recording, 50, spec)
     assert (taken.experts == two.expert_indices[40:90]).all()
-    assert taken.recall.tolist() == [0, 0, 0], "nothing was predicted"
+    assert taken.name.endswith("predictions drawn"), "there are none"
+    assert taken.recall[0] == 0
+    assert taken.recall[1:].mean() == pytest.approx(0.85, abs=0.08)
+    of_next = np.repeat(two.expert_indices[:, :, :1], 2, axis=2)
+    seen = Prediction(of_next, np.zeros(of_next.shape, dtype=np.float16))
+    predicting = RoutingTrace(**{**vars(recording), "predictions": {"next_router": {1: seen}}})
+    assert recorded_routing(predicting, 50, spec).recall.tolist() == [0.5, 0.5, 0.5]
     with pytest.raises(ValueError, match="has 212 tokens; 3 layers take 300"):
         recorded_routing(recording, 300, spec)
 
