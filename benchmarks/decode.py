@@ -11,10 +11,11 @@ Beside each row stand its misses and its limit: for every token the longer of wh
 device and what it fetches, at the rates measured in the same run; keys and values are left out.
 Relative errors of the logits are against the model in float32 under the same routing.
 
-The rows of AdapMoE's policy skip a quarter of the activations by one cut on the weights, divide the
-same slots by a dynamic program (AdapMoE's own loads for top-2, measured miss curves else) and, where
-the host drives them, fetch ahead what is predicted of the next layer: as recorded, else drawn to
-name 85 % of it. What skipping costs in loss a random model cannot say; of the demo the README does.
+The rows of AdapMoE's policy skip a quarter of the activations by one cut on the weights and divide
+the same slots by a dynamic program (AdapMoE's own loads for top-2, measured miss curves else). The
+host fetches ahead what is predicted of the next layer: as recorded, else drawn to name 85 % of it;
+captured steps do not. What skipping costs in loss a random model cannot say; of the demo the README
+does.
 
 The file is saved after every row, and a Chrome trace of one step is written at the end. A row that
 fails is kept with its error; rows run in the order of `ROWS`, and those for which no time is left
