@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -55,6 +57,14 @@ def on_host(tensors: Sequence[torch.Tensor]) -> list[NDArray[Any]]:
     together = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).cpu()
     parts = zip(together.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
     return [part.view(tensor.shape).to(tensor.dtype).numpy() for part, tensor in parts]
+
+
+@cache
+def runs_kernels(device: torch.device) -> bool:
+    """Whether a device runs Triton's kernels; NVIDIA's tensor cores take bfloat16 from Ampere."""
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    has_triton = is_nvidia and find_spec("triton") is not None
+    return has_triton and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def device_name(device: torch.device) -> str:

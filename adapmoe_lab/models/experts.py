@@ -34,11 +34,21 @@ def run_expert(experts: nn.Module, weights: Weights, hidden: torch.Tensor) -> to
         hidden: the tokens routed to this expert.
     """
     inner = _project(experts, weights, "gate_up_proj" if experts.has_gate else "up_proj", hidden)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    inner = activate(experts, inner)
     output = _project(experts, weights, "down_proj", inner)
     if getattr(experts, "has_post_expert_norm", False):
         output = experts.post_expert_norm(output)
     return output
+
+
+def activate(experts: nn.Module, inner: torch.Tensor) -> torch.Tensor:
+    """Return what an expert's last matrix is given [n, width], from its first product, row by row.
+
+    Args:
+        experts: the transformers experts module.
+        inner: the first product [n, 2 width]; [n, width] of experts without a gate.
+    """
+    return experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
 
 
 def _project(experts: nn.Module, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:

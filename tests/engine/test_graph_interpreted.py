@@ -6,15 +6,12 @@ takes several at once, or the order of threads, it cannot show.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interpreted import assert_compiles, check_interpreted
 from toy_policies import TOY
 
 from adapmoe_lab.policies.eviction.policy import EvictionPolicy
@@ -22,7 +19,6 @@ from adapmoe_lab.policies.eviction.registry import POLICIES
 
 pytest.importorskip("triton", reason="triton, which runs on Linux only, is not installed")
 
-ROOT = Path(__file__).parents[2]
 ON_DEVICE = [policy for policy in [*POLICIES.values(), TOY] if not policy.host_only]
 
 
@@ -50,15 +46,6 @@ def test_in_tritons_interpreter_the_kernels_pass_their_tests():
 @pytest.mark.slow
 def test_in_tritons_interpreter_the_executor_passes_its_tests():
     check_interpreted("tests/gpu/test_graph_serving.py", "tests/gpu/test_graph_compiled.py")
-
-
-def check_interpreted(*arguments):
-    """Run tests in a process of their own: the setting is read when triton is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(("n_layers", "n_experts", "n_warps"), [(1, 256, 1), (58, 256, 16)])
@@ -127,25 +114,3 @@ def test_the_products_compile_for_a_gpu(precision):
     of_experts = [access for access in accesses if ".v" in access]
     assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(of_experts), "16 bytes at once"
     assert accesses.count("ld.global.b16") <= 8, "the vector alone is read otherwise"
-
-
-def assert_compiles(kernel, types, constants, n_warps, aligned=()):
-    """Compile for a GPU of compute capability 9.0, and return what came of it.
-
-    Arguments without a type are *i32; those that are aligned are so by 16, as is known at launch.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*i32") for name in names
-    }
-    by_place = {(names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": n_warps, "enable_fp_fusion": False}
-    known = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=by_place, attrs=known)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert compiled.asm["cubin"]
-    return compiled

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from adapmoe_lab.engine.executor import Capabilities
 from adapmoe_lab.engine.host_driven.combine import LayerRun, StreamedCombine
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
 from adapmoe_lab.engine.host_driven.expert_sources import CachedExperts, ExpertSource, StoredExperts
+from adapmoe_lab.engine.host_driven.grouped import GroupedProducts
 from adapmoe_lab.engine.host_driven.observers import Observers
 from adapmoe_lab.engine.host_driven.skipping import Skipping
 from adapmoe_lab.engine.host_driven.surrogates import SurrogateOutputs
@@ -73,6 +75,8 @@ class HostDrivenExecutor:
         self._n_sequences = 1
         self._routers = routers
         self._direct = StoredExperts(store, device)
+        self._grouped = GroupedProducts(store, device, clock)
+        self._prefetcher_of = partial(Prefetcher, store=store, link=link, clock=clock)
         self.release()
 
     def configure(
@@ -97,7 +101,9 @@ class HostDrivenExecutor:
         skipping = Skipping(gating, self._on_device(surrogates))
         prefetcher = None
         if prefetch is not None:
-            prefetcher = self._prefetcher_of(prefetch, predictors, gating, costs, self.device)
+            prefetcher = self._prefetcher_of(
+                prefetch, predictors, device=self.device, step_costs=costs, gating=gating
+            )
         self._use(
             CachedExperts(
                 self._store, self._link, self.device, plan, eviction, self._routers, prefetcher
@@ -113,18 +119,8 @@ class HostDrivenExecutor:
         Its buffer is on the host; `gating` is what candidates are put to.
         """
         host = torch.device("cpu")
-        return self._prefetcher_of(table, predictors, gating, self.step_costs, host)
-
-    def _prefetcher_of(
-        self,
-        table: PrefetchTable,
-        predictors: Sequence[Predictor],
-        gating: GatingTable | None,
-        costs: StepCosts,
-        device: torch.device,
-    ) -> Prefetcher:
-        return Prefetcher(
-            table, predictors, self._store, self._link, self.clock, device, costs, gating
+        return self._prefetcher_of(
+            table, predictors, device=host, step_costs=self.step_costs, gating=gating
         )
 
     def release(self) -> None:
@@ -319,13 +315,9 @@ class HostDrivenExecutor:
         return output.to(hidden.dtype)
 
     def _run_layer(
-        self,
-        layer: int,
-        experts: nn.Module,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, layer: int, experts: nn.Module, hidden: torch.Tensor, *chosen: torch.Tensor
     ) -> torch.Tensor:
+        top_k_index, top_k_weights = chosen
         self.clock.spend(self.step_costs.host.dense_layer_s)
         # on a GPU this is the layer's one synchronisation
         indices, weights = routing = on_host([top_k_index, top_k_weights.float()])
@@ -338,7 +330,7 @@ class HostDrivenExecutor:
                 hidden, top_k_weights, run, self, self._direct, observers
             )
         else:
-            parts = run.contributions(self, hidden, top_k_weights)
+            parts = self._contributions(run, hidden, top_k_weights)
             output = parts.sum(dim=1)
         self._n_steps += layer == 0
         self._kept += int(keep.sum())
@@ -349,3 +341,11 @@ class HostDrivenExecutor:
             for callback in callbacks:
                 callback(passed)
         return output
+
+    def _contributions(
+        self, run: LayerRun, hidden: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted expert outputs [T, K, D]; of many tokens in groups, if possible."""
+        if self._source is self._cached and self._grouped.serves(run, hidden):
+            return self._grouped.contributions(run, self._cached, hidden, weights)
+        return run.contributions(self, hidden, weights)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adapmoe_lab.engine.host_driven.layer_step import GroupedFetch, LayerStep, in_groups
 from adapmoe_lab.engine.prefetch.prefetcher import Prefetcher
 from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.engine.transfer.link import Link
-from adapmoe_lab.engine.transfer.prefetch_copy import PrefetchCopy
 from adapmoe_lab.models.experts import Weights
 from adapmoe_lab.models.families import Router, UnsupportedModelError, router_scores
 from adapmoe_lab.policies.allocation.slots import N_STAGING
-from adapmoe_lab.policies.eviction.expert_cache import CacheState, ExpertCache, Load, StepPlan
+from adapmoe_lab.policies.eviction.expert_cache import CacheState, ExpertCache, Load
 from adapmoe_lab.policies.eviction.registry import policy_named
 from adapmoe_lab.records import CachePlan, Traffic
+
+N_LOAD_GROUPS = 2
+"""Groups that loads are waited for in: one is multiplied while the next is on its way."""
 
 
 class ExpertSource(Protocol):
@@ -142,14 +147,15 @@ class CachedExperts:
         """Go on from residency that something else brought about in the same slots."""
         self.cache.restore(state)
         self._views = [{} for _ in self.plan.slots]
-        for layer, expert in np.argwhere(state.slot_of >= 0).tolist():
-            load = Load(layer, expert, int(state.slot_of[layer, expert]), None)
-            self._views[layer][expert] = self._store.views(layer, expert, self._slot_of(load))
 
     @property
     def bytes_moved(self) -> int:
         """Bytes that crossed the link since the start, wasted ones included."""
         return self._bytes_demanded + (self.prefetcher.n_bytes if self.prefetcher else 0)
+
+    def n_experts(self, layer: int) -> int:
+        """E, the number of experts of a layer."""
+        return self._store.n_experts(layer)
 
     def fetch_experts(
         self, layer: int, experts: Collection[int], hidden: torch.Tensor
@@ -161,78 +167,130 @@ class CachedExperts:
         only after its copy was waited for: whatever stops the iteration in between leaves slots
         free, never wrong.
         """
-        step = self.cache.plan_step(layer, experts, self._scores(layer, hidden))
-        missing = {**{load.expert: load for load in step.loads}, **dict.fromkeys(step.streamed)}
+        with self._deciding(layer, experts, hidden) as step:
+            for arrived in self._as_they_come(step, hidden, n_groups=len(step.loads)):
+                for expert in arrived:
+                    yield expert, self._weights(step, expert)
+
+    @contextmanager
+    def fetching(
+        self, layer: int, experts: Collection[int], hidden: torch.Tensor
+    ) -> Iterator[GroupedFetch]:
+        """Decide a step whose experts are read in groups; they come as by `fetch_experts`.
+
+        Those that get a slot are waited for in a few groups. Nothing is copied before the first
+        group is asked for.
+        """
+        with self._deciding(layer, experts, hidden) as step:
+            order = [*step.hits, *step.begun, *step.demanded_loads, *step.streamed]
+            arrivals = self._as_they_come(step, hidden, N_LOAD_GROUPS)
+            yield GroupedFetch(order, self._addresses(step, order), arrivals)
+
+    @contextmanager
+    def _deciding(
+        self, layer: int, experts: Collection[int], hidden: torch.Tensor
+    ) -> Iterator[LayerStep]:
+        """Decide a step and take its victims out; prefetches of the layer end with it."""
+        plan = self.cache.plan_step(layer, experts, self._scores(layer, hidden))
+        loads = {load.expert: load for load in plan.loads}
+        missing = [*loads, *plan.streamed]
         begun = self.prefetcher.resolve(layer, missing) if self.prefetcher else {}
-        self.cache.vacate(step)
+        beside = {e: copy.destination for e, copy in begun.items() if e not in loads}
+        late = [expert for expert in plan.streamed if expert not in begun]
+        if late:
+            beside |= zip(late, cycle(self._staging), strict=False)
+        self.cache.vacate(plan)
         try:
-            yield from self._as_they_come(layer, step, missing, begun, hidden)
+            yield LayerStep(layer, plan, begun, loads, beside)
         finally:
             if self.prefetcher:
                 self.prefetcher.release(layer)
 
     def _as_they_come(
-        self,
-        layer: int,
-        step: StepPlan,
-        missing: Mapping[int, Load | None],
-        begun: Mapping[int, PrefetchCopy],
-        hidden: torch.Tensor,
-    ) -> Iterator[tuple[int, Weights]]:
-        """Ask for all that is missing, then yield the experts of a step."""
-        for copy in begun.values():
+        self, step: LayerStep, hidden: torch.Tensor, n_groups: int
+    ) -> Iterator[Sequence[int]]:
+        """Ask for all that is missing, then yield the experts of a step as they can be read."""
+        layer, loads, streamed = step.layer, step.demanded_loads, step.streamed
+        for copy in step.begun.values():
             self._link.finish(copy)
-        loads = [load for load in step.loads if load.expert not in begun]
-        streamed = [expert for expert in step.streamed if expert not in begun]
-        loading = [(load, self._copy(layer, load.expert, self._slot_of(load))) for load in loads]
-        buffers = list(self._staging)
-        staged = [
-            self._copy(layer, expert, buffer)
-            for expert, buffer in zip(streamed, buffers, strict=False)
-        ]
+        slots = {expert: self._slot_of(step.loads[expert]) for expert in loads}
+        loading = [(group, self._copy(layer, group, slots)) for group in in_groups(loads, n_groups)]
+        staged = [self._copy(layer, [e], step.beside) for e in streamed[:N_STAGING]]
         self.hits[layer] += len(step.hits)
         self.misses[layer] += len(loads) + len(streamed)
         if self.prefetcher:
-            self.prefetcher.on_experts_input(layer, hidden, self.cache, step, streamed[N_STAGING:])
-        for expert in step.hits:
-            yield expert, self._views[layer][expert]
-        for expert, copy in begun.items():
+            late = streamed[N_STAGING:]
+            self.prefetcher.on_experts_input(layer, hidden, self.cache, step.plan, late)
+        if step.hits:
+            yield step.hits
+        for expert, copy in step.begun.items():
             self._link.wait(copy.arrival)
-            load, buffer = missing[expert], copy.destination
-            if load is not None:
-                buffer = self._slot_of(load)[: buffer.numel()].copy_(buffer)
-                self._occupy(load, buffer)
-            yield expert, self._store.views(layer, expert, buffer)
-        for load, arrival in loading:
+            if expert in step.loads:
+                buffer = copy.destination
+                self._slot_of(step.loads[expert])[: buffer.numel()].copy_(buffer)
+                self._occupy(step.loads[expert])
+            yield [expert]
+        for group, arrival in loading:
             self._link.wait(arrival)
-            self._occupy(load, self._slot_of(load))
-            yield load.expert, self._views[layer][load.expert]
+            for expert in group:
+                self._occupy(step.loads[expert])
+            yield group
         for position, expert in enumerate(streamed):
-            buffer = buffers[position % N_STAGING]
             self._link.wait(staged[position])
-            yield expert, self._store.views(layer, expert, buffer)
+            yield [expert]
             if position + N_STAGING < len(streamed):
-                staged.append(self._copy(layer, streamed[position + N_STAGING], buffer))
+                staged.append(self._copy(layer, [streamed[position + N_STAGING]], step.beside))
+
+    def _weights(self, step: LayerStep, expert: int) -> Weights:
+        """Return the weights of an expert that has arrived, where it lies."""
+        layer = step.layer
+        if expert in step.beside:
+            return self._store.views(layer, expert, step.beside[expert])
+        views = self._views[layer]
+        if expert not in views:
+            slot = self._slots[self._pool(layer)][int(self.cache.slot_of[layer, expert])]
+            views[expert] = self._store.views(layer, expert, slot)
+        return views[expert]
+
+    def _addresses(self, step: LayerStep, experts: Sequence[int]) -> list[int]:
+        """Return where each expert of a step lies once it has arrived."""
+        slots = self._slots[self._pool(step.layer)]
+        begin, width = slots.data_ptr(), slots.shape[1]
+        resident = (begin + self.cache.slot_of[step.layer, list(step.hits)] * width).tolist()
+        return resident + [
+            begin + step.loads[expert].slot * width
+            if expert in step.loads
+            else step.beside[expert].data_ptr()
+            for expert in experts[len(resident) :]
+        ]
 
     def _pool_widths(self, plan: CachePlan) -> list[int]:
         """Return the bytes of a slot of each pool."""
         widths = [self._store.slot_bytes(layer) for layer in range(self._store.n_layers)]
         return [max(widths)] if plan.is_global else widths
 
+    def _pool(self, layer: int) -> int:
+        return 0 if self.plan.is_global else layer
+
     def _slot_of(self, load: Load) -> torch.Tensor:
-        pool = 0 if self.plan.is_global else load.layer
-        return self._slots[pool][load.slot]
+        return self._slots[self._pool(load.layer)][load.slot]
 
     def _scores(self, layer: int, hidden: torch.Tensor) -> NDArray[np.float32] | None:
         if self._routers is None:
             return None
         return router_scores(self._routers[layer], hidden.detach()).cpu().numpy()
 
-    def _occupy(self, load: Load, buffer: torch.Tensor) -> None:
-        self._views[load.layer][load.expert] = self._store.views(load.layer, load.expert, buffer)
+    def _occupy(self, load: Load) -> None:
+        self._views[load.layer].pop(load.expert, None)  # it may have lain in another slot
         self.cache.occupy(load)
 
-    def _copy(self, layer: int, expert: int, target: torch.Tensor) -> object:
-        buffer = self._store.buffer(layer, expert)
-        self._bytes_demanded += buffer.numel()
-        return self._link.copy(buffer, target[: buffer.numel()])
+    def _copy(
+        self, layer: int, experts: Sequence[int], targets: Mapping[int, torch.Tensor]
+    ) -> object:
+        """Begin to copy experts to their buffers; return what to wait for all of them by."""
+        copies = []
+        for expert in experts:
+            buffer = self._store.buffer(layer, expert)
+            self._bytes_demanded += buffer.numel()
+            copies.append((buffer, targets[expert][: buffer.numel()]))
+        return self._link.copy(*copies[0]) if len(copies) == 1 else self._link.copy_all(copies)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch.nn import functional
 
+from adapmoe_lab.engine.device import runs_kernels
 from adapmoe_lab.engine.quantised.code_layout import E2M1, row_blocks, unpack, zero_grid
 from adapmoe_lab.records.precision import ALIGNMENT, Part, Precision
 
@@ -68,7 +68,7 @@ class PackedMatrix:
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weights [output, input]: computed in float32, rounded once to `dtype`."""
-        if _has_kernels(self.data.device):
+        if runs_kernels(self.data.device):
             from adapmoe_lab.engine.quantised import packed_kernels
 
             return packed_kernels.dequantise(self, dtype)
@@ -90,7 +90,7 @@ class PackedMatrix:
             )
         is_traced = torch.is_grad_enabled() and x.requires_grad  # the kernel has no gradient
         suits_kernel = x.dtype in KERNEL_DTYPES and 0 < x.shape[0] <= KERNEL_TOKENS
-        if suits_kernel and not is_traced and _has_kernels(self.data.device):
+        if suits_kernel and not is_traced and runs_kernels(self.data.device):
             from adapmoe_lab.engine.quantised import packed_kernels
 
             return packed_kernels.packed_matmul(self, x)
@@ -120,14 +120,6 @@ class PackedMatrix:
 @cache
 def _parts_by_name(precision: Precision, shape: tuple[int, int]) -> dict[str, Part]:
     return {part.name: part for part in precision.parts(*shape)}
-
-
-@cache
-def _has_kernels(device: torch.device) -> bool:
-    """Whether a device runs the kernels: NVIDIA's tensor cores take bfloat16 from Ampere on."""
-    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
-    has_triton = is_nvidia and find_spec("triton") is not None
-    return has_triton and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _described(tensor: torch.Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -28,6 +28,10 @@ class Link(Protocol):
 
         Everything computed so far may still read the destination's old contents.
         """
+        ...
+
+    def copy_all(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+        """Begin copies, each of a source to its destination; return what to wait for all by."""
         ...
 
     def wait(self, arrival: Any) -> None:
@@ -113,6 +117,10 @@ class EmulatedLink:
         self.begin_chunks()
         return self._copy(self.clock.now(), source, destination)
 
+    def copy_all(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        """Copy one after the other and return when the last counts as arrived."""
+        return [self.copy(*pair) for pair in copies][-1]
+
     def _copy(self, issued_at: float, source: torch.Tensor, destination: torch.Tensor) -> float:
         destination.copy_(source)
         begins = max(issued_at, self._free_at)
@@ -188,9 +196,14 @@ class CudaLink:
 
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> torch.cuda.Event:
         """Enqueue the copy behind everything already computed, which may read the destination."""
+        return self.copy_all([(source, destination)])
+
+    def copy_all(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
+        """Enqueue copies likewise, one after the other."""
         if self._measured is not None:  # when the link is free matters only to prefetch
-            self._expect(source)
-        return self._enqueue(source, destination, self._computed_so_far())
+            for source, _ in copies:
+                self._expect(source)
+        return self._enqueue(copies, self._computed_so_far())
 
     def _expect(self, source: torch.Tensor) -> None:
         """Count on a copy of that size behind all that was begun."""
@@ -201,11 +214,12 @@ class CudaLink:
         return torch.cuda.current_stream(self.device).record_event()
 
     def _enqueue(
-        self, source: torch.Tensor, destination: torch.Tensor, ready: torch.cuda.Event
+        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], ready: torch.cuda.Event
     ) -> torch.cuda.Event:
         self.stream.wait_event(ready)
         with torch.cuda.stream(self.stream):
-            destination.copy_(source, non_blocking=True)
+            for source, destination in copies:
+                destination.copy_(source, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(self.stream)
         return arrived
@@ -235,7 +249,7 @@ class CudaLink:
         while max(self.clock.now(), self.free_at()) < until and (copy := self._prefetches.next()):
             source, destination = copy.take_chunk()
             self._expect(source)
-            copy.arrival = self._enqueue(source, destination, copy.ready)
+            copy.arrival = self._enqueue([(source, destination)], copy.ready)
 
     def finish(self, copy: PrefetchCopy) -> None:
         """Enqueue what is left."""
@@ -269,7 +283,7 @@ class CudaLink:
             for _ in range(N_MEASURED):
                 self.stream.synchronize()
                 begin = self.clock.now()
-                self._enqueue(source, target, self._computed_so_far()).synchronize()
+                self._enqueue([(source, target)], self._computed_so_far()).synchronize()
                 seconds.append(self.clock.now() - begin)
             spent.append(min(seconds))
         bytes_per_s = (MEASURED_BYTES[1] - MEASURED_BYTES[0]) / max(spent[1] - spent[0], 1e-9)
