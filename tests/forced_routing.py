@@ -8,7 +8,7 @@ import torch
 
 
 @contextmanager
-def forced_routing(model, choices, position):
+def forced_routing(model, choices, position, weights=None):
     """Let every router choose by a table.
 
     Args:
@@ -16,6 +16,7 @@ def forced_routing(model, choices, position):
         choices: int64 [L, T, K] on the device, what each position of the text chooses.
         position: int64 [1] on the device, of the first token of the pass that runs; it is read by
             the pass itself, so that a captured one follows it too.
+        weights: float32 [L, T, K] on the device, of what is chosen; None to let routers weigh it.
     """
 
     def choose(layer):
@@ -23,9 +24,12 @@ def forced_routing(model, choices, position):
             logits = output[0]
             places = position + torch.arange(len(logits), device=logits.device)
             chosen = choices[layer].index_select(0, places)
-            weights = logits.float().softmax(dim=-1).gather(1, chosen)
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-            return logits, weights.to(output[1].dtype), chosen
+            if weights is None:
+                shares = logits.float().softmax(dim=-1).gather(1, chosen)
+                shares = shares / shares.sum(dim=-1, keepdim=True)
+            else:
+                shares = weights[layer].index_select(0, places)
+            return logits, shares.to(output[1].dtype), chosen
 
         return hook
 

@@ -25,6 +25,12 @@ from adapmoe_lab.records import CachePlan, Traffic
 N_LOAD_GROUPS = 2
 """Groups that loads are waited for in: one is multiplied while the next is on its way."""
 
+MOST_STREAMED, MOST_STAGING_BYTES = 8, 2**27
+"""Experts without a slot in a group, at most, and the bytes that staging them may take.
+
+Beyond what is planned for, but little; it spares launches where experts are small.
+"""
+
 
 class ExpertSource(Protocol):
     """Hands out the weights of the experts that one layer needs in one forward pass."""
@@ -100,10 +106,12 @@ class CachedExperts:
             torch.empty((plan.pool_slots(pool), width), dtype=torch.uint8, device=device)
             for pool, width in enumerate(self._pool_widths(plan))
         ]
+        self._slot_rows = [pool.unbind() for pool in self._slots]
         self._views: list[dict[int, Weights]] = [{} for _ in plan.slots]
         staging_bytes = 0 if plan.holds_all(n_experts) else int(store.expert_bytes.max())
         shape = (N_STAGING, staging_bytes)
         self._staging = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._group_staging: torch.Tensor | None = None
         self.prefetcher = prefetcher
         self.hits = np.zeros(store.n_layers, dtype=np.int64)
         self.misses = np.zeros(store.n_layers, dtype=np.int64)
@@ -111,8 +119,8 @@ class CachedExperts:
 
     def close(self) -> None:
         """Give up slots, staging buffers and prefetcher; no expert can be fetched then."""
-        self._slots, self._views, self.prefetcher = [], [], None
-        self._staging = self._staging.new_empty(0)
+        self._slots, self._slot_rows, self._views, self.prefetcher = [], [], [], None
+        self._staging, self._group_staging = self._staging.new_empty(0), None
 
     @property
     def plan(self) -> CachePlan:
@@ -167,7 +175,7 @@ class CachedExperts:
         only after its copy was waited for: whatever stops the iteration in between leaves slots
         free, never wrong.
         """
-        with self._deciding(layer, experts, hidden) as step:
+        with self._deciding(layer, experts, hidden, self._staging) as step:
             for arrived in self._as_they_come(step, hidden, n_groups=len(step.loads)):
                 for expert in arrived:
                     yield expert, self._weights(step, expert)
@@ -178,17 +186,27 @@ class CachedExperts:
     ) -> Iterator[GroupedFetch]:
         """Decide a step whose experts are read in groups; they come as by `fetch_experts`.
 
-        Those that get a slot are waited for in a few groups. Nothing is copied before the first
-        group is asked for.
+        Those that get a slot are waited for in a few groups, and so are the others where experts
+        are small. Nothing is copied before the first group is asked for.
         """
-        with self._deciding(layer, experts, hidden) as step:
+        with self._deciding(layer, experts, hidden, self._staging_of_groups()) as step:
             order = [*step.hits, *step.begun, *step.demanded_loads, *step.streamed]
             arrivals = self._as_they_come(step, hidden, N_LOAD_GROUPS)
             yield GroupedFetch(order, self._addresses(step, order), arrivals)
 
+    def _staging_of_groups(self) -> torch.Tensor:
+        """Return staging buffers for groups of experts, allocated when they are first needed."""
+        if self._group_staging is None:
+            width = self._staging.shape[1]
+            n_at_once = min(MOST_STREAMED, MOST_STAGING_BYTES // max(1, N_STAGING * width))
+            is_larger = width > 0 and n_at_once > 1
+            shape = (N_STAGING * n_at_once, width)
+            self._group_staging = self._staging.new_empty(shape) if is_larger else self._staging
+        return self._group_staging
+
     @contextmanager
     def _deciding(
-        self, layer: int, experts: Collection[int], hidden: torch.Tensor
+        self, layer: int, experts: Collection[int], hidden: torch.Tensor, staging: torch.Tensor
     ) -> Iterator[LayerStep]:
         """Decide a step and take its victims out; prefetches of the layer end with it."""
         plan = self.cache.plan_step(layer, experts, self._scores(layer, hidden))
@@ -198,10 +216,10 @@ class CachedExperts:
         beside = {e: copy.destination for e, copy in begun.items() if e not in loads}
         late = [expert for expert in plan.streamed if expert not in begun]
         if late:
-            beside |= zip(late, cycle(self._staging), strict=False)
+            beside |= zip(late, cycle(staging), strict=False)
         self.cache.vacate(plan)
         try:
-            yield LayerStep(layer, plan, begun, loads, beside)
+            yield LayerStep(layer, plan, begun, loads, beside, len(staging) // N_STAGING)
         finally:
             if self.prefetcher:
                 self.prefetcher.release(layer)
@@ -210,16 +228,16 @@ class CachedExperts:
         self, step: LayerStep, hidden: torch.Tensor, n_groups: int
     ) -> Iterator[Sequence[int]]:
         """Ask for all that is missing, then yield the experts of a step as they can be read."""
-        layer, loads, streamed = step.layer, step.demanded_loads, step.streamed
+        layer, loads, streamed = step.layer, step.demanded_loads, step.streamed_groups
         for copy in step.begun.values():
             self._link.finish(copy)
         slots = {expert: self._slot_of(step.loads[expert]) for expert in loads}
         loading = [(group, self._copy(layer, group, slots)) for group in in_groups(loads, n_groups)]
-        staged = [self._copy(layer, [e], step.beside) for e in streamed[:N_STAGING]]
+        staged = [self._copy(layer, group, step.beside) for group in streamed[:N_STAGING]]
+        late = [expert for group in streamed[N_STAGING:] for expert in group]
         self.hits[layer] += len(step.hits)
-        self.misses[layer] += len(loads) + len(streamed)
+        self.misses[layer] += len(loads) + len(step.streamed)
         if self.prefetcher:
-            late = streamed[N_STAGING:]
             self.prefetcher.on_experts_input(layer, hidden, self.cache, step.plan, late)
         if step.hits:
             yield step.hits
@@ -235,11 +253,11 @@ class CachedExperts:
             for expert in group:
                 self._occupy(step.loads[expert])
             yield group
-        for position, expert in enumerate(streamed):
+        for position, group in enumerate(streamed):
             self._link.wait(staged[position])
-            yield [expert]
+            yield group
             if position + N_STAGING < len(streamed):
-                staged.append(self._copy(layer, [streamed[position + N_STAGING]], step.beside))
+                staged.append(self._copy(layer, streamed[position + N_STAGING], step.beside))
 
     def _weights(self, step: LayerStep, expert: int) -> Weights:
         """Return the weights of an expert that has arrived, where it lies."""
@@ -248,7 +266,7 @@ class CachedExperts:
             return self._store.views(layer, expert, step.beside[expert])
         views = self._views[layer]
         if expert not in views:
-            slot = self._slots[self._pool(layer)][int(self.cache.slot_of[layer, expert])]
+            slot = self._slot_rows[self._pool(layer)][self.cache.slot_of[layer, expert]]
             views[expert] = self._store.views(layer, expert, slot)
         return views[expert]
 
@@ -273,7 +291,7 @@ class CachedExperts:
         return 0 if self.plan.is_global else layer
 
     def _slot_of(self, load: Load) -> torch.Tensor:
-        return self._slots[self._pool(load.layer)][load.slot]
+        return self._slot_rows[self._pool(load.layer)][load.slot]
 
     def _scores(self, layer: int, hidden: torch.Tensor) -> NDArray[np.float32] | None:
         if self._routers is None:
@@ -288,9 +306,13 @@ class CachedExperts:
         self, layer: int, experts: Sequence[int], targets: Mapping[int, torch.Tensor]
     ) -> object:
         """Begin to copy experts to their buffers; return what to wait for all of them by."""
-        copies = []
-        for expert in experts:
-            buffer = self._store.buffer(layer, expert)
-            self._bytes_demanded += buffer.numel()
-            copies.append((buffer, targets[expert][: buffer.numel()]))
-        return self._link.copy(*copies[0]) if len(copies) == 1 else self._link.copy_all(copies)
+        copies = (self._copied(layer, expert, targets[expert]) for expert in experts)
+        return self._link.copy(*next(copies)) if len(experts) == 1 else self._link.copy_all(copies)
+
+    def _copied(
+        self, layer: int, expert: int, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return source and destination of an expert that is copied now."""
+        buffer = self._store.buffer(layer, expert)
+        self._bytes_demanded += buffer.numel()
+        return buffer, target[: buffer.numel()]

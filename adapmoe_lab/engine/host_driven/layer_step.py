@@ -38,6 +38,7 @@ class LayerStep:
         begun: prefetches of what is missing.
         loads: where the missing experts go that get a slot, by expert.
         beside: buffers of those that get none.
+        n_at_once: how many of these are staged at once, twice.
     """
 
     layer: int
@@ -45,6 +46,7 @@ class LayerStep:
     begun: Mapping[int, PrefetchCopy]
     loads: Mapping[int, Load]
     beside: Mapping[int, torch.Tensor]
+    n_at_once: int
 
     @property
     def hits(self) -> Sequence[int]:
@@ -60,6 +62,13 @@ class LayerStep:
     def streamed(self) -> Sequence[int]:
         """Those that get none and were not prefetched."""
         return [expert for expert in self.beside if expert not in self.begun]
+
+    @property
+    def streamed_groups(self) -> list[Sequence[int]]:
+        """The same, in the groups that are staged together."""
+        streamed = self.streamed
+        begins = range(0, len(streamed), self.n_at_once)
+        return [streamed[begin : begin + self.n_at_once] for begin in begins]
 
 
 def in_groups(experts: Sequence[int], n_groups: int) -> list[Sequence[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -17,6 +17,9 @@ NO_LINK = "none"
 MEASURED_BYTES, N_MEASURED = (2**18, 2**24), 4
 """Bytes of the copies, and how many of each, that a real link is measured by."""
 
+Copies = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""Sources and their destinations; each is asked for when the copy before it was begun."""
+
 
 class Link(Protocol):
     """Brings experts to the device: demands in order, and prefetches while there is none."""
@@ -30,7 +33,7 @@ class Link(Protocol):
         """
         ...
 
-    def copy_all(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    def copy_all(self, copies: Copies) -> Any:
         """Begin copies, each of a source to its destination; return what to wait for all by."""
         ...
 
@@ -117,7 +120,7 @@ class EmulatedLink:
         self.begin_chunks()
         return self._copy(self.clock.now(), source, destination)
 
-    def copy_all(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    def copy_all(self, copies: Copies) -> float:
         """Copy one after the other and return when the last counts as arrived."""
         return [self.copy(*pair) for pair in copies][-1]
 
@@ -198,9 +201,10 @@ class CudaLink:
         """Enqueue the copy behind everything already computed, which may read the destination."""
         return self.copy_all([(source, destination)])
 
-    def copy_all(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
+    def copy_all(self, copies: Copies) -> torch.cuda.Event:
         """Enqueue copies likewise, one after the other."""
         if self._measured is not None:  # when the link is free matters only to prefetch
+            copies = list(copies)
             for source, _ in copies:
                 self._expect(source)
         return self._enqueue(copies, self._computed_so_far())
@@ -213,9 +217,7 @@ class CudaLink:
     def _computed_so_far(self) -> torch.cuda.Event:
         return torch.cuda.current_stream(self.device).record_event()
 
-    def _enqueue(
-        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], ready: torch.cuda.Event
-    ) -> torch.cuda.Event:
+    def _enqueue(self, copies: Copies, ready: torch.cuda.Event) -> torch.cuda.Event:
         self.stream.wait_event(ready)
         with torch.cuda.stream(self.stream):
             for source, destination in copies:
