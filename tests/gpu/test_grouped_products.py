@@ -83,7 +83,7 @@ def run(layer, order, groups, tile):
     numbers = torch.from_numpy(table.numbers).to(DEVICE)
     dtype, top_k = layer.hidden.dtype, layer.indices.shape[1]
     n_rows = int(table.first_rows[-1])
-    inner = torch.full((n_rows, 2 * layer.width), 9.0, dtype=dtype, device=DEVICE)
+    found = torch.full((n_rows, 2 * layer.width), 9.0, dtype=dtype, device=DEVICE)
     parts = torch.zeros((*layer.indices.shape, layer.hidden_size), device=DEVICE)
 
     def product(begin, end, number, x, out):
@@ -98,12 +98,14 @@ def run(layer, order, groups, tile):
 
     begin = 0
     for size in groups:
-        product(begin, begin + size, 0, layer.hidden, inner)
         rows = slice(*table.first_rows[[begin, begin + size]].tolist())
-        product(begin, begin + size, 1, inner[rows, : layer.width].contiguous(), parts)
+        inner = torch.full_like(found[rows], 9.0)
+        product(begin, begin + size, 0, layer.hidden, inner)
+        found[rows] = inner
+        product(begin, begin + size, 1, inner[:, : layer.width].contiguous(), parts)
         begin += size
     by_place = torch.zeros((layer.keep.size, 2 * layer.width), dtype=dtype, device=DEVICE)
-    by_place[numbers[table.rows_at :]] = inner
+    by_place[numbers[table.rows_at :]] = found
     return by_place.view(*layer.indices.shape, -1).cpu().float(), parts.cpu()
 
 

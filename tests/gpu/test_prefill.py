@@ -18,7 +18,7 @@ from forced_routing import forced_routing, random_choices
 from interpreted import multiplying_bfloat16
 from interpreted_graph import DEVICE, IS_INTERPRETED, NEEDS_DEVICE, load_graph
 from runs import decode
-from tiny_models import VOCABULARY_SIZE, save_tiny
+from tiny_models import SHARED, VOCABULARY_SIZE, save_tiny
 from transformers import AutoModelForCausalLM
 
 from adapmoe_lab.engine.host_driven import expert_sources, grouped
@@ -151,6 +151,26 @@ def test_a_prompt_equals_that_of_the_unmodified_model(tiny):
     with given(SimpleNamespace(layers=layers)):
         expected = logits_of(plain, position)
     assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < TOLERANCE
+
+
+def test_activations_are_bounded_and_their_number_changes_no_bit(tiny, monkeypatch):
+    model = load_host(tiny)
+    config = replace(model.config, plan=slots_plan(model.spec, 8))
+    expected, _ = run(model, config)
+    rows, activate = [], grouped.activate
+
+    def counted(module, inner):
+        rows.append(len(inner))
+        return activate(module, inner)
+
+    monkeypatch.setattr(grouped, "activate", counted)
+    row_bytes = 2 * 2 * SHARED["intermediate_size"]
+    monkeypatch.setattr(grouped, "MOST_INNER_BYTES", N_TOKENS * row_bytes)
+    found, _ = run(model, config)
+    assert torch.equal(found, expected)
+    assert sum(rows) == N_PROMPTS * N_TOKENS * model.spec.n_layers * model.spec.top_k
+    assert max(rows) <= N_TOKENS, "as one expert may have"
+    assert len(rows) > N_PROMPTS * model.spec.n_layers
 
 
 def test_experts_in_float16_run_in_groups_too(tiny, grouped_layers):

@@ -24,6 +24,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MATRICES = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))
 """What an expert may consist of."""
 
+MOST_INNER_BYTES = 2**27
+"""First products that are held at once, unless one expert has more; it bounds activations."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -118,15 +121,15 @@ class GroupedProducts:
         On a virtual clock none is: experts take their time on it one by one.
         """
         is_able = runs_kernels(device) and not isinstance(clock, VirtualClock)
-        self._fields = [_fields(experts) if is_able else None for experts in store.formats]
+        found = enumerate(map(_fields, store.formats) if is_able else ())
+        self._fields = {layer: fields for layer, fields in found if fields is not None}
 
     def serves(self, run: LayerRun, hidden: torch.Tensor) -> bool:
         """Whether a layer's experts can be run so for hidden states [T, D]; one token is not."""
-        fields = self._fields[run.layer]
         return (
-            fields is not None
-            and len(hidden) > 1
-            and hidden.dtype == DTYPES[fields[0].precision.name]
+            len(hidden) > 1
+            and run.layer in self._fields
+            and hidden.dtype == DTYPES[self._fields[run.layer][0].precision.name]
             and not getattr(run.module, "has_post_expert_norm", False)
         )
 
@@ -135,7 +138,6 @@ class GroupedProducts:
     ) -> torch.Tensor:
         """Return the weighted expert outputs [T, K, D], zero where nothing is run."""
         fields = self._fields[run.layer]
-        assert fields is not None, "asked of a layer that `serves` says no of"  # noqa: S101
         tile = tile_for(*run.indices.shape, source.n_experts(run.layer))
         needed = np.unique(run.indices[run.keep]).tolist()
         with source.fetching(run.layer, needed, hidden) as fetch, torch.cuda.device_of(hidden):
@@ -164,18 +166,28 @@ class _LayerProducts:
         self._run, self._tile, self._table = run, tile, table
         self._first, self._last = fields
         self._hidden, self._weights = hidden, weights.contiguous()
-        device = hidden.device
-        self._numbers = torch.from_numpy(table.numbers).to(device, non_blocking=True)
-        shape = int(table.first_rows[-1]), self._first.matrix_shape[0]
-        self._inner = torch.empty(shape, dtype=hidden.dtype, device=device)
+        self._numbers = torch.from_numpy(table.numbers).to(hidden.device, non_blocking=True)
+        inner_bytes = self._first.matrix_shape[0] * hidden.element_size()
+        self._most_rows = max(1, MOST_INNER_BYTES // inner_bytes)
         self.parts = run.no_contributions(hidden, weights)
 
     def run_group(self, begin: int, end: int) -> None:
         """Run some of the experts, by their places in the table."""
+        first_rows = self._table.first_rows
+        while begin < end:
+            most = first_rows[begin] + self._most_rows
+            fitting = int(np.searchsorted(first_rows, most, side="right")) - 1
+            part_end = min(max(fitting, begin + 1), end)
+            self._run_part(begin, part_end)
+            begin = part_end
+
+    def _run_part(self, begin: int, end: int) -> None:
+        """Run experts whose first products are held at once."""
         first_row, last_row = self._table.first_rows[[begin, end]].tolist()
         tiles = self._table.first_tiles[[begin, end]].tolist()
-        self._product(tiles, 0, self._first, self._hidden, self._inner, is_weighted=False)
-        inner = activate(self._run.module, self._inner[first_row:last_row]).contiguous()
+        inner = self._hidden.new_empty((last_row - first_row, self._first.matrix_shape[0]))
+        self._product(tiles, first_row, self._first, self._hidden, inner, is_weighted=False)
+        inner = activate(self._run.module, inner).contiguous()
         self._product(tiles, first_row, self._last, inner, self.parts, is_weighted=True)
 
     def _product(

@@ -26,11 +26,11 @@ def grouped_product_kernel(
             and one; from `rows_at` on, of every row the place t * K + k where it was chosen.
         rows_at: numbers in the table before the rows.
         first_tile: tile of the first program.
-        first_row: row that the first vector of `x` belongs to, if `is_weighted`.
+        first_row: row of the first program, with which `out` begins; if `is_weighted`, `x` does.
         offset: numbers before the matrix in an expert's buffer, a multiple of 16 bytes.
-        x: [T, C], in the precision of the experts; if `is_weighted`, [n, C], of every row.
+        x: [T, C], in the precision of the experts; if `is_weighted`, [n, C], of rows.
         weights: [T, K], what products are multiplied with, once they are rounded, if `is_weighted`.
-        out: [N, R]; if `is_weighted`, [T, K, R] in the precision of sums.
+        out: [n, R], of rows; if `is_weighted`, [T, K, R] in the precision of sums.
         n_rows: R.
         n_columns: C.
         top_k: K.
@@ -46,7 +46,7 @@ def grouped_product_kernel(
     if is_weighted:
         sources, targets = rows - first_row, places
     else:
-        sources, targets = places // top_k, rows
+        sources, targets = places // top_k, rows - first_row
     kind: tl.constexpr = x.dtype.element_ty
     # the hint must come last: nothing is known of a sum with the offset, nor of a cast
     address = tl.load(tile)
