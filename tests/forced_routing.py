@@ -40,6 +40,30 @@ def forced_routing(model, choices, position, weights=None):
         yield
 
 
+@contextmanager
+def forced_experts(modules, choices, position):
+    """Let a table choose experts, whatever routers return; weights are those of their own choice.
+
+    Args:
+        modules: the experts modules of every layer, of any model on transformers' interface.
+        choices: see `forced_routing`, as is `position`.
+        position: see there.
+    """
+
+    def choose(layer):
+        def hook(_, arguments):
+            hidden, _, weights = arguments
+            places = position + torch.arange(len(hidden), device=hidden.device)
+            return hidden, choices[layer].index_select(0, places), weights
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer, experts in enumerate(modules):
+            hooks.callback(experts.register_forward_pre_hook(choose(layer)).remove)
+        yield
+
+
 def random_choices(n_layers, n_tokens, n_experts, top_k, device, seed=0):
     """Return distinct experts for every layer and token, int64 [L, T, K]."""
     generator = torch.Generator().manual_seed(seed)

@@ -47,6 +47,14 @@ def rerun(run, undo):
     return SimpleNamespace(replay=lambda: result.copy_(run())), result
 
 
+def check_as_if_pinned(store):
+    """Refuse what a GPU would refuse of experts, but for where they lie."""
+    from adapmoe_lab.engine.graph.requirements import check_experts
+
+    pinned = SimpleNamespace(is_pinned=lambda: True)
+    check_experts(SimpleNamespace(formats=store.formats, buffer=lambda *_: pinned))
+
+
 @contextmanager
 def capturing_on_the_cpu():
     """Let the graph executor run in the interpreter; yield what was captured of steps.
@@ -56,7 +64,7 @@ def capturing_on_the_cpu():
     with ExitStack() as patches:
         for target, instead in (
             ("adapmoe_lab.engine.loading.check_computing", lambda *_: None),
-            (f"{GRAPH}.executor.check_experts", lambda _: None),  # they are not pinned
+            (f"{GRAPH}.executor.check_experts", check_as_if_pinned),
             (f"{GRAPH}.captured_step.recorded", rerun),
             (f"{GRAPH}.captured_choice.recorded", rerun),
             (f"{GRAPH}.operators.ROWS_AT_ONCE", ROWS_AT_ONCE),

@@ -24,6 +24,7 @@ from adapmoe_lab.engine.memory_plan import (
     plan_memory,
 )
 from adapmoe_lab.engine.store.builder import expert_formats
+from adapmoe_lab.models.capturable import capture_in_words
 from adapmoe_lab.models.checkpoint.meta_model import MetaModel, configured_top_k, describe
 from adapmoe_lab.models.support import family_class, find_family
 from adapmoe_lab.profiling.hardware.machine_times import interleaved_medians, seconds_each
@@ -169,6 +170,7 @@ def model_report(model: MetaModel, machine: Machine, context_tokens: int | None 
     lines = [
         f"{model.name}: {config.model_type}, {n_layers} layers x {n_experts} experts, top-{top_k}",
         f"family: {family_class(config.model_type)}" + "".join(f"; {p}" for p in particulars),
+        f"decode steps as a CUDA graph: {capture_in_words(config.model_type)}",
         f"beside the experts, in {model.dtype}: {needs}",
         "",
         f"{'experts in':10} {'one':>9} {'all':>9} {'slots':>6} {'rest':>7} "

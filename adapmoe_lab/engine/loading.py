@@ -12,7 +12,12 @@ import torch
 from adapmoe_lab.assets import data_folder
 from adapmoe_lab.engine.config_checks import check_eviction, check_precision, parts_of_one_model
 from adapmoe_lab.engine.executor import Executor
-from adapmoe_lab.engine.graph.requirements import capabilities, check_computing, reason_of
+from adapmoe_lab.engine.graph.requirements import (
+    capabilities,
+    check_capturable,
+    check_computing,
+    reason_of,
+)
 from adapmoe_lab.engine.host_driven.executor import HostDrivenExecutor
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.load_arguments import (
@@ -165,6 +170,7 @@ def _planned(wanted: LoadRequest) -> _Planned:
         check_precision(config, spec)
     if wanted.executor == "graph":
         check_computing(wanted.device, checkpoint.model.dtype)
+        check_capturable(checkpoint.model.config.model_type)
         able = capabilities(checkpoint.model.dtype)
         able.check(config or TunedConfig.untuned(spec), spec.precision)
     needs = memory_needs(
@@ -232,6 +238,7 @@ def _engine(
     spec, dtype, is_auto = planned.spec, planned.checkpoint.model.dtype, wanted.executor == "auto"
     try:
         check_computing(wanted.device, dtype)
+        check_capturable(planned.checkpoint.model.config.model_type)
         capabilities(dtype).check(TunedConfig.untuned(spec), spec.precision)
         from adapmoe_lab.engine.graph.executor import GraphExecutor  # only it needs triton
 

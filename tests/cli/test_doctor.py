@@ -78,6 +78,7 @@ def test_a_model_is_judged_by_its_config_alone(tmp_path):
     text = model_report(look_at_model(folder), Machine("GPU", 24 * GIB, 128 * GIB, 25e9))
     assert "deepseek_v3, 2 layers x 8 experts, top-2" in text
     assert "family: exact; scores are sigmoid" in text
+    assert "decode steps as a CUDA graph: captured" in text
     assert "beside the experts, in float32: " in text
     for precision in ("bfloat16", "int4", "int2"):
         assert f"\n{precision}" in text

@@ -48,6 +48,12 @@ def test_in_tritons_interpreter_the_executor_passes_its_tests():
     check_interpreted("tests/gpu/test_graph_serving.py", "tests/gpu/test_graph_compiled.py")
 
 
+@pytest.mark.slow
+def test_in_tritons_interpreter_families_that_differ_in_what_they_keep_pass_their_tests():
+    some = "cohere2_moe or deepseek_v32 or lfm2_moe or phimoe or states or gpt_oss"
+    check_interpreted("tests/gpu/test_graph_families.py", "-k", some)
+
+
 @pytest.mark.parametrize(("n_layers", "n_experts", "n_warps"), [(1, 256, 1), (58, 256, 16)])
 @pytest.mark.parametrize("policy", [*ON_DEVICE, made_with(3)], ids=lambda policy: policy.name)
 def test_the_step_compiles_for_a_gpu(policy, n_layers, n_experts, n_warps):

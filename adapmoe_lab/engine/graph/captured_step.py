@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from adapmoe_lab.engine.graph.requirements import REMEDY, CaptureError
 from adapmoe_lab.engine.graph.served_step import ServedStep
 from adapmoe_lab.engine.host_driven.decoder import STEADY_ATTENTION
 from adapmoe_lab.engine.rounding import rounding_bound
+from adapmoe_lab.models.hooks.device_constants import DeviceConstants
 from adapmoe_lab.models.hooks.key_value_cache import forward_cached, rewind, static_cache
 from adapmoe_lab.models.hooks.observing import hooks_of
 
@@ -55,13 +56,14 @@ class CapturedStep:
         """
         self.served = served
         self.context_tokens = context_tokens
-        self.cache: Any = static_cache(hf, context_tokens)
+        self.cache = static_cache(hf, context_tokens)
         self.sequence = 0
         self.choice: CapturedChoice | None = None
         self._hf = hf
         self._capturing = capturing
         self._compiles = compiles
         self._graph: Graph | None = None
+        self._constants = DeviceConstants(hf.device)  # pyright: ignore
         self._hooks = hooks_of(hf)
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=hf.device)  # pyright: ignore
 
@@ -113,7 +115,12 @@ class CapturedStep:
         return self._logits
 
     def can_be_replayed(self, n_before: int) -> bool:
-        """Whether it is captured, or can be behind so many tokens: with room for the proof."""
+        """Whether it is captured, or can be behind so many tokens: with room for the proof.
+
+        A first token makes the states that others replace, where a model keeps some.
+        """
+        if n_before == 0 and self.cache.keeps_states:
+            return False
         return self._graph is not None or self.context_tokens - n_before >= N_PROVED
 
     def capture(self, n_before: int) -> None:
@@ -127,13 +134,13 @@ class CapturedStep:
         """
         if self._graph is not None:
             return
-        try:
-            self.served.tables.rehearse(True)
-            with torch.cuda.device_of(self._token):
+        with torch.cuda.device_of(self._token), self.cache.marked():
+            try:
+                self.served.tables.rehearse(True)
                 self._graph = self._compiled(n_before) or self._proved(n_before, self._hf)
-        finally:
-            self.served.tables.rehearse(False)
-            rewind(self.cache, n_before)
+            finally:
+                self.served.tables.rehearse(False)
+                rewind(self.cache, n_before)
 
     def _compiled(self, n_before: int) -> Graph | None:
         """Return the step compiled and captured; None where it is not to be, or cannot."""
@@ -148,9 +155,10 @@ class CapturedStep:
 
     def _proved(self, n_before: int, forward: Callable[..., Any]) -> Graph:
         """Return the step as a graph that replays what a plain step computes."""
+        repeating = self._constants if forward is self._hf else nullcontext()
 
         def run() -> torch.Tensor:
-            with self._capturing():
+            with self._capturing(), repeating:
                 return self._run(self._token[0], forward)
 
         graph, self._logits = recorded(run, lambda: rewind(self.cache, n_before))

@@ -8,6 +8,7 @@ import torch
 
 from adapmoe_lab.engine.executor import Capabilities
 from adapmoe_lab.engine.store.expert_store import ExpertStore
+from adapmoe_lab.models.capturable import NOT_CAPTURED
 from adapmoe_lab.policies.eviction.registry import POLICIES
 
 OLDEST_TRITON = (3, 3)
@@ -64,6 +65,18 @@ def check_computing(device: torch.device, dtype: str) -> None:
         raise ValueError(
             f"executor='graph' computes in {' or '.join(PRECISIONS)}, not in {dtype}; give "
             f"dtype='bfloat16'. {REMEDY}"
+        )
+
+
+def check_capturable(model_type: str) -> None:
+    """Refuse a family of which it is known that its steps cannot be captured.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if model_type in NOT_CAPTURED:
+        raise ValueError(
+            f"executor='graph' cannot serve {model_type}: {NOT_CAPTURED[model_type]}. {REMEDY}"
         )
 
 

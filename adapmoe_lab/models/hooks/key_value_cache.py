@@ -7,18 +7,36 @@ The one place that knows what transformers calls the cache: until 5.23 forwards 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.cache_utils import (
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from adapmoe_lab.models.support import UnsupportedModelError
 
 NAMES = ("cache", "past_key_values")
 """What the cache is called, the newer name first."""
+
+LAYERS = frozenset(
+    {
+        "StaticLayer", "StaticIndexedLayer", "LinearAttentionLayer", "DummyLayer",
+        "LinearAttentionAndStaticFullAttentionLayer",
+    }
+)  # fmt: skip
+"""Layers of transformers' caches whose tensors are all there is to them."""
+
+LENGTHS = ("cumulative_length", "indexer_cumulative_length")
+"""Where a layer counts the tokens it keeps."""
 
 
 def forward_cached(
@@ -47,27 +65,100 @@ def forward_cached(
     return output.logits, _named(output)
 
 
-def static_cache(hf: nn.Module, n_tokens: int) -> StaticCache:
+class StepCache(StaticCache):
+    """What a model keeps of one sequence, in tensors that stay where they are.
+
+    Layers with a sliding window keep every token, as others do: transformers' own for them keeps a
+    Python length, which a captured step would repeat as it was. What is past the window is masked
+    either way.
+    """
+
+    def __init__(self, hf: nn.Module, n_tokens: int) -> None:
+        """Make room for at most `n_tokens`; see `static_cache`."""
+        super().__init__(config=hf.config, max_cache_len=n_tokens)  # pyright: ignore
+        self.layers = [_of_every_token(layer, n_tokens) for layer in self.layers]
+        self._marked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Return how many tokens a layer keeps, and will not be changed when it keeps more.
+
+        transformers' own is the layer's counter, which some forwards use after it went on.
+        """
+        length = super().get_seq_length(layer_idx)
+        return length.clone() if isinstance(length, torch.Tensor) else length
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether some layers keep states that each token replaces, instead of every token."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """Let `rewind` restore the states that are kept now, until it ends."""
+        self._marked = [(state, state.clone()) for state in self._states()]
+        try:
+            yield
+        finally:
+            self._marked = []
+
+    def rewind(self, n_tokens: int) -> None:
+        """Forget all but the first `n_tokens`; states are those of when it was marked."""
+        for layer in self.layers:
+            for name in LENGTHS:
+                length = getattr(layer, name, None)
+                if length is not None:
+                    length.fill_(n_tokens)
+        for state, before in self._marked:
+            state.copy_(before)
+
+    def _states(self) -> Iterator[torch.Tensor]:
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for states in (layer.conv_states, layer.recurrent_states):
+                    yield from (state for state in states.values() if state is not None)
+
+
+def static_cache(hf: nn.Module, n_tokens: int) -> StepCache:
     """Return a cache for a sequence of at most `n_tokens`, whose tensors stay where they are.
 
     Raises:
-        UnsupportedModelError: a layer keeps something else than keys and values of every token.
+        UnsupportedModelError: the model keeps something else, or nothing is known of what it keeps.
     """
-    cache = StaticCache(config=hf.config, max_cache_len=n_tokens)  # pyright: ignore
-    others = sorted({type(layer).__name__ for layer in cache.layers} - {StaticLayer.__name__})
+    model_type: str = hf.config.model_type  # pyright: ignore
+    try:
+        cache = StepCache(hf, n_tokens)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_kept(
+            model_type, f"transformers has no static cache for it ({error!r})"
+        ) from error
+    others = sorted({type(layer).__name__ for layer in cache.layers} - LAYERS)
     if others:
-        raise UnsupportedModelError(
-            "Decoding by a captured graph needs layers that keep keys and values of every token; "
-            f"this {hf.config.model_type} model has {', '.join(others)}. Load it with "  # pyright: ignore
-            "executor='host'."
-        )
+        raise _not_kept(model_type, f"this one has {', '.join(others)}")
     return cache
 
 
-def rewind(cache: StaticCache, n_tokens: int) -> None:
+def rewind(cache: StepCache, n_tokens: int) -> None:
     """Forget all but the first `n_tokens` of a static cache."""
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(n_tokens)  # pyright: ignore
+    cache.rewind(n_tokens)
+
+
+def _of_every_token(layer: Any, n_tokens: int) -> Any:
+    """Return a layer as it is, or one that keeps every token where it would keep a window."""
+    if not isinstance(layer, StaticSlidingWindowLayer):
+        return layer
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        whole = LinearAttentionAndStaticFullAttentionLayer(n_tokens, layer.number_of_states)
+    else:
+        whole = StaticLayer(n_tokens)
+    whole.is_sliding = True  # masks of sliding layers are made for the first that is
+    return whole
+
+
+def _not_kept(model_type: str, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "Decoding by a captured graph needs layers that keep what they know of a sequence in "
+        f"tensors of fixed size; of {model_type}, {why}. Load it with executor='host'."
+    )
 
 
 def cache_given(arguments: Mapping[str, Any]) -> Any:
