@@ -58,9 +58,9 @@ from adapmoe_lab.evaluation.texts import read_texts
 from adapmoe_lab.records import RoutingTrace
 from adapmoe_lab.records.files import save_json
 
-QUICK_ROWS = ("graph", "stock grouped_mm compiled captured", "host")
+QUICK_ROWS = ("graph", "graph compiled", "stock grouped_mm compiled captured", "host")
 QUICK_SHARES = (0.5, 1.0)
-SECONDS, QUICK_SECONDS = 450, 130
+SECONDS, QUICK_SECONDS = 450, 170
 RECORDINGS = {"olmoe": "third_model/routing.npz"}
 """Of a trained model with as many layers and experts."""
 
@@ -84,7 +84,7 @@ class Run:
 
 
 def runs_of(names: Sequence[str], routings: Sequence[str], shares: Sequence[float]) -> list[Run]:
-    """Return all runs by importance: routing by routing, and what is late after all others."""
+    """Return all runs by importance: stage by stage, and in each routing by routing."""
     runs = [
         Run(name, routing, share)
         for routing in routings
@@ -93,7 +93,7 @@ def runs_of(names: Sequence[str], routings: Sequence[str], shares: Sequence[floa
         for share in row.shares
         if share in shares or len(row.shares) == 1
     ]
-    return sorted(runs, key=lambda run: run.row.is_late)
+    return sorted(runs, key=lambda run: run.row.stage)
 
 
 def routings_of(options: argparse.Namespace, bench: Bench) -> dict[str, Routing | None]:
@@ -189,9 +189,9 @@ def counters_are_equal(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
         if "misses" in found and found["routing"] != "own"  # where rounding may route otherwise
     }
     return {
-        f"{routing}, {share:.0%}": missed == misses["host", routing, share]
+        f"{row}, {routing}, {share:.0%}": missed == misses["host", routing, share]
         for (row, routing, share), missed in misses.items()
-        if row == "graph" and ("host", routing, share) in misses
+        if row in ("graph", "graph compiled") and ("host", routing, share) in misses
     }
 
 
@@ -259,7 +259,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", default=list(ROWS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="from the process's start")
-    parser.add_argument("--quick", action="store_true", help="three rows, drawn routing")
+    parser.add_argument("--quick", action="store_true", help="four rows, drawn routing")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="what compiles; none: nothing")

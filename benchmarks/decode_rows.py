@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +45,24 @@ def _replayed(bench: Bench, config: TunedConfig) -> Steps:
     if engine.runs_steps_by != "graph":
         raise RuntimeError(f"Steps are not replayed: {engine.why_not_replayed}.")
     return steps
+
+
+def run_compiled(bench: Bench, share: float) -> Steps:
+    """Replay steps that were compiled before they were captured; all later ones are, too.
+
+    Raises:
+        CompileWarning: they could not be.
+    """
+    from adapmoe_lab.engine.graph.compiling import CompileWarning  # both need triton
+    from adapmoe_lab.engine.graph.executor import GraphExecutor
+
+    engine = bench.served.engine
+    if not isinstance(engine, GraphExecutor):
+        raise RuntimeError(f"Steps are not replayed: {engine.why_not_replayed}.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompileWarning)
+        engine.compile_steps()
+        return run_graph(bench, share)
 
 
 def run_host(bench: Bench, share: float) -> Steps:
@@ -155,7 +174,7 @@ class Row:
         shares: which shares.
         routings: under which routing, of `EVERY`.
         expected_s: seconds without which it is not begun.
-        is_late: whether it comes after all others.
+        stage: rows of a lower one come first.
         is_exact: whether its logits are to be the model's.
     """
 
@@ -163,7 +182,7 @@ class Row:
     shares: Sequence[float] = (1.0,)
     routings: Sequence[str] = ("drawn",)
     expected_s: float = 10
-    is_late: bool = False
+    stage: int = 1
     is_exact: bool = True
 
 
@@ -171,18 +190,20 @@ PART = (0.5, 0.75, 0.25)
 _captured = partial(partial, run_stock_captured)
 _adapmoe = partial(partial, run_adapmoe)
 ROWS = {
-    "graph": Row(run_graph, SHARES, EVERY),
+    "graph": Row(run_graph, SHARES, EVERY, stage=0),
+    "adapmoe graph": Row(_adapmoe(is_captured=True), PART, GIVEN, stage=0, is_exact=False),
+    "graph compiled": Row(run_compiled, SHARES, EVERY, expected_s=40),
     "stock grouped_mm compiled captured": Row(_captured(experts="grouped_mm"), expected_s=40),
     "host": Row(run_host, SHARES, EVERY),
     "published shape": Row(run_published, SHARES, GIVEN),
     "adapmoe host": Row(_adapmoe(is_captured=False), PART, GIVEN, is_exact=False),
-    "adapmoe graph": Row(_adapmoe(is_captured=True), PART, GIVEN, is_exact=False),
     "stock eager": Row(run_stock),
     "stock batched_mm captured": Row(_captured(experts="batched_mm", is_compiled=False)),
-    "stock generate static": Row(run_generate, expected_s=60, is_late=True),
+    "stock generate static": Row(run_generate, expected_s=60, stage=2),
     "stock batched_mm compiled captured": Row(
-        _captured(experts="batched_mm"), expected_s=40, is_late=True
+        _captured(experts="batched_mm"), expected_s=40, stage=2
     ),
-    "accelerate": Row(run_accelerate, expected_s=60, is_late=True),
+    "accelerate": Row(run_accelerate, expected_s=60, stage=2),
 }
-"""By importance; `accelerate` is the last, since it spends the model."""
+"""By stage and importance: what is compiled comes after what is not, since it stays so, and
+`accelerate` is the last, since it spends the model."""

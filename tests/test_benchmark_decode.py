@@ -164,7 +164,9 @@ def test_drawn_routing_keeps_and_predicts_as_often_as_it_says(routing):
 def test_runs_are_ordered_by_importance_and_cut_by_time(decode, bench, tmp_path):
     runs = decode.runs_of(list(decode.ROWS), ["drawn", "recorded", "own"], decode.SHARES)
     assert [run.name for run in runs[:4]] == ["graph"] * 4
-    assert runs[-1].name == "accelerate"
+    assert runs[-1].name == "accelerate", "it spends the model"
+    of_captured = [run.name for run in runs if run.name in ("graph", "graph compiled")]
+    assert of_captured == ["graph"] * 12 + ["graph compiled"] * 12, "what is compiled stays so"
     assert len(set(runs)) == len(runs)
     out = tmp_path / "none.json"
     command = ["--geometry", "tiny", "--out", str(out), "--seconds", "0"]
