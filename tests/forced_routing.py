@@ -42,7 +42,7 @@ def forced_routing(model, choices, position, weights=None):
 
 @contextmanager
 def forced_experts(modules, choices, position):
-    """Let a table choose experts, whatever routers return; weights are those of their own choice.
+    """Let a table choose experts, the first with the greatest weight, whatever routers return.
 
     Args:
         modules: the experts modules of every layer, of any model on transformers' interface.
@@ -54,7 +54,10 @@ def forced_experts(modules, choices, position):
         def hook(_, arguments):
             hidden, _, weights = arguments
             places = position + torch.arange(len(hidden), device=hidden.device)
-            return hidden, choices[layer].index_select(0, places), weights
+            chosen = choices[layer].index_select(0, places)
+            falling = torch.arange(chosen.shape[1], 0, -1, device=hidden.device)
+            falling = (falling / falling.sum()).expand(chosen.shape)
+            return hidden, chosen, falling.to(weights.dtype)
 
         return hook
 

@@ -40,6 +40,10 @@ TIMES_ROUNDING, AND_MORE = 2.0, 5e-3
 """Error of logits that is allowed: as often that of the unmodified model in the same precision."""
 
 
+AMPLIFYING = {"bailing_hybrid", "gemma4", "gemma4_text", "inkling2_loop_text", "qwen3_next"}
+"""Families whose tiny models make so much of bfloat16's rounding that a bound by it says little."""
+
+
 @pytest.fixture(autouse=True)
 def captured():
     """Count captures: a GPU's, or the interpreter's in their place."""
@@ -68,7 +72,8 @@ def saved(family, folder, monkeypatch):
 def precision_of(family):
     """Return what a family is compared in; bfloat16 would round an indexer's scores alike."""
     text = RECIPES[family].get("text_config", family)
-    return "float16" if "index_n_heads" in RECIPES[text] else "bfloat16"
+    is_fine = family in AMPLIFYING or "index_n_heads" in RECIPES[text]
+    return "float16" if is_fine else "bfloat16"
 
 
 def drawn_tokens(n):
@@ -93,6 +98,7 @@ class Unmodified:
     def __init__(self, folder, model, choices, ids, position, n_prompt=N_PROMPT):
         def logits(dtype):
             plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
+            plain.set_experts_implementation("eager")  # the one that takes any shape
             experts = [plain.get_submodule(layer.path) for layer in model.layers]
             with forced_experts(experts, choices, position):
                 return teacher_forced(TransformersDecoder(plain), ids, position, n_prompt)
