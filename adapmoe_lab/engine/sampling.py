@@ -164,7 +164,7 @@ def among_likeliest(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tens
     ranked = ranked.masked_fill(ranked < ranked.gather(0, top_k[None] - 1), -torch.inf)
     probability = ranked.softmax(dim=-1)
     is_left_out = (probability.cumsum(dim=-1) - probability >= top_p) | ranked.isneginf()
-    is_left_out[0] = False
+    is_left_out[:1].fill_(False)
     return scores.masked_fill(is_left_out.scatter(0, order, is_left_out), -torch.inf)
 
 

@@ -81,8 +81,10 @@ def test_compiled_steps_do_what_uncompiled_ones_do(tmp_path, captured):
     expected = under_gatings(load_graph(folder), captured)
     model = load_graph(folder, compile_steps=True)
     found, codes = run_and_get_code(lambda: under_gatings(model, captured))
-    for (logits, counters), (wanted, wanted_counters) in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(counters, wanted_counters)
+    for number, (plain, compiled) in enumerate(zip(expected, found, strict=True)):
+        (wanted, wanted_counters), (logits, counters) = plain, compiled
+        # weights that compiling rounds otherwise may lie on the other side of a cut
+        assert np.abs(counters - wanted_counters).sum() <= (3 if number else 0)
         errors = (logits - wanted).norm(dim=1) / wanted.norm(dim=1)
         assert float(errors.max()) < BOUND
     calls = re.findall(r"adapmoe_lab\.decide\.default\((.*)\)", "\n".join(codes))
