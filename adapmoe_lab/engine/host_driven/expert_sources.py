@@ -25,11 +25,11 @@ from adapmoe_lab.records import CachePlan, Traffic
 N_LOAD_GROUPS = 2
 """Groups that loads are waited for in: one is multiplied while the next is on its way."""
 
-MOST_STREAMED, MOST_STAGING_BYTES = 8, 2**27
-"""Experts without a slot in a group, at most, and the bytes that staging them may take.
+MOST_STREAMED = 8
+"""Experts without a slot in a group, at most."""
 
-Beyond what is planned for, but little; it spares launches where experts are small.
-"""
+STAGING_SHARE = 1 / 32
+"""What staging such groups may take beyond what is planned for, as a share of the slots' bytes."""
 
 
 class ExpertSource(Protocol):
@@ -198,7 +198,8 @@ class CachedExperts:
         """Return staging buffers for groups of experts, allocated when they are first needed."""
         if self._group_staging is None:
             width = self._staging.shape[1]
-            n_at_once = min(MOST_STREAMED, MOST_STAGING_BYTES // max(1, N_STAGING * width))
+            room = STAGING_SHARE * sum(pool.numel() for pool in self._slots)
+            n_at_once = min(MOST_STREAMED, int(room / max(1, N_STAGING * width)))
             is_larger = width > 0 and n_at_once > 1
             shape = (N_STAGING * n_at_once, width)
             self._group_staging = self._staging.new_empty(shape) if is_larger else self._staging

@@ -24,7 +24,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MATRICES = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))
 """What an expert may consist of."""
 
-MOST_INNER_BYTES = 2**27
+MOST_INNER_BYTES = 2**26
 """First products that are held at once, unless one expert has more; it bounds activations."""
 
 
