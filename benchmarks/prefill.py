@@ -1,20 +1,18 @@
-"""How long prompts take beside what they cannot take less than, at OLMoE's geometry, on a GPU.
+"""How long prompts take, beside what they cannot take less than, at a real model's geometry.
 
-`TMPDIR=/dev/shm python benchmarks/prefill.py --out FILE.json`
+`python benchmarks/prefill.py --out FILE.json [--geometry olmoe|qwen3|mixtral] [--traces FOLDER]`
 
 Prompts of drawn tokens run one after the other in the same slots, so that each finds what those
 before it left; the first finds them empty. A prompt cannot take less than the link takes for the
 bytes it misses; and what it may take is measured by transformers' own eager prefill with all
 experts on the GPU. The larger of the two is the bound that ratios are of. Experts one by one, as
-they run where they cannot run in groups, are timed too. The checkpoint of 13 GiB is written to the
-temporary folder.
+they run where they cannot run in groups, are timed too. Weights are random.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,10 +22,17 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from decode_executors import GEOMETRY, save_checkpoint
+from decode_bench import (
+    GEOMETRIES,
+    best_s,
+    checkpoint_folder,
+    free_memory,
+    made_model,
+    save_checkpoint,
+    wait_for,
+)
 from numpy.typing import NDArray
-from torch import nn
-from transformers import AutoModelForCausalLM
+from stock_decoding import implementation
 
 import adapmoe_lab as lab
 from adapmoe_lab.engine.host_driven.decoder import TransformersDecoder
@@ -48,40 +53,37 @@ def prompts(n_tokens: int, n: int) -> list[torch.Tensor]:
     return list(torch.randint(3, 31000, (n, n_tokens), generator=generator))
 
 
-def timed(hf: nn.Module, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
+def timed(hf: Any, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
     """Return the seconds of a prompt, and the logits [V] of what follows it."""
     decoder = TransformersDecoder(hf)
-    torch.cuda.synchronize()
+    wait_for(hf.device)
     start = time.perf_counter()
     logits = decoder.prefill(ids)
-    torch.cuda.synchronize()
+    wait_for(hf.device)
     return time.perf_counter() - start, logits.float()
 
 
 def link_rate(model: LabModel) -> float:
-    """Return the bytes per second of pinned copies of experts, one after the other."""
+    """Return the bytes per second of copies of a layer's experts, one after the other."""
     sources = [model.store.buffer(0, expert) for expert in range(model.spec.n_experts)]
-    target, rates = torch.empty_like(sources[0], device="cuda"), []
-    for _ in range(4):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+    target = torch.empty_like(sources[0], device=model.engine.device)
+
+    def copy_all() -> None:
         for source in sources:
             target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize()
-        rates.append(sum(source.numel() for source in sources) / (time.perf_counter() - start))
-    return max(rates)
+
+    return sum(source.numel() for source in sources) / best_s(copy_all, target.device, 4)
 
 
-def of_stock(folder: str) -> dict[int, tuple[list[float], list[torch.Tensor]]]:
+def of_stock(plain: Any) -> dict[int, tuple[list[float], list[torch.Tensor]]]:
     """Return seconds and logits of the unmodified model's prompts, by length."""
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
-    plain.set_experts_implementation("grouped_mm")
     found = {}
-    for n_tokens in LENGTHS:
-        for ids in prompts(n_tokens, N_WARM):
-            timed(plain, ids)
-        runs = [timed(plain, ids) for ids in prompts(n_tokens, N_PROMPTS)]
-        found[n_tokens] = [seconds for seconds, _ in runs], [logits for _, logits in runs]
+    with implementation(plain, "grouped_mm"):
+        for n_tokens in LENGTHS:
+            for ids in prompts(n_tokens, N_WARM):
+                timed(plain, ids)
+            runs = [timed(plain, ids) for ids in prompts(n_tokens, N_PROMPTS)]
+            found[n_tokens] = [seconds for seconds, _ in runs], [logits for _, logits in runs]
     return found
 
 
@@ -149,18 +151,26 @@ def profiled(model: LabModel, share: float, n_tokens: int, path: Path) -> None:
     profile.export_chrome_trace(str(path))
 
 
-def main() -> int:
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print and save what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--geometry", choices=list(GEOMETRIES), default="olmoe")
+    parser.add_argument("--device", type=torch.device, default="cuda")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is written meanwhile")
     parser.add_argument("--traces", type=Path, help="folder for a trace of a prompt of each kind")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        save_checkpoint(Path(folder))
-        torch.cuda.empty_cache()
-        stock = of_stock(folder)
-        torch.cuda.empty_cache()
-        model = lab.load(folder, device="cuda", dtype="bfloat16", executor="host")
+    options = parser.parse_args(arguments)
+    with checkpoint_folder(options.geometry, options.folder) as folder:
+        plain = made_model(options.geometry, options.device)
+        save_checkpoint(plain, folder)
+        stock = of_stock(plain)
+        del plain
+        free_memory()
+        emulated = {} if options.device.type == "cuda" else {"link": "none"}
+        model = lab.load(
+            folder, device=options.device, dtype="bfloat16", executor="host", **emulated
+        )
         rate = link_rate(model)
         rows = [
             compare(model, share, n_tokens, rate, stock[n_tokens])
@@ -168,14 +178,16 @@ def main() -> int:
             for n_tokens in LENGTHS
         ]
         if options.traces is not None:
-            options.traces.mkdir(exist_ok=True)
+            options.traces.mkdir(parents=True, exist_ok=True)
             for share in SHARES:
                 profiled(model, share, LENGTHS[0], options.traces / f"share_{share}.json")
-        conditions = {**measurement_conditions(model), "model": "olmoe geometry, random weights"}
+        conditions = measurement_conditions(model)
+        model.close()
     for row in rows:
         print({name: value for name, value in row.items() if not isinstance(value, list)})
-    found = {"link_bytes_per_s": rate, "rows": rows}
-    save_json(options.out, {"geometry": GEOMETRY, "conditions": conditions, **found})
+    found = {"conditions": conditions, "link_bytes_per_s": rate, "rows": rows}
+    sizes = {"geometry": options.geometry, "sizes": GEOMETRIES[options.geometry]}
+    save_json(options.out, {**sizes, **found})
     return 0
 
 
