@@ -93,7 +93,7 @@ def load(
             and not prefetched; or `"auto"`, a graph where that can run, else the host, and says
             why.
         compile_steps: whether the forward of a captured step is compiled first: steps are faster,
-            the first takes some 25 seconds, or a third where the same was compiled before.
+            the first takes some 20 seconds, or fewer where the same was compiled before.
         announce: is told the memory plan.
 
     Raises:

@@ -49,6 +49,16 @@ def test_an_unknown_executor_and_one_without_its_device_are_refused():
         load("demo", device="cpu", executor="graph")
 
 
+def test_compiling_is_refused_where_nothing_is_captured(tiny_checkpoint):
+    with pytest.raises(ValueError, match="executor='host' replays none; give executor='graph'"):
+        load(tiny_checkpoint, device="cpu", compile_steps=True)
+    with pytest.raises(ValueError, match=r"compile_steps must be True or False, got 'yes' \(str\)"):
+        load(tiny_checkpoint, device="cpu", executor="auto", compile_steps="yes")
+    quiet = {"link": "none", "announce": lambda _: None}
+    model = load(tiny_checkpoint, device="cpu", executor="auto", compile_steps=True, **quiet)
+    assert model.engine.runs_steps_by == "host"
+
+
 def test_auto_runs_on_the_host_where_no_graph_can_be_and_says_why(tiny_checkpoint):
     said = []
     model = load(tiny_checkpoint, device="cpu", link="none", executor="auto", announce=said.append)
