@@ -31,6 +31,16 @@ def add_model(parser: argparse.ArgumentParser, *, config: bool) -> None:
         )
 
 
+def add_executor(parser: argparse.ArgumentParser) -> None:
+    """Ask for what runs the experts."""
+    parser.add_argument(
+        "--executor", default="host", help="host, graph or auto (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compile-steps", action="store_true", help="compile captured steps: faster, later"
+    )
+
+
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """Ask for a file of texts."""
     parser.add_argument(
@@ -57,6 +67,7 @@ def load_model(options: argparse.Namespace) -> Any:
         revision=options.revision,
         link=options.link,
         executor=getattr(options, "executor", "host"),
+        compile_steps=getattr(options, "compile_steps", False),
         announce=print_to_stderr,
     )
 

@@ -165,6 +165,10 @@ def test_a_verification_that_is_stopped_writes_nothing(
         (("profile", "demo", "--texts", "none.txt"), "No text file at none.txt"),
         (("tune", "demo", "--budget", "much"), "expert_memory='much' is not a size"),
         (("evaluate", "demo", "--tasks", "blimp"), "blimp task needs blimp/blimp.jsonl.gz"),
+        (
+            ("generate", "demo", "x", "--compile-steps"),
+            "compile_steps=True compiles what a captured",
+        ),
         (("verify", "demo", "--executor", "fast"), "executor='fast' (str) is unknown; expected"),
     ],
 )

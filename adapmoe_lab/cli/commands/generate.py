@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from adapmoe_lab.cli.shared import add_model, load_model
+from adapmoe_lab.cli.shared import add_executor, add_model, load_model
 from adapmoe_lab.cli.values import count, number, standard_input
 
 
@@ -13,6 +13,7 @@ def add(commands: Any) -> None:
     """Add the command to a parser's commands."""
     generate = commands.add_parser("generate", help="continue a prompt")
     add_model(generate, config=True)
+    add_executor(generate)
     generate.add_argument("prompt", help="text to continue; - reads it from standard input")
     generate.add_argument(
         "--chat", action="store_true", help="reply to the prompt as to a user's message"

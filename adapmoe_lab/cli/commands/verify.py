@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from adapmoe_lab.cli.shared import add_model, add_texts, given_texts, load_model, progress
+from adapmoe_lab.cli.shared import (
+    add_executor,
+    add_model,
+    add_texts,
+    given_texts,
+    load_model,
+    progress,
+)
 from adapmoe_lab.cli.values import check_output, count
 
 
@@ -16,7 +23,7 @@ def add(commands: Any) -> None:
         "verify", help="exactness, executor, speed, prediction and loss on this machine"
     )
     add_model(verify, config=True)
-    verify.add_argument("--executor", default="host", help="host, graph or auto")
+    add_executor(verify)
     add_texts(verify)
     verify.add_argument("--new-tokens", type=count(2), default=32, metavar="N")
     verify.add_argument("--repeats", type=count(1), default=3, metavar="N")
