@@ -57,7 +57,7 @@ class Routing:
             token_ids=np.zeros(n_tokens, dtype=np.int32),
             expert_indices=self.experts.astype(np.int16),
             weights=self.weights,
-            router_probs=np.zeros((n_tokens, spec.n_layers, spec.n_experts), dtype=np.float16),
+            router_probs=None,
             predictions={},
             sequence_starts=np.zeros(1, dtype=np.int64),
             step_ids=np.arange(n_tokens),

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from adapmoe_lab.engine.store.expert_buffer import plain_views
 from adapmoe_lab.engine.store.expert_store import ExpertStore
 from adapmoe_lab.models.families import MoELayer
-from adapmoe_lab.models.hooks.key_value_cache import rewind, static_cache
+from adapmoe_lab.models.hooks.key_value_cache import static_cache
 
 N_REHEARSALS = 3
 PUBLISHED_SHAPE = "published_shape"
@@ -75,7 +75,7 @@ class StaticStep:
         with torch.cuda.stream(aside):
             for _ in range(N_REHEARSALS):
                 self._run(self._step, self._token)
-                rewind(self._cache, self._n_tokens)
+                self._cache.rewind(self._n_tokens)
         present.wait_stream(aside)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()

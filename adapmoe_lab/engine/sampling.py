@@ -100,10 +100,11 @@ class SamplingData:
         def number(dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros((), dtype=dtype, device=device)
 
-        self.is_in_text = torch.zeros(n_tokens, dtype=torch.bool, device=device)
-        self.position, self.seed, self.top_k = (number(torch.int64) for _ in range(3))
-        self.temperature, self.top_p = number(torch.float64), number(torch.float64)
-        self.repetition_penalty = number(torch.float32)
+        with torch.inference_mode(False):  # tokens may be chosen in another mode
+            self.is_in_text = torch.zeros(n_tokens, dtype=torch.bool, device=device)
+            self.position, self.seed, self.top_k = (number(torch.int64) for _ in range(3))
+            self.temperature, self.top_p = number(torch.float64), number(torch.float64)
+            self.repetition_penalty = number(torch.float32)
 
     def begin(self, sampling: Sampling, text: torch.Tensor) -> None:
         """Sample what follows a text, int64 [T]."""

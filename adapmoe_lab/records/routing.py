@@ -32,7 +32,8 @@ OLDEST_VERSION = 1
 
 UNGATED = "ungated"
 EXPERTS, SCORES = "predictions", "prediction_scores"
-IN_HEADER = ("spec", "labels", "recorded_under", "fingerprint")
+HAS_SCORES = "has_router_probs"
+IN_HEADER = ("spec", "labels", "recorded_under", "fingerprint", HAS_SCORES)
 PER_TOKEN = ("token_ids", "expert_indices", "weights", "router_probs", "step_ids", "is_decode")
 SMALLER_IN_FILES = MappingProxyType({"expert_indices": np.uint8, "weights": np.float16})
 """Types that a file holds values in where they are exact."""
@@ -293,6 +294,7 @@ class RoutingTrace:
             "labels": list(self.labels),
             "recorded_under": self.recorded_under,
             "fingerprint": self.fingerprint(),
+            HAS_SCORES: self.router_probs is not None,
         }
         save_arrays(path, KIND, SCHEMA_VERSION, header, arrays)
         return path
@@ -307,7 +309,7 @@ class RoutingTrace:
         """
         path = Path(path)
         header, arrays = load_arrays(path, KIND, SCHEMA_VERSION, OLDEST_VERSION)
-        header = known_values(header, str(path), (*IDENTIFYING, *IN_HEADER))
+        header = known_values(header, str(path), (*IDENTIFYING, *IN_HEADER), (HAS_SCORES,))
         scores = {
             name: name.replace(EXPERTS, SCORES, 1)
             for name in arrays
@@ -315,7 +317,8 @@ class RoutingTrace:
         }
         version = header["schema_version"]
         later = scores.values() if version == OLDEST_VERSION else ()
-        optional = ("router_probs",) if version == SCHEMA_VERSION else ()
+        is_chosen_only = version == SCHEMA_VERSION and not header.get(HAS_SCORES, False)
+        optional = ("router_probs",) if is_chosen_only else ()
         names = (*PER_TOKEN, "sequence_starts", *scores, *scores.values())
         arrays = known_values(arrays, str(path), names, (*later, *optional))
         arrays.setdefault("router_probs", None)

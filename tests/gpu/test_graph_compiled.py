@@ -23,7 +23,9 @@ from interpreted_graph import (
 from tiny_models import VOCABULARY_SIZE, save_tiny
 from torch._inductor.utils import run_and_get_code
 
+from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.graph import captured_step
+from adapmoe_lab.engine.graph.captured_choice import ReplayedSampler
 from adapmoe_lab.engine.graph.compiling import CompileWarning
 from adapmoe_lab.engine.graph.requirements import CaptureError
 from adapmoe_lab.engine.rounding import rounding_bound
@@ -106,7 +108,7 @@ def test_a_step_that_cannot_be_compiled_is_captured_as_it_is(tmp_path, monkeypat
     model = load_graph(save_tiny("mixtral", tmp_path), compile_steps=True)
     decoder = model.decoder()
     decoder.prefill(drawn_tokens(N_PROMPT))
-    with pytest.warns(CompileWarning, match="replayed uncompiled.*no such instruction"):
+    with pytest.warns(CompileWarning, match="are not compiled: .*no such instruction"):
         decoder.step(1)
     assert model.engine.runs_steps_by == "graph"
     decoder.step(2)
@@ -121,12 +123,50 @@ def test_another_hook_is_seen_by_the_next_sequence(tmp_path, captured):
         return decoder.step(1).float().clone()
 
     plain = logits()
+    goes_on = model.decoder()
+    goes_on.prefill(drawn_tokens(N_PROMPT))
     handle = model.hf.lm_head.register_forward_hook(lambda _, __, output: -output)
+    goes_on.prefill(drawn_tokens(2))
+    goes_on.step(1)
+    assert len(captured) == 2, "the next turn of a sequence sees it, too"
     assert torch.equal(logits(), -plain)
     handle.remove()
     assert torch.equal(logits(), plain)
     assert torch.equal(logits(), plain)
     assert len(captured) == 3
+
+
+def test_a_text_under_inference_mode_leaves_nothing_that_others_cannot_use(tmp_path):
+    model, ids = load_graph(save_tiny("mixtral", tmp_path)), drawn_tokens(N_PROMPT)
+    sampling = Sampling(0.9, top_k=5, seed=2)
+
+    def text():
+        return list(generate_tokens(model.decoder(), ids, 5, sampling))
+
+    with torch.inference_mode():
+        first = text()
+    assert text() == first
+    with torch.inference_mode():
+        assert text() == first
+
+
+def test_a_text_goes_on_where_the_captured_choice_was_given_up():
+    logits, sampling = torch.randn((12, 50)), Sampling(1.5, seed=4, repetition_penalty=1.5)
+    prompt = torch.tensor([3, 4])
+
+    class Captured(Sampler):
+        def __init__(self):
+            super().__init__(sampling, prompt)
+
+        def begin(self, sampling, text):
+            super().__init__(sampling, text)
+
+        def next_token(self, logits, _):
+            return self.choose(logits)
+
+    at = iter([None] * 3 + [Captured()] * 5 + [None] * 4)
+    replayed, plain = ReplayedSampler(lambda: next(at), sampling, prompt), Sampler(sampling, prompt)
+    assert [replayed.choose(row) for row in logits] == [plain.choose(row) for row in logits]
 
 
 def test_tokens_are_chosen_on_the_device_as_by_the_host(tmp_path):

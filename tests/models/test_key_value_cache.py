@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from adapmoe_lab.models.hooks.key_value_cache import (
     cache_given,
     forward_cached,
-    rewind,
     static_cache,
 )
 from adapmoe_lab.models.support import UnsupportedModelError
@@ -101,7 +100,7 @@ def test_a_static_cache_gives_the_logits_of_the_whole_text_and_can_be_rewound(
         with cache.marked():
             for token in (3, 4, 5):
                 forward_cached(hf, torch.tensor([[token]]), cache)
-            rewind(cache, 12)
+            cache.rewind(12)
         for place in range(12, 24):
             logits, _ = forward_cached(hf, ids[:, place : place + 1], cache)
             torch.testing.assert_close(logits[:, 0], expected[:, place], rtol=1e-4, atol=1e-4)

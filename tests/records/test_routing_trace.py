@@ -77,6 +77,15 @@ def test_a_file_of_version_2_must_have_all_scores(tmp_path, monkeypatch):
         RoutingTrace.load(without)
 
 
+def test_a_file_that_lost_its_scores_is_refused(tmp_path):
+    path = make_trace().save(tmp_path / "trace.npz")
+    with np.load(path) as saved:
+        arrays = {name: saved[name] for name in saved.files if name != "router_probs"}
+    np.savez(path, **arrays)
+    with pytest.raises(RecordError, match="router_probs"):
+        RoutingTrace.load(path)
+
+
 def test_arrays_cannot_be_written():
     trace = make_trace()
     with pytest.raises(ValueError, match="read-only"):

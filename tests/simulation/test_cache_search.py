@@ -67,6 +67,14 @@ def test_the_best_loads_least_of_all_that_was_tried():
     assert (tried[0].division, tried[0].eviction) == ("uniform", "lru")
 
 
+def test_what_reads_scores_is_not_tried_of_a_trace_without_them():
+    trace = uneven_trace().chosen_only()
+    _, tried = best_cache(trace, slots_plan(trace.spec, 4))
+    assert {choice.eviction for choice in tried} == {"lru", "lfu_aged"}
+    with pytest.raises(ValueError, match="without router_probs"):
+        best_cache(trace, slots_plan(trace.spec, 4), evictions=["router_average"])
+
+
 def test_what_changes_half_way_is_not_praised_for_its_first_half():
     trace = uneven_trace()
     experts = trace.expert_indices.copy()

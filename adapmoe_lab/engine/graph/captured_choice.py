@@ -27,6 +27,7 @@ class CapturedChoice:
         """Sample what follows a text, int64 [T], from now on."""
         self._data.begin(sampling, text)
 
+    @torch.inference_mode(False)  # what is captured outlives the caller's mode
     def next_token(self, logits: torch.Tensor, choice: Choice) -> int:
         """Return the token that follows, by logits [V]; it belongs to the text from now on."""
         if logits.data_ptr() != self._logits.data_ptr():
@@ -68,6 +69,9 @@ class ReplayedSampler:
         """Return the token that follows, by logits [V]; it belongs to the text from now on."""
         captured = self._captured()
         if captured is None:
+            if self._begun is not None:  # it was given up in the midst of a text
+                text = torch.tensor(self._text)
+                self._uncaptured, self._begun = Sampler(self._sampling, text), None
             token = self._uncaptured.choose(logits)
         else:
             if captured is not self._begun:

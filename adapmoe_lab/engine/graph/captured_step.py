@@ -14,12 +14,13 @@ from torch.nn.attention import sdpa_kernel
 from adapmoe_lab.engine.graph.captured_choice import CapturedChoice
 from adapmoe_lab.engine.graph.compiling import CompileWarning, compiled, compiling
 from adapmoe_lab.engine.graph.recording import Graph, recorded
-from adapmoe_lab.engine.graph.requirements import REMEDY, CaptureError
+from adapmoe_lab.engine.graph.requirements import REMEDY, CaptureError, reason_of
 from adapmoe_lab.engine.graph.served_step import ServedStep
 from adapmoe_lab.engine.host_driven.decoder import STEADY_ATTENTION
 from adapmoe_lab.engine.rounding import rounding_bound
 from adapmoe_lab.models.hooks.device_constants import DeviceConstants
-from adapmoe_lab.models.hooks.key_value_cache import forward_cached, rewind, static_cache
+from adapmoe_lab.models.hooks.experts_hook import traced
+from adapmoe_lab.models.hooks.key_value_cache import forward_cached, static_cache
 from adapmoe_lab.models.hooks.observing import hooks_of
 
 N_PROVED = 3
@@ -70,15 +71,26 @@ class CapturedStep:
     def begin(self) -> int:
         """Begin a sequence, which ends the one before, and return its number.
 
-        A graph does what the hooks on the model's modules did when it was captured; under others it
-        is captured again.
+        See `notice_hooks`.
+        """
+        self.notice_hooks()
+        self.cache.reset()
+        self.sequence += 1
+        return self.sequence
+
+    def notice_hooks(self) -> None:
+        """Capture anew under other hooks than those that were on the model's modules before.
+
+        A graph does what they did when it was captured.
         """
         if self._hooks != hooks_of(self._hf):
             self._hooks = hooks_of(self._hf)
             self._forget()
-        self.cache.reset()
-        self.sequence += 1
-        return self.sequence
+
+    def end(self) -> None:
+        """Give up graph, keys and values; whoever still holds this can do nothing with it."""
+        self._forget()
+        del self.cache
 
     def compile(self) -> None:
         """Compile the forward before the next replay, if it is not, and capture it anew."""
@@ -97,6 +109,7 @@ class CapturedStep:
         """
         return self._run(token_ids, self._hf)
 
+    @torch.inference_mode(False)  # what is allocated here outlives the caller's mode
     @torch.no_grad()
     def _run(self, token_ids: torch.Tensor, forward: Callable[..., Any]) -> torch.Tensor:
         unchanged = torch.autocast(self._token.device.type, enabled=False)
@@ -123,6 +136,7 @@ class CapturedStep:
             return False
         return self._graph is not None or self.context_tokens - n_before >= N_PROVED
 
+    @torch.inference_mode(False)
     def capture(self, n_before: int) -> None:
         """Capture the step behind `n_before` tokens, if it is not, and prove it.
 
@@ -140,17 +154,18 @@ class CapturedStep:
                 self._graph = self._compiled(n_before) or self._proved(n_before, self._hf)
             finally:
                 self.served.tables.rehearse(False)
-                rewind(self.cache, n_before)
+                self.cache.rewind(n_before)
 
     def _compiled(self, n_before: int) -> Graph | None:
         """Return the step compiled and captured; None where it is not to be, or cannot."""
         if not self._compiles:
             return None
         try:
-            with compiling():
+            with compiling(), traced(self._hf):
                 return self._proved(n_before, compiled(self._hf))
         except CaptureError as error:
-            warnings.warn(f"The step is replayed uncompiled. {error}", CompileWarning, stacklevel=2)
+            why = f"Captured steps are not compiled: {reason_of(error)}."
+            warnings.warn(why, CompileWarning, stacklevel=2)
             return None
 
     def _proved(self, n_before: int, forward: Callable[..., Any]) -> Graph:
@@ -161,7 +176,7 @@ class CapturedStep:
             with self._capturing(), repeating:
                 return self._run(self._token[0], forward)
 
-        graph, self._logits = recorded(run, lambda: rewind(self.cache, n_before))
+        graph, self._logits = recorded(run, lambda: self.cache.rewind(n_before))
         self._prove(graph, n_before, run)
         self.choice = CapturedChoice(self._logits)
         return graph
@@ -170,8 +185,9 @@ class CapturedStep:
         """Compare replays with plain steps of the same kernels, over several positions.
 
         A capture that runs is not yet right: what a forward keeps in Python, such as a length, is
-        replayed as it was. What was compiled is compared with the model itself, too; there a router
-        that is between two experts may choose the other by rounding, so most positions must agree.
+        replayed as it was. What was compiled, or repeats constants, is compared with the model
+        itself, too; there a router that is between two experts may choose the other by rounding, so
+        most positions must agree.
         """
 
         def replayed() -> torch.Tensor:
@@ -185,12 +201,12 @@ class CapturedStep:
         expected = self._logits_of(run, n_before)
         errors = _relative_errors(self._logits_of(replayed, n_before), expected)
         bound = rounding_bound(self._logits.dtype)
-        of_compiling = float(
+        of_change = float(
             _relative_errors(expected, self._logits_of(uncompiled, n_before)).median()
         )
         for error, what in (
             (float(errors.max()), "captured step gives other logits than a plain one"),
-            (of_compiling, "compiled step gives other logits than an uncompiled one"),
+            (of_change, "step that is captured gives other logits than the model"),
         ):
             if not error <= bound:
                 raise CaptureError(
@@ -200,7 +216,7 @@ class CapturedStep:
 
     def _logits_of(self, run: Callable[[], torch.Tensor], n_before: int) -> torch.Tensor:
         """Return the logits [N, V] of some tokens behind `n_before` others."""
-        rewind(self.cache, n_before)
+        self.cache.rewind(n_before)
         found = []
         for token in range(N_PROVED):
             self._token.fill_(token)

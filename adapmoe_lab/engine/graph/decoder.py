@@ -25,6 +25,10 @@ class Replaying(Protocol):
         """Whether a step is that of the present slots."""
         ...
 
+    def check_open(self) -> None:
+        """Raise RuntimeError if it was closed."""
+        ...
+
     def lets_replay(self, n_before: int) -> bool:
         """Let the step behind `n_before` tokens be replayed; False where the host must run it."""
         ...
@@ -53,6 +57,7 @@ class GraphDecoder:
     def prefill(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Run a prompt, int64 [T]; return the logits [V] of what follows it."""
         self._check(len(token_ids))
+        self._step.notice_hooks()
         with self._unbroken.passing():
             logits = self._step.run(token_ids.to(self._executor.device))
         self._n_tokens += len(token_ids)
@@ -82,6 +87,7 @@ class GraphDecoder:
 
     def _check(self, n_more: int) -> None:
         """Refuse to go on with a sequence that has ended, or past the cache's end."""
+        self._executor.check_open()
         if not self._is_present:
             raise RuntimeError(
                 "Another sequence has begun, or the slots have changed, since this one did; "

@@ -131,7 +131,7 @@ class GraphExecutor:
         before = self._policy, self.plan.is_global
         is_other = before != (policy, plan.is_global) or self.surrogates is not surrogates
         if is_other or why_not is not None:
-            captured = None
+            captured = self._end_step()
         self._forget_step()
         self._host.configure(gating, plan, eviction, surrogates, prefetch, predictors, step_costs)
         self._policy, self._captured, self.why_not_replayed = policy, captured, why_not
@@ -141,6 +141,7 @@ class GraphExecutor:
 
     def release(self) -> None:
         """Give up all slots; experts then only stream."""
+        self._end_step()
         self._forget_step()
         self._host.release()
 
@@ -168,14 +169,15 @@ class GraphExecutor:
         """Return the step of the present slots, captured when it is first replayed."""
         self.check_open()
         if self._captured is None:
-            served = ServedStep(
-                self._store, self._policy, self.plan.is_global, self._top_k, self.device,
-                self._routers, self._host.surrogate_outputs,
-            )  # fmt: skip
-            self._begin(served)
-            self._captured = CapturedStep(
-                hf, served, self._context_tokens, self.capturing, self._compiles
-            )
+            with torch.inference_mode(False):  # it outlives the caller's mode
+                served = ServedStep(
+                    self._store, self._policy, self.plan.is_global, self._top_k, self.device,
+                    self._routers, self._host.surrogate_outputs,
+                )  # fmt: skip
+                self._begin(served)
+                self._captured = CapturedStep(
+                    hf, served, self._context_tokens, self.capturing, self._compiles
+                )
         return self._captured
 
     def _begin(self, served: ServedStep) -> None:
@@ -235,7 +237,6 @@ class GraphExecutor:
         self._give_residency_back()
         return self._host.run_layer(layer, *arguments)
 
-    @torch.compiler.disable
     def _give_residency_back(self) -> None:
         """Let the host go on from what the device knows, if it does not by now."""
         if self._is_device_owner and self._captured is not None:
@@ -318,6 +319,7 @@ class GraphExecutor:
 
     def close(self) -> None:
         """Give up the graph, the slots and the store: nothing runs afterwards."""
+        self._end_step()
         self._forget_step()
         self._host.close()
 
@@ -330,6 +332,11 @@ class GraphExecutor:
                 yield
         finally:
             self._is_eager = before
+
+    def _end_step(self) -> None:
+        """Free what a captured step keeps, whoever holds it."""
+        if self._captured is not None:
+            self._captured.end()
 
     def _forget_step(self) -> None:
         self._captured: CapturedStep | None = None

@@ -24,7 +24,10 @@ EXPERTS_PER_WARP = 1024
 ROWS_AT_ONCE, COLUMNS_AT_ONCE = 4, 1024
 
 _POLICIES: dict[str, tuple[EvictionPolicy, dict[str, Any]]] = {}
-"""Policies that were prepared, and the arguments that make `step_kernel` theirs, by their code."""
+"""Policies that were prepared, and the arguments that make `step_kernel` theirs, by their code.
+
+An operator is given no more than a string.
+"""
 
 
 class Decision(NamedTuple):

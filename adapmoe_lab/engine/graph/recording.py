@@ -50,9 +50,15 @@ def recorded(
     except (CaptureError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, triton.TritonError) as error:
-        cause = error.__context__ or error  # ending an invalid capture is an error, too
-        first_line = str(cause).strip().splitlines()[0].rstrip(".")
         raise CaptureError(
-            f"The forward of this model cannot be captured as a CUDA graph: {first_line}. {REMEDY}"
+            "The forward of this model cannot be captured as a CUDA graph: "
+            f"{_first_line(error)}. {REMEDY}"
         ) from error
     return graph, result
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what went wrong in a line; ending an invalid capture is an error of its own."""
+    texts = [str(cause).strip() for cause in (error.__context__, error) if cause is not None]
+    said = next((text for text in texts if text), type(error).__name__)
+    return said.splitlines()[0].rstrip(".")

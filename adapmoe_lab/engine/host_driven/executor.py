@@ -287,7 +287,6 @@ class HostDrivenExecutor:
             yield arrival
             self.clock.spend(self.step_costs.of_expert(layer, arrival[0]))
 
-    @torch.compiler.disable
     def run_layer(
         self,
         layer: int,

@@ -195,14 +195,22 @@ class CachedExperts:
             yield GroupedFetch(order, self._addresses(step, order), arrivals)
 
     def _staging_of_groups(self) -> torch.Tensor:
-        """Return staging buffers for groups of experts, allocated when they are first needed."""
+        """Return staging buffers for groups of experts, allocated when they are first needed.
+
+        They are beyond what was planned: where there is no room, experts come one at a time.
+        """
         if self._group_staging is None:
             width = self._staging.shape[1]
             room = STAGING_SHARE * sum(pool.numel() for pool in self._slots)
             n_at_once = min(MOST_STREAMED, int(room / max(1, N_STAGING * width)))
             is_larger = width > 0 and n_at_once > 1
             shape = (N_STAGING * n_at_once, width)
-            self._group_staging = self._staging.new_empty(shape) if is_larger else self._staging
+            try:
+                with torch.inference_mode(False):  # later passes may be of another mode
+                    larger = self._staging.new_empty(shape) if is_larger else self._staging
+            except torch.OutOfMemoryError:
+                larger = self._staging
+            self._group_staging = larger
         return self._group_staging
 
     @contextmanager

@@ -203,11 +203,14 @@ class CudaLink:
 
     def copy_all(self, copies: Copies) -> torch.cuda.Event:
         """Enqueue copies likewise, one after the other."""
-        if self._measured is not None:  # when the link is free matters only to prefetch
-            copies = list(copies)
-            for source, _ in copies:
+        return self._enqueue(self._expected(copies), self._computed_so_far())
+
+    def _expected(self, copies: Copies) -> Copies:
+        """Yield copies, each counted on; when the link is free matters only to prefetch."""
+        for source, destination in copies:
+            if self._measured is not None:
                 self._expect(source)
-        return self._enqueue(copies, self._computed_so_far())
+            yield source, destination
 
     def _expect(self, source: torch.Tensor) -> None:
         """Count on a copy of that size behind all that was begun."""

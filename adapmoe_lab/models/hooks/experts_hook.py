@@ -13,7 +13,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from adapmoe_lab.models.families import MoELayer, UnsupportedModelError
 
-IMPLEMENTATION = "adapmoe_lab"
+IMPLEMENTATION, TRACED = "adapmoe_lab", "adapmoe_lab_traced"
+"""Names of what runs the experts: as it is always, and while a compiler looks on."""
 BINDING = "_adapmoe_lab_binding"
 
 
@@ -45,7 +46,22 @@ def _dispatch(
     return executor.run_layer(layer, self, hidden_states, top_k_index, top_k_weights)
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(_dispatch))
+ALL_EXPERTS_FUNCTIONS.register(TRACED, _dispatch)
+
+
+@contextmanager
+def traced(hf: nn.Module) -> Iterator[None]:
+    """Let a compiler see how the experts of a model are run, where it hides that else.
+
+    What drives experts from the host is nothing to compile.
+    """
+    set_implementation = hf.set_experts_implementation  # pyright: ignore
+    set_implementation(TRACED)
+    try:
+        yield
+    finally:
+        set_implementation(IMPLEMENTATION)
 
 
 @contextmanager

@@ -137,11 +137,6 @@ def static_cache(hf: nn.Module, n_tokens: int) -> StepCache:
     return cache
 
 
-def rewind(cache: StepCache, n_tokens: int) -> None:
-    """Forget all but the first `n_tokens` of a static cache."""
-    cache.rewind(n_tokens)
-
-
 def _of_every_token(layer: Any, n_tokens: int) -> Any:
     """Return a layer as it is, or one that keeps every token where it would keep a window."""
     if not isinstance(layer, StaticSlidingWindowLayer):

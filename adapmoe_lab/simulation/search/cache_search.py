@@ -100,7 +100,7 @@ def best_cache(
     trace: RoutingTrace,
     uniform: CachePlan,
     gating: GatingTable | None = None,
-    evictions: Sequence[str] = EVICTIONS,
+    evictions: Sequence[str] | None = None,
 ) -> tuple[CacheChoice, list[CacheChoice]]:
     """Return what loads least for the slots of a plan, and all that was tried.
 
@@ -112,11 +112,17 @@ def best_cache(
         trace: recorded routing.
         uniform: as many slots in every layer.
         gating: what will skip experts.
-        evictions: names of policies to try; of equal loads the first is taken.
+        evictions: names of policies to try; of equal loads the first is taken. None for
+            `EVICTIONS`, without those that read scores which the trace does not hold.
 
     Raises:
         ValueError: there is no such policy, or it can only be simulated.
     """
+    if evictions is None:
+        has_scores = trace.router_probs is not None
+        evictions = [
+            name for name in EVICTIONS if has_scores or not policy_named(name).needs_scores
+        ]
     for eviction in evictions:
         policy_named(eviction).check_runnable()
     half = trace.n_tokens // 2
