@@ -140,6 +140,11 @@ class HardwareProfile:
         return self.link.startswith("emulated:")
 
     @property
+    def is_of_replays(self) -> bool:
+        """Whether steps were timed as replays of captured graphs, which prefetch nothing."""
+        return self.conditions.get("executor") == "graph"
+
+    @property
     def link_latency_s(self) -> float:
         """Seconds that a copy takes whatever its size, by the line through the measured copies."""
         return self._line(self.copy_s)[0]

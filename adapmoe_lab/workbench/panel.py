@@ -10,8 +10,7 @@ from IPython.core.getipython import get_ipython
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.evaluation.loss import token_sequences
 from adapmoe_lab.evaluation.texts import Texts, as_texts, calibration_split, calibration_texts
-from adapmoe_lab.profiling.hardware.probe import probe_hardware
-from adapmoe_lab.profiling.hardware.timed_steps import host_driven
+from adapmoe_lab.profiling.hardware.probe import check_probed, probe_hardware
 from adapmoe_lab.profiling.routing.profile import profile
 from adapmoe_lab.profiling.sensitivity.sensitivity import sensitivity as measure_sensitivity
 from adapmoe_lab.records import (
@@ -78,7 +77,7 @@ class Workbench:
         if trace is not None:
             trace.check_ungated()
         if hardware is None:
-            host_driven(model)  # refuses what cannot be probed
+            check_probed(model)
         calibration, unseen = calibration_split(calibration_texts())
         unseen = unseen if texts is None else as_texts(texts)
         token_sequences(model, unseen, MAX_LOSS_TOKENS)  # refuses what is too short

@@ -45,7 +45,8 @@ def test_in_tritons_interpreter_the_kernels_pass_their_tests():
 
 @pytest.mark.slow
 def test_in_tritons_interpreter_the_executor_passes_its_tests():
-    check_interpreted("tests/gpu/test_graph_serving.py", "tests/gpu/test_graph_compiled.py")
+    files = ("test_graph_serving.py", "test_graph_compiled.py", "test_graph_probe.py")
+    check_interpreted(*(f"tests/gpu/{name}" for name in files))
 
 
 @pytest.mark.slow

@@ -150,6 +150,10 @@ def test_fetching_ahead_is_taken_where_it_is_predicted_to_pay():
     assert unmeasured.prefetch is None
     costly = tune(trace, profile_of, replace(quick, predict_s=0.005), skipped_fraction=0.0)
     assert costly.prefetch is None
+    replayed = replace(quick, conditions={"executor": "graph"})
+    captured = tune(trace, profile_of, replayed, expert_memory="75%", skipped_fraction=0.0)
+    assert captured.prefetch is None, "captured steps prefetch nothing"
+    assert set(captured.evidence["prefetch"]) == {"none"}
 
 
 def test_fetching_ahead_is_left_out_where_there_is_no_room_for_it():

@@ -23,7 +23,12 @@ from adapmoe_lab.profiling.hardware.machine_times import (
     seconds_each,
     sync_and_launch_s,
 )
-from adapmoe_lab.profiling.hardware.solved_costs import TimedStep, solved_costs
+from adapmoe_lab.profiling.hardware.replayed_steps import (
+    is_replayed,
+    replayed_decodes,
+    with_misses,
+)
+from adapmoe_lab.profiling.hardware.solved_costs import TimedStep, replayed_costs, solved_costs
 from adapmoe_lab.profiling.hardware.timed_steps import (
     host_driven,
     throttled_steps,
@@ -54,11 +59,17 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         n_steps: decode steps timed per round.
         rounds: rounds of decoding, fewer on a machine that is slow at them.
 
+    Where steps are captured graphs, they are timed as they are replayed, at several numbers of
+    misses and of experts run: what the host does is no part of them, and a miss takes what the
+    device takes to read it over the link.
+
     Raises:
         UnsupportedModelError: some layers run several times for each token.
-        ValueError: the model runs by another executor than the host-driven one.
+        ValueError: captured steps were asked for, and the host runs them in their place.
     """
-    check_each_runs_once(model.layers)
+    check_probed(model)
+    if is_replayed(model):
+        return _probe_replayed(model, n_steps, rounds)
     spec, engine = model.spec, host_driven(model)
     hidden = torch.ones(1, spec.hidden_size, dtype=model.hf.dtype, device=engine.device)
     hidden = hidden / spec.hidden_size
@@ -94,6 +105,42 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         **solved_costs(free, miss_s, alone_s),
     )
     return replace(profile, wait_s=_wait_s(throttled, profile, model) if throttled else None)
+
+
+def check_probed(model: LabModel) -> None:
+    """Refuse a model whose steps cannot be timed, as `probe_hardware` does."""
+    check_each_runs_once(model.layers)
+    if not is_replayed(model):
+        host_driven(model)
+
+
+def _probe_replayed(model: LabModel, n_steps: int, rounds: int) -> HardwareProfile:
+    """Measure the parts of a step that is replayed, and copies over the link."""
+    engine, decodes = model.engine, []
+    end = time.monotonic() + DECODE_S
+    with model.running(TunedConfig.untuned(model.spec)):
+        for number in range(rounds):
+            if number >= LEAST_ROUNDS and time.monotonic() > end:
+                break
+            decodes += replayed_decodes(model, n_steps)
+        engine.release()
+        copies = copy_times(model.store, model.link, engine.clock, engine.device)
+    check_probed(model)  # the first decode may have found that they cannot be captured
+    costs, miss_s = replayed_costs(decodes)
+    profile = HardwareProfile(
+        device=device_name(engine.device),
+        link=model.link.name,
+        copy_bytes=np.array(copies.sizes),
+        copy_s=np.array(copies.linked),
+        conditions=measurement_conditions(model),
+        pageable_copy_s=None if copies.pageable is None else np.array(copies.pageable),
+        **costs,
+    )
+    if miss_s:
+        read_s = profile.copy_s * (miss_s / profile.load_s(model.spec.mean_expert_bytes))
+        profile = replace(profile, copy_s=read_s)
+    missing = with_misses(decodes)
+    return replace(profile, wait_s=_wait_s(missing, profile, model) if missing else None)
 
 
 def _decoded(

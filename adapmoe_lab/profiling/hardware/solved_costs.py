@@ -73,6 +73,28 @@ def solved_costs(
         miss_s: seconds of a miss, if they are known.
         alone_s: seconds of an expert alone, which is its cost where a router chooses one expert.
     """
+    found = _solved(decodes, miss_s, alone_s)
+    found.pop("miss_s", None)
+    return found
+
+
+def replayed_costs(decodes: Sequence[Sequence[TimedStep]]) -> tuple[dict[str, float], float | None]:
+    """Return the costs of steps that are replayed, and the seconds of a miss among them.
+
+    A miss is read by whoever multiplies with it, so that it takes what crosses the link, and the
+    host has no part in it. None where no two steps missed unlike often.
+
+    Args:
+        decodes: the steps of each decode.
+    """
+    found = _solved(decodes, None, 0.0)
+    return found, found.pop("miss_s", None)
+
+
+def _solved(
+    decodes: Sequence[Sequence[TimedStep]], miss_s: float | None, alone_s: float
+) -> dict[str, float]:
+    """Return all costs that steps tell apart, those of misses too if they are not known."""
     steps = [step for decode in decodes for step in decode]
     seconds = np.array([step.seconds for step in steps])
     counts = [step.counts for step in steps]
@@ -85,7 +107,6 @@ def solved_costs(
     names = [name for name, column in columns.items() if name == "dense_step_s" or np.ptp(column)]
     table = np.stack([columns[name] for name in names], axis=1)
     found = dict(zip(names, _unscaled_costs(table, seconds, decodes), strict=True))
-    found.pop("miss_s", None)
     return found if has_choice else {**found, "expert_s": alone_s}
 
 

@@ -129,8 +129,8 @@ def host_driven(model: LabModel) -> HostDrivenExecutor:
     """
     if not isinstance(model.engine, HostDrivenExecutor):
         raise UntimedExecutorError(
-            "The parts of a step are timed where the host drives them, and this model was loaded "
-            "for captured graphs. Load it again with executor='host' to probe."
+            "The steps of this model are driven by the host, though it was loaded for captured "
+            f"graphs: {model.engine.why_not_replayed}. Load it again with executor='host' to probe."
         )
     return model.engine
 

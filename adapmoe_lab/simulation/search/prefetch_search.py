@@ -119,7 +119,8 @@ def best_prefetch(
 ) -> tuple[PrefetchTable | None, dict[str, float]]:
     """Return the prefetch of the least predicted time, None if that is none, and all times.
 
-    Tried is what `prefetch_choices` returns.
+    Tried is what `prefetch_choices` returns, and nothing where steps are replayed: these prefetch
+    nothing.
 
     Args:
         trace: recorded routing, with predictions.
@@ -131,7 +132,9 @@ def best_prefetch(
         The table, and predicted milliseconds per token by the name of the choice.
     """
     plain = replace(config, prefetch=None)
-    tables = prefetch_choices(trace, plain, fitted)
+    tables: dict[str, PrefetchTable | None] = {NO_SOURCES: None}
+    if not hardware.is_of_replays:
+        tables = prefetch_choices(trace, plain, fitted)
     times = {
         name: ms_per_token(simulate(trace, replace(plain, prefetch=table), hardware))
         for name, table in tables.items()
