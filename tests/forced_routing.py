@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 
 import torch
+from tiny_models import VOCABULARY_SIZE
 
 
 @contextmanager
@@ -72,3 +73,18 @@ def random_choices(n_layers, n_tokens, n_experts, top_k, device, seed=0):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand((n_layers, n_tokens, n_experts), generator=generator)
     return scores.topk(top_k, dim=-1).indices.to(device)
+
+
+def drawn_tokens(n_tokens):
+    """Return token ids of a text for tiny models, int64 [T], always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, VOCABULARY_SIZE, (n_tokens,), generator=generator)
+
+
+def step_through(decoder, ids, position, n_before):
+    """Return the logits [N, V] of every step, all tokens but `n_before` given one by one."""
+    found = []
+    for number, token in enumerate(ids[n_before:].tolist(), start=n_before):
+        position.fill_(number)
+        found.append(decoder.step(token).float().clone())
+    return torch.stack(found)

@@ -73,6 +73,11 @@ def capturing_on_the_cpu():
         yield patches.enter_context(counting_captures())
 
 
+def counting_steps():
+    """Count captures: yield those of a GPU, or the interpreter's in their place."""
+    return capturing_on_the_cpu() if IS_INTERPRETED else counting_captures()
+
+
 @contextmanager
 def counting_captures(of="captured_step"):
     """Yield what is captured of steps, or of choices, one element for each."""

@@ -11,16 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from forced_routing import forced_routing, random_choices
+from forced_routing import drawn_tokens, forced_routing, random_choices, step_through
 from interpreted_graph import (
     DEVICE,
     IS_INTERPRETED,
     NEEDS_DEVICE,
-    capturing_on_the_cpu,
     counting_captures,
+    counting_steps,
     load_graph,
 )
-from tiny_models import VOCABULARY_SIZE, save_tiny
+from tiny_models import save_tiny
 from torch._inductor.utils import run_and_get_code
 
 from adapmoe_lab.engine.generation.tokens import generate_tokens
@@ -42,13 +42,8 @@ BOUND = rounding_bound(torch.bfloat16)
 def captured(tmp_path, monkeypatch):
     """Count captures, and keep what is compiled apart."""
     monkeypatch.setenv("ADAPMOE_LAB_CACHE", str(tmp_path / "cache"))
-    with capturing_on_the_cpu() if IS_INTERPRETED else counting_captures() as steps:
+    with counting_steps() as steps:
         yield steps
-
-
-def drawn_tokens(n):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, VOCABULARY_SIZE, (n,), generator=generator)
 
 
 def decoded(model, ids, position):
@@ -56,12 +51,10 @@ def decoded(model, ids, position):
     position.zero_()
     decoder = model.decoder()
     decoder.prefill(ids[:N_PROMPT])
-    before, found = model.engine.traffic, []
-    for number, token in enumerate(ids[N_PROMPT:].tolist()):
-        position.fill_(N_PROMPT + number)
-        found.append(decoder.step(token).float().clone())
+    before = model.engine.traffic
+    found = step_through(decoder, ids, position, N_PROMPT)
     counted = model.engine.traffic - before
-    return torch.stack(found), np.stack([counted.hits, counted.misses])
+    return found, np.stack([counted.hits, counted.misses])
 
 
 def under_gatings(model, captured):

@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from forced_routing import forced_experts, random_choices
+from forced_routing import drawn_tokens, forced_experts, random_choices, step_through
 from interpreted_graph import (
     DEVICE,
     IS_INTERPRETED,
     NEEDS_DEVICE,
-    capturing_on_the_cpu,
-    counting_captures,
+    counting_steps,
     load_graph,
 )
-from tiny_models import RECIPES, VOCABULARY_SIZE, save_tiny
+from tiny_models import RECIPES, save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -48,13 +47,8 @@ AMPLIFYING = {"bailing_hybrid", "gemma4", "gemma4_text", "inkling2_loop_text", "
 
 @pytest.fixture(autouse=True)
 def captured():
-    """Count captures: a GPU's, or the interpreter's in their place."""
-    if IS_INTERPRETED:
-        with capturing_on_the_cpu() as steps:
-            yield steps
-    else:
-        with counting_captures() as steps:
-            yield steps
+    with counting_steps() as steps:
+        yield steps
 
 
 def offered(families):
@@ -78,20 +72,12 @@ def precision_of(family):
     return "float16" if is_fine else "bfloat16"
 
 
-def drawn_tokens(n):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, VOCABULARY_SIZE, (n,), generator=generator)
-
-
 @torch.no_grad()
 def teacher_forced(decoder, ids, position, n_prompt=N_PROMPT):
     """Return the logits [N, V] of what follows the prompt and every token after it."""
     position.zero_()
-    found = [decoder.prefill(ids[:n_prompt].to(DEVICE)).float().clone()]
-    for number, token in enumerate(ids[n_prompt:].tolist()):
-        position.fill_(n_prompt + number)
-        found.append(decoder.step(token).float().clone())
-    return torch.stack(found)
+    first = decoder.prefill(ids[:n_prompt].to(DEVICE)).float().clone()
+    return torch.cat([first[None], step_through(decoder, ids, position, n_prompt)])
 
 
 class Unmodified:

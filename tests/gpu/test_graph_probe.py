@@ -11,8 +11,7 @@ import pytest
 from interpreted_graph import (
     IS_INTERPRETED,
     NEEDS_DEVICE,
-    capturing_on_the_cpu,
-    counting_captures,
+    counting_steps,
     load_graph,
 )
 from tiny_models import save_tiny
@@ -28,8 +27,7 @@ N_STEPS = 2 if IS_INTERPRETED else 24
 
 @pytest.fixture(autouse=True)
 def captured():
-    """Count captures: a GPU's, or the interpreter's in their place."""
-    with capturing_on_the_cpu() if IS_INTERPRETED else counting_captures() as steps:
+    with counting_steps() as steps:
         yield steps
 
 

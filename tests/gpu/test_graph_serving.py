@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import torch
 from drawn_surrogates import random_surrogates
-from forced_routing import forced_routing, random_choices
+from forced_routing import drawn_tokens, forced_routing, random_choices, step_through
 from interpreted_graph import (
     DEVICE,
     IS_INTERPRETED,
     NEEDS_DEVICE,
-    capturing_on_the_cpu,
-    counting_captures,
+    counting_steps,
     load_graph,
 )
-from tiny_models import VOCABULARY_SIZE, save_tiny
+from tiny_models import save_tiny
 from toy_policies import TOY
 
 from adapmoe_lab.engine.graph import captured_step
@@ -49,13 +48,8 @@ TOLERANCE = 3e-2 if IS_INTERPRETED else 6e-3
 
 @pytest.fixture(autouse=True)
 def captured():
-    """Count captures: a GPU's, or the interpreter's in their place."""
-    if IS_INTERPRETED:
-        with capturing_on_the_cpu() as steps:
-            yield steps
-    else:
-        with counting_captures() as steps:
-            yield steps
+    with counting_steps() as steps:
+        yield steps
 
 
 @pytest.fixture
@@ -65,21 +59,13 @@ def toy_policy():
     unregister(TOY.name)
 
 
-def drawn_tokens(n):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, VOCABULARY_SIZE, (n,), generator=generator)
-
-
 @torch.no_grad()
 def teacher_forced(model, decoder, ids, position):
     """Return the logits [N, V] of every step after the prompt, and the counters of the steps."""
     position.zero_()
     decoder.prefill(ids[:N_PROMPT])
-    before, found = model.engine.traffic, []
-    for number, token in enumerate(ids[N_PROMPT:].tolist()):
-        position.fill_(N_PROMPT + number)
-        found.append(decoder.step(token).float().clone())
-    return torch.stack(found), model.engine.traffic - before
+    before = model.engine.traffic
+    return step_through(decoder, ids, position, N_PROMPT), model.engine.traffic - before
 
 
 def check_against_host(model, config, is_again=False):

@@ -85,6 +85,7 @@ class GraphExecutor:
         self.why_not_replayed: str | None = None
         self._is_eager = False
         self._is_capturing = False
+        self._captured: CapturedStep | None = None
         self._forget_step()
 
     @property
@@ -131,8 +132,8 @@ class GraphExecutor:
         before = self._policy, self.plan.is_global
         is_other = before != (policy, plan.is_global) or self.surrogates is not surrogates
         if is_other or why_not is not None:
-            captured = self._end_step()
-        self._forget_step()
+            captured = None
+        self._forget_step(captured)
         self._host.configure(gating, plan, eviction, surrogates, prefetch, predictors, step_costs)
         self._policy, self._captured, self.why_not_replayed = policy, captured, why_not
         if captured is not None:
@@ -141,7 +142,6 @@ class GraphExecutor:
 
     def release(self) -> None:
         """Give up all slots; experts then only stream."""
-        self._end_step()
         self._forget_step()
         self._host.release()
 
@@ -234,14 +234,10 @@ class GraphExecutor:
         """Return the summed outputs [T, D] of a layer's experts, see `ExpertsExecutor`."""
         if self._is_capturing and self._captured is not None:
             return self._captured.served.run_layer(layer, *arguments)
-        self._give_residency_back()
-        return self._host.run_layer(layer, *arguments)
-
-    def _give_residency_back(self) -> None:
-        """Let the host go on from what the device knows, if it does not by now."""
         if self._is_device_owner and self._captured is not None:
             self._host.cached_experts.adopt(self._captured.served.tables.state())
             self._is_device_owner = False
+        return self._host.run_layer(layer, *arguments)
 
     @property
     def callbacks(self) -> Mapping[HookPoint, Callback]:
@@ -319,7 +315,6 @@ class GraphExecutor:
 
     def close(self) -> None:
         """Give up the graph, the slots and the store: nothing runs afterwards."""
-        self._end_step()
         self._forget_step()
         self._host.close()
 
@@ -333,12 +328,10 @@ class GraphExecutor:
         finally:
             self._is_eager = before
 
-    def _end_step(self) -> None:
-        """Free what a captured step keeps, whoever holds it."""
-        if self._captured is not None:
+    def _forget_step(self, goes_on: CapturedStep | None = None) -> None:
+        """Forget the captured step, and free what it keeps unless it goes on in other slots."""
+        if self._captured is not None and self._captured is not goes_on:
             self._captured.end()
-
-    def _forget_step(self) -> None:
-        self._captured: CapturedStep | None = None
+        self._captured = None
         self._is_device_owner = False
         self._n_steps = 0

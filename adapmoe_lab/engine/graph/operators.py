@@ -95,7 +95,6 @@ def _decide(
     counters: torch.Tensor, host_addresses: torch.Tensor, slot_addresses: torch.Tensor,
     is_rehearsal: torch.Tensor, policy: str, layer: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    policy_of, arguments = _POLICIES[policy]
     decision = _decided(ids, weights)
     (n_layers, n_experts), (n_pools, n_places) = slot_of.shape, slot_addresses.shape
     n_shared = n_layers if n_pools == 1 else 1
@@ -106,11 +105,11 @@ def _decide(
             ids, weights, weights if scores is None else scores, cuts, gating, slot_of, priority,
             is_pinned, clocks, free_slots, n_free, *counters, host_addresses, slot_addresses,
             *decision, is_rehearsal, layer, n_shared, n_experts, n_places, top_k,
-            padded(n_experts), padded(n_all), padded(top_k), **arguments, num_warps=n_warps,
-            enable_fp_fusion=False,
+            padded(n_experts), padded(n_all), padded(top_k), **policy_arguments(policy),
+            num_warps=n_warps, enable_fp_fusion=False,
         )  # fmt: skip
     except triton.TritonError as error:
-        raise _not_compiled(policy_of) from error
+        raise _not_compiled(_POLICIES[policy][0]) from error
     return tuple(decision)
 
 

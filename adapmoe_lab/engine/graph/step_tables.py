@@ -45,7 +45,7 @@ class StepTables:
         """
         policy.check_on_device()
         hosts = np.asarray(host_addresses, dtype=np.int64)
-        (n_layers, n_experts), self._top_k = hosts.shape, top_k
+        n_layers, n_experts = hosts.shape
         pools = (1, n_layers * n_experts) if is_shared else (n_layers, n_experts)
 
         def filled(value: float, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -98,7 +98,8 @@ class HostDrivenExecutor:
         self.check_open()
         self.release()
         costs = step_costs if step_costs is not None else self.step_costs
-        skipping, prefetcher = Skipping(gating, self._on_device(surrogates)), None
+        skipping = Skipping(gating, self._on_device(surrogates))
+        prefetcher = None
         if prefetch is not None:
             prefetcher = self._prefetcher_of(
                 prefetch, predictors, device=self.device, step_costs=costs, gating=gating

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from adapmoe_lab.evaluation.conditions import measurement_conditions
 from adapmoe_lab.models.experts import run_expert
 from adapmoe_lab.models.families import check_each_runs_once
 from adapmoe_lab.profiling.hardware.machine_times import (
+    CopyTimes,
     copy_times,
     expert_times,
     host_rates,
@@ -87,13 +90,9 @@ def probe_hardware(model: LabModel, *, n_steps: int = 24, rounds: int = 6) -> Ha
         n_throttled = _n_throttled(model, copies.linked[-1], n_steps, rounds)
         free, throttled = _decoded(model, n_steps, n_throttled, rounds)
     alone_s = mean_expert_s(by_precision, spec.precision.counts)
-    profile = HardwareProfile(
-        device=device_name(engine.device),
-        link=model.link.name,
-        copy_bytes=np.array(copies.sizes),
-        copy_s=np.array(copies.linked),
-        conditions=measurement_conditions(model),
-        pageable_copy_s=None if copies.pageable is None else np.array(copies.pageable),
+    profile = _profile(
+        model,
+        copies,
         expert_s_by_precision=by_precision,
         layer_host_s=layer_host_s,
         host_copy_s=host_copy_s,
@@ -117,25 +116,14 @@ def check_probed(model: LabModel) -> None:
 def _probe_replayed(model: LabModel, n_steps: int, rounds: int) -> HardwareProfile:
     """Measure the parts of a step that is replayed, and copies over the link."""
     engine, decodes = model.engine, []
-    end = time.monotonic() + DECODE_S
     with model.running(TunedConfig.untuned(model.spec)):
-        for number in range(rounds):
-            if number >= LEAST_ROUNDS and time.monotonic() > end:
-                break
+        for _ in _timed_rounds(rounds):
             decodes += replayed_decodes(model, n_steps)
         engine.release()
         copies = copy_times(model.store, model.link, engine.clock, engine.device)
     check_probed(model)  # the first decode may have found that they cannot be captured
     costs, miss_s = replayed_costs(decodes)
-    profile = HardwareProfile(
-        device=device_name(engine.device),
-        link=model.link.name,
-        copy_bytes=np.array(copies.sizes),
-        copy_s=np.array(copies.linked),
-        conditions=measurement_conditions(model),
-        pageable_copy_s=None if copies.pageable is None else np.array(copies.pageable),
-        **costs,
-    )
+    profile = _profile(model, copies, **costs)
     if miss_s:
         read_s = profile.copy_s * (miss_s / profile.load_s(model.spec.mean_expert_bytes))
         profile = replace(profile, copy_s=read_s)
@@ -143,15 +131,34 @@ def _probe_replayed(model: LabModel, n_steps: int, rounds: int) -> HardwareProfi
     return replace(profile, wait_s=_wait_s(missing, profile, model) if missing else None)
 
 
+def _profile(model: LabModel, copies: CopyTimes, **costs: Any) -> HardwareProfile:
+    """Return the profile of the machine that a model runs on, with its copies and other costs."""
+    return HardwareProfile(
+        device=device_name(model.engine.device),
+        link=model.link.name,
+        copy_bytes=np.array(copies.sizes),
+        copy_s=np.array(copies.linked),
+        conditions=measurement_conditions(model),
+        pageable_copy_s=None if copies.pageable is None else np.array(copies.pageable),
+        **costs,
+    )
+
+
+def _timed_rounds(rounds: int) -> Iterator[int]:
+    """Yield the rounds of decoding that there is time for."""
+    end = time.monotonic() + DECODE_S
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.monotonic() > end:
+            return
+        yield number
+
+
 def _decoded(
     model: LabModel, n_steps: int, n_throttled: int, rounds: int
 ) -> tuple[list[list[TimedStep]], list[TimedStep]]:
     """Return the steps of every decode over a link that holds nothing, and those over the link."""
     free, throttled = [], []
-    end = time.monotonic() + DECODE_S
-    for number in range(rounds):
-        if number >= LEAST_ROUNDS and time.monotonic() > end:
-            break
+    for _ in _timed_rounds(rounds):
         for _ in range(2):
             free.append(unthrottled_steps(model, n_steps, first=len(free)))
         throttled += throttled_steps(model, n_throttled) if n_throttled else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from adapmoe_lab.engine.generation.tokens import generate_tokens
 from adapmoe_lab.engine.lab_model import LabModel
 from adapmoe_lab.engine.resident_layer import PROMPT_TOKENS
 from adapmoe_lab.profiling.hardware.solved_costs import TimedStep
+from adapmoe_lab.profiling.hardware.timed_steps import with_slots
 from adapmoe_lab.records import CachePlan, GatingTable
 
 SHARES = (1.0, 0.5, 0.25)
@@ -29,11 +29,12 @@ def replayed_decodes(model: LabModel, n_steps: int) -> list[list[TimedStep]]:
     Slots and cuts are no part of what is captured, so that it is captured once.
     """
     spec = model.spec
+    n_slots = [max(1, round(share * spec.n_experts)) for share in SHARES]
     keeps_one = GatingTable.per_layer(np.zeros(spec.n_layers), spec.top_k)
     return [
-        _steps(model, n_steps, _plan(model, share), gating)
+        _steps(model, n_steps, with_slots(model, most), gating)
         for gating in ((None, keeps_one) if spec.top_k > 1 else (None,))
-        for share in SHARES
+        for most in n_slots
     ]
 
 
@@ -54,13 +55,6 @@ def _steps(
             )
         before, start = engine.traffic, engine.clock.now()
     return steps
-
-
-def _plan(model: LabModel, share: float) -> CachePlan:
-    """Return slots for a share of the experts of every layer, and no more than there is room."""
-    slots = model.memory.slots
-    most = max(1, round(share * model.spec.n_experts))
-    return replace(slots, slots=np.minimum(slots.slots, most))
 
 
 def with_misses(decodes: Sequence[Sequence[TimedStep]]) -> list[TimedStep]:

@@ -92,7 +92,7 @@ def throttled_steps(model: LabModel, n_steps: int) -> list[TimedStep]:
     """Decode over a throttled link; the prompt passes unthrottled."""
     with ExitStack() as unthrottled:
         unthrottled.enter_context(model.link.without_link_delay())
-        model.engine.configure(None, _half(model))
+        model.engine.configure(None, with_slots(model, model.spec.n_experts // 2))
         return _steps(model, n_steps, [_Variant()], after_prompt=unthrottled.close)
 
 
@@ -142,7 +142,7 @@ def _n_queries(model: LabModel, table: PrefetchTable) -> tuple[int, int, int]:
     return sum(targets), n_points, n_points * table.predicts_at(HookPoint.LAYER_OUTPUT)
 
 
-def _half(model: LabModel) -> CachePlan:
-    """Return room for half of the experts, less where the model was loaded with less."""
+def with_slots(model: LabModel, most: int) -> CachePlan:
+    """Return so many slots for every layer, fewer where the model was loaded with fewer."""
     slots = model.memory.slots
-    return replace(slots, slots=np.minimum(slots.slots, model.spec.n_experts // 2))
+    return replace(slots, slots=np.minimum(slots.slots, most))
